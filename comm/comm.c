@@ -1,0 +1,179 @@
+#include "comm/comm.h"
+
+#include <cJSON.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "comm/comm_impl.h"
+#include "core/file.h" /* core_file_replace */
+#include "core/log.h"
+
+static const double default_deadline = 600;
+
+core_status comm_group_allocate_priv(comm_world *world, const comm_transport *transport, const char *name,
+                                     int32_t rank, int32_t size, comm_group **out) {
+  CHECK(world->group_count < COMM_MAX_GROUPS, CORE_ERR_ARGUMENT, "more than %d groups", COMM_MAX_GROUPS);
+  comm_group *group = calloc(1, sizeof *group);
+  CHECK(group, CORE_ERR_MEMORY, "no memory for the group '%s'", name);
+  world->group[world->group_count++] = group;
+  group->world = world;
+  group->transport = transport;
+  group->rank = rank;
+  group->size = size;
+  group->operation = "idle";
+  snprintf(group->name, sizeof group->name, "%s", name);
+  /* Reduction pieces: enough to hide latency, bounded in sum over the peers. */
+  group->piece = size == 1 ? 0 : (4 << 20) / size < (64 << 10) ? 64 << 10 : ((4 << 20) / size) & ~63;
+  group->world_rank = calloc((size_t)size, sizeof *group->world_rank);
+  group->list = calloc((size_t)size * 2, sizeof *group->list);
+  group->scratch = malloc((size_t)(group->piece * size) + 64);
+  CHECK(group->world_rank && group->list && group->scratch, CORE_ERR_MEMORY, "no memory for the group '%s'", name);
+  *out = group;
+  return CORE_OK;
+}
+
+static void group_destroy(comm_group *group) {
+  if (group->transport->group_destroy) group->transport->group_destroy(group);
+  free(group->world_rank);
+  free(group->list);
+  free(group->scratch);
+  free(group);
+}
+
+static core_status start_alone(comm_world *world) {
+  world->size = world->local_size = 1;
+  TRY(comm_group_allocate_priv(world, &comm_transport_self_priv, "world", 0, 1, &world->world_group));
+  TRY(comm_group_allocate_priv(world, &comm_transport_self_priv, "control", 0, 1, &world->control_group));
+  return CORE_OK;
+}
+
+static core_status start(comm_world *world) {
+  int32_t tasks = 0;
+  bool launched = comm_mpi_launched_priv(&tasks);
+  CHECK(launched || tasks <= 1, CORE_ERR_COMM,
+        "srun started %d tasks without PMIx, so they cannot find one another; use `srun --mpi=pmix`", tasks);
+  if (launched)
+    TRY(comm_mpi_start_priv(world));
+  else
+    TRY(start_alone(world));
+  core_error_set_rank(world->rank);
+  core_log_set_rank(world->rank);
+  return CORE_OK;
+}
+
+core_status comm_start(const comm_options *options, comm_world **out) {
+  comm_world *world = calloc(1, sizeof *world);
+  CHECK(world, CORE_ERR_MEMORY, "no memory for communication");
+  world->phase = "start";
+  world->layer = -1;
+  core_status status = comm_configure(world, options);
+  if (status == CORE_OK) status = start(world);
+  if (status != CORE_OK) {
+    comm_finish(world);
+    return core_error_trace(status, __func__, __FILE__, __LINE__);
+  }
+  *out = world;
+  return CORE_OK;
+}
+
+core_status comm_configure(comm_world *world, const comm_options *options) {
+  world->deadline = options && options->deadline > 0 ? options->deadline : default_deadline;
+  const char *directory = options && options->directory ? options->directory : "";
+  CHECK(strlen(directory) < sizeof world->directory, CORE_ERR_ARGUMENT, "a directory name of %zu bytes",
+        strlen(directory));
+  memcpy(world->directory, directory, strlen(directory) + 1);
+  return CORE_OK;
+}
+
+void comm_finish(comm_world *world) {
+  if (!world) return;
+  for (int32_t i = 0; i < world->group_count; i++) group_destroy(world->group[i]);
+  if (world->mpi) comm_mpi_finish_priv(world);
+  free(world);
+}
+
+static void write_error_file(const comm_world *world, const core_error *error, const char *text) {
+  if (!world->directory[0]) return;
+  char path[sizeof world->directory + 32];
+  snprintf(path, sizeof path, "%s/error.%d.json", world->directory, world->rank);
+  cJSON *object = cJSON_CreateObject();
+  cJSON_AddStringToObject(object, "code", core_status_name((core_status)error->code));
+  cJSON_AddNumberToObject(object, "rank", error->rank);
+  cJSON_AddNumberToObject(object, "reported_by", world->rank);
+  cJSON_AddNumberToObject(object, "step", (double)world->step);
+  cJSON_AddStringToObject(object, "phase", world->phase);
+  cJSON_AddStringToObject(object, "message", error->message);
+  cJSON_AddStringToObject(object, "trace", text);
+  char *json = cJSON_Print(object);
+  if (json && core_file_replace(path, json, strlen(json)) != CORE_OK) LOG_WARNING("%s", core_error_get()->message);
+  free(json);
+  cJSON_Delete(object);
+}
+
+void comm_fail_stop(comm_world *world, core_status status) {
+  core_error error;
+  char text[4096];
+  core_error_save(&error);
+  error.code = status;
+  core_error_format(&error, true, text, sizeof text);
+  LOG_ERROR("%s", text);
+  write_error_file(world, &error, text);
+  if (world->mpi) comm_mpi_abort_priv();
+  exit(1);
+}
+
+comm_group *comm_world_group(comm_world *world) {
+  return world->world_group;
+}
+
+comm_group *comm_control_group(comm_world *world) {
+  return world->control_group;
+}
+
+int32_t comm_rank(const comm_group *group) {
+  return group->rank;
+}
+
+int32_t comm_size(const comm_group *group) {
+  return group->size;
+}
+
+int32_t comm_world_rank_of(const comm_group *group, int32_t rank) {
+  return group->world_rank[rank];
+}
+
+int32_t comm_local_rank(const comm_world *world) {
+  return world->local_rank;
+}
+
+int32_t comm_local_size(const comm_world *world) {
+  return world->local_size;
+}
+
+const char *comm_transport_name(const comm_group *group) {
+  return group->transport->name;
+}
+
+double comm_group_seconds(const comm_group *group) {
+  return group->seconds;
+}
+
+int64_t comm_group_bytes(const comm_group *group) {
+  return group->bytes;
+}
+
+core_status comm_group_create(comm_world *world, int32_t color, const char *name, comm_group **out) {
+  *out = NULL;
+  if (world->mpi)
+    TRY(comm_mpi_split_priv(world, color, name, out));
+  else if (color >= 0)
+    TRY(comm_group_allocate_priv(world, &comm_transport_self_priv, name, 0, 1, out));
+  return CORE_OK;
+}
+
+void comm_note(comm_world *world, int64_t step, int32_t layer, const char *phase) {
+  world->step = step;
+  world->layer = layer;
+  world->phase = phase;
+}

@@ -1,0 +1,93 @@
+/* Groups of ranks and the operations on them. Two transports now: `self` (one rank, no MPI call) and `mpi` (host memory);
+ * NCCL joins behind the same interface.
+ *
+ * Every operation is Collective over its group, is issued in the same order on all its ranks, and has a
+ * deadline. Waits poll: the deadline and the arrival of an error elsewhere. After a deadline or a transport
+ * error nothing else is legal: the operation returns ERR_TIMEOUT or ERR_COMM and the caller ends with
+ * comm_fail_stop. A rank with nothing to send still calls. Only the thread that called comm_start may
+ * communicate. One communicator per group. */
+#ifndef COMM_COMM_H
+#define COMM_COMM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/status.h"
+#include "core/tensor.h" /* core_dtype */
+
+typedef struct comm_world comm_world;
+typedef struct comm_group comm_group;
+
+typedef struct comm_options {
+  double deadline;           /* seconds that any wait may take; 0: 600 */
+  const char *directory;     /* where error.<rank>.json goes; NULL: none */
+} comm_options;
+
+/* Starts MPI when the process was launched by mpirun or srun (or MPI is already running); otherwise a world of one
+ * without MPI. Collective over all processes of the job. */
+CORE_NODISCARD core_status comm_start(const comm_options *options, comm_world **out);
+/* Changes deadline and directory once the configuration is known. `directory` is copied. */
+CORE_NODISCARD core_status comm_configure(comm_world *world, const comm_options *options);
+/* Ends MPI in order. Collective. Frees the world and every group. */
+void comm_finish(comm_world *world);
+/* Hard fault: writes error.<rank>.json, prints the record and ends the whole job (MPI_Abort; exit in a world
+ * of one) with status 1. Local. Does not return. */
+_Noreturn void comm_fail_stop(comm_world *world, core_status status);
+
+comm_group *comm_world_group(comm_world *world);   /* all ranks, for the model */
+comm_group *comm_control_group(comm_world *world); /* all ranks, for flags, agreement and checkpoints */
+int32_t comm_rank(const comm_group *group);
+int32_t comm_size(const comm_group *group);
+int32_t comm_world_rank_of(const comm_group *group, int32_t rank);
+int32_t comm_local_rank(const comm_world *world); /* among the ranks of this host */
+int32_t comm_local_size(const comm_world *world);
+const char *comm_transport_name(const comm_group *group);
+
+/* Splits the world: ranks of equal `color` >= 0 form a group ordered by world rank; color < 0: no group, *out =
+ * NULL. `name` ("expert", "replica", "modality image") is copied, for messages. Collective over the world. */
+CORE_NODISCARD core_status comm_group_create(comm_world *world, int32_t color, const char *name,
+                                             comm_group **out);
+
+/* What the trainer is doing, for the watchdog's report: "step 12, layer 3, dispatch". layer < 0: none. `phase` must
+ * be a string literal. Local, a few stores. */
+void comm_note(comm_world *world, int64_t step, int32_t layer, const char *phase);
+
+CORE_NODISCARD core_status comm_barrier(comm_group *group);
+/* bytes at `data` from `root` to all. */
+CORE_NODISCARD core_status comm_broadcast(comm_group *group, int32_t root, void *data, size_t bytes);
+
+typedef enum comm_reduction { COMM_SUM, COMM_MAX, COMM_MIN } comm_reduction;
+/* In place; FLOAT32, FLOAT64, INT32, INT64 or UINT64. The result is the same bit for bit on every rank, and from run to run on one layout. */
+CORE_NODISCARD core_status comm_all_reduce(comm_group *group, comm_reduction operation, core_dtype dtype,
+                                           void *data, int64_t count);
+/* Rank r contributes bytes[r] bytes (every rank knows all of them); they are concatenated in rank order in `recv`. */
+CORE_NODISCARD core_status comm_all_gather(comm_group *group, const void *send, const int64_t *bytes,
+                                           void *recv);
+/* Strings and records of unknown length to `root`: on root *recv is malloc'ed (caller frees) with offsets
+ * int64 [size + 1] in *offset (malloc'ed); NULL elsewhere. */
+CORE_NODISCARD core_status comm_gather_bytes(comm_group *group, int32_t root, const void *send, int64_t bytes,
+                                             char **recv, int64_t **offset);
+
+/* Ragged all-to-all: a list of pieces to send and a list to receive. The i-th piece that rank a sends to rank b is
+ * received by the i-th piece that b expects from a; their sizes must agree. Zero-byte pieces must be left out on both sides. Pieces of more
+ * than 2 GiB are legal. Pieces to oneself are copied. */
+typedef struct comm_piece {
+  int32_t peer;
+  void *data;
+  int64_t bytes;
+} comm_piece;
+CORE_NODISCARD core_status comm_exchange(comm_group *group, const comm_piece *send, int32_t send_count,
+                                         const comm_piece *recv, int32_t recv_count);
+
+/* Agreement on errors: every rank brings its status (and its thread's record); all return the same code,
+ * that of the lowest rank among those with the highest code, and carry that rank's record. */
+CORE_NODISCARD core_status comm_agree(comm_group *group, core_status local);
+/* Agreement on one integer: ERR_MISMATCH naming `what` and two ranks when it differs. */
+CORE_NODISCARD core_status comm_agree_value(comm_group *group, const char *what, uint64_t value);
+
+/* Seconds spent waiting and bytes sent in operations of this group so far. */
+double comm_group_seconds(const comm_group *group);
+int64_t comm_group_bytes(const comm_group *group);
+
+#endif

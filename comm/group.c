@@ -1,0 +1,180 @@
+/* Operations on a group, all built on the ragged exchange. Every peer of every wait is therefore known by
+ * name, and sums are taken in rank order: the same bits on every rank and in every run. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "comm/comm_impl.h"
+#include "core/clock.h"
+
+/* Pieces to oneself are copied here, in order; the rest goes to the transport. Lists are compacted in
+ * place, so callers pass scratch lists. */
+static core_status copy_own(const comm_group *group, const comm_piece *send, int32_t send_count,
+                            const comm_piece *recv, int32_t recv_count) {
+  int32_t r = 0;
+  for (int32_t s = 0; s < send_count; s++) {
+    if (send[s].peer != group->rank) continue;
+    while (r < recv_count && recv[r].peer != group->rank) r++;
+    CHECK(r < recv_count && recv[r].bytes == send[s].bytes, CORE_ERR_INTERNAL,
+          "group '%s': a piece of %lld bytes to oneself is not expected", group->name, (long long)send[s].bytes);
+    if (recv[r].data != send[s].data) memcpy(recv[r].data, send[s].data, (size_t)send[s].bytes);
+    r++;
+  }
+  while (r < recv_count && recv[r].peer != group->rank) r++;
+  CHECK(r == recv_count, CORE_ERR_INTERNAL, "group '%s': a piece from oneself is missing", group->name);
+  return CORE_OK;
+}
+
+static core_status exchange_as(comm_group *group, const char *operation, const comm_piece *send, int32_t send_count,
+                               const comm_piece *recv, int32_t recv_count) {
+  double start = core_clock_now();
+  group->operation = operation;
+  group->sequence++;
+  for (int32_t i = 0; i < send_count; i++)
+    if (send[i].peer != group->rank) group->bytes += send[i].bytes;
+  TRY(copy_own(group, send, send_count, recv, recv_count));
+  if (group->size > 1) TRY(group->transport->exchange(group, send, send_count, recv, recv_count));
+  group->operation = "computing";
+  group->seconds += core_clock_now() - start;
+  return CORE_OK;
+}
+
+core_status comm_exchange(comm_group *group, const comm_piece *send, int32_t send_count, const comm_piece *recv,
+                          int32_t recv_count) {
+  TRY(exchange_as(group, "exchange", send, send_count, recv, recv_count));
+  return CORE_OK;
+}
+
+core_status comm_barrier(comm_group *group) {
+  char out = 1, *in = (char *)group->scratch;
+  if (group->size == 1) return CORE_OK;
+  int32_t n = 0;
+  comm_piece *send = group->list, *recv = group->list + group->size;
+  for (int32_t r = 0; r < group->size; r++) {
+    if (r == group->rank) continue;
+    send[n] = (comm_piece){r, &out, 1};
+    recv[n++] = (comm_piece){r, in + r, 1};
+  }
+  TRY(exchange_as(group, "barrier", send, n, recv, n));
+  return CORE_OK;
+}
+
+core_status comm_broadcast(comm_group *group, int32_t root, void *data, size_t bytes) {
+  comm_piece *send = group->list, recv = {root, data, (int64_t)bytes};
+  CHECK(root >= 0 && root < group->size, CORE_ERR_ARGUMENT, "root %d of a group of %d", root, group->size);
+  int32_t n = 0;
+  for (int32_t r = 0; r < group->size && group->rank == root && bytes > 0; r++)
+    if (r != root) send[n++] = (comm_piece){r, data, (int64_t)bytes};
+  int32_t expected = group->rank != root && bytes > 0;
+  TRY(exchange_as(group, "broadcast", send, n, &recv, expected));
+  return CORE_OK;
+}
+
+core_status comm_all_gather(comm_group *group, const void *send_data, const int64_t *bytes, void *recv_data) {
+  comm_piece *send = group->list, *recv = group->list + group->size;
+  int32_t sends = 0, recvs = 0;
+  int64_t at = 0;
+  for (int32_t r = 0; r < group->size; r++) {
+    if (bytes[group->rank] > 0) send[sends++] = (comm_piece){r, (void *)(uintptr_t)send_data, bytes[group->rank]};
+    if (bytes[r] > 0) recv[recvs++] = (comm_piece){r, (char *)recv_data + at, bytes[r]};
+    at += bytes[r];
+  }
+  TRY(exchange_as(group, "all-gather", send, sends, recv, recvs));
+  return CORE_OK;
+}
+
+core_status comm_gather_bytes(comm_group *group, int32_t root, const void *send_data, int64_t bytes, char **recv_data,
+                              int64_t **offset) {
+  *recv_data = NULL;
+  *offset = NULL;
+  int64_t *sizes = calloc((size_t)group->size * 2 + 1, sizeof *sizes);
+  CHECK(sizes, CORE_ERR_MEMORY, "no memory to gather from %d ranks", group->size);
+  int64_t *each = sizes + group->size + 1;
+  for (int32_t r = 0; r < group->size; r++) each[r] = sizeof bytes;
+  core_status status = comm_all_gather(group, &bytes, each, sizes + 1);
+  comm_piece own = {root, (void *)(uintptr_t)send_data, bytes}, *recv = group->list;
+  int32_t recvs = 0;
+  char *all = NULL;
+  if (status == CORE_OK && group->rank == root) {
+    for (int32_t r = 0; r < group->size; r++) sizes[r + 1] += sizes[r];
+    all = malloc((size_t)sizes[group->size] + 1);
+    if (!all) status = core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "no memory to gather");
+    for (int32_t r = 0; r < group->size && all; r++)
+      if (sizes[r + 1] > sizes[r]) recv[recvs++] = (comm_piece){r, all + sizes[r], sizes[r + 1] - sizes[r]};
+  }
+  if (status == CORE_OK) status = exchange_as(group, "gather", &own, bytes > 0, recv, recvs);
+  if (status != CORE_OK || group->rank != root) {
+    free(all);
+    free(sizes);
+    if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+    return CORE_OK;
+  }
+  all[sizes[group->size]] = '\0';
+  *recv_data = all;
+  *offset = sizes;
+  return CORE_OK;
+}
+
+#define REDUCE_LOOP(type, expression)                                \
+  do {                                                               \
+    type *a = target;                                                \
+    const type *b = source;                                          \
+    for (int64_t i = 0; i < count; i++) a[i] = (type)(expression);   \
+  } while (0)
+#define REDUCE_TYPE(type)                                            \
+  do {                                                               \
+    if (operation == COMM_SUM) REDUCE_LOOP(type, a[i] + b[i]);       \
+    if (operation == COMM_MAX) REDUCE_LOOP(type, a[i] > b[i] ? a[i] : b[i]); \
+    if (operation == COMM_MIN) REDUCE_LOOP(type, a[i] < b[i] ? a[i] : b[i]); \
+  } while (0)
+
+static void reduce_into(comm_reduction operation, core_dtype dtype, void *restrict target,
+                        const void *restrict source, int64_t count) {
+  switch (dtype) {
+    case CORE_FLOAT32: REDUCE_TYPE(float); break;
+    case CORE_FLOAT64: REDUCE_TYPE(double); break;
+    case CORE_INT32: REDUCE_TYPE(int32_t); break;
+    case CORE_INT64: REDUCE_TYPE(int64_t); break;
+    default: REDUCE_TYPE(uint64_t); break;
+  }
+}
+
+/* One round: `data` is cut into `size` slices of at most `slice` elements; rank r sums slice r of everybody in rank order, and
+ * hands the sum round. */
+static core_status reduce_round(comm_group *group, comm_reduction operation, core_dtype dtype, char *data,
+                                int64_t count, int64_t slice) {
+  int64_t width = (int64_t)core_dtype_size(dtype);
+  comm_piece *send = group->list, *recv = group->list + group->size;
+  int64_t mine = group->rank * slice, own = count - mine < slice ? count - mine : slice;
+  int32_t sends = 0, recvs = 0;
+  for (int32_t r = 0; r < group->size; r++) {
+    int64_t first = r * slice, n = count - first < slice ? count - first : slice;
+    if (n > 0) send[sends++] = (comm_piece){r, data + first * width, n * width};
+    if (own > 0) recv[recvs++] = (comm_piece){r, group->scratch + r * group->piece, own * width};
+  }
+  TRY(exchange_as(group, "all-reduce", send, sends, recv, recvs));
+  for (int32_t r = 1; r < group->size && own > 0; r++)
+    reduce_into(operation, dtype, group->scratch, group->scratch + r * group->piece, own);
+  sends = recvs = 0;
+  for (int32_t r = 0; r < group->size; r++) {
+    int64_t first = r * slice, n = count - first < slice ? count - first : slice;
+    if (own > 0) send[sends++] = (comm_piece){r, group->scratch, own * width};
+    if (n > 0) recv[recvs++] = (comm_piece){r, data + first * width, n * width};
+  }
+  TRY(exchange_as(group, "all-reduce", send, sends, recv, recvs));
+  return CORE_OK;
+}
+
+core_status comm_all_reduce(comm_group *group, comm_reduction operation, core_dtype dtype, void *data,
+                            int64_t count) {
+  bool known = dtype == CORE_FLOAT32 || dtype == CORE_FLOAT64 || dtype == CORE_INT32 || dtype == CORE_INT64 ||
+               dtype == CORE_UINT64;
+  CHECK(known && count >= 0, CORE_ERR_ARGUMENT, "all-reduce of %lld x %s", (long long)count, core_dtype_text(dtype));
+  if (group->size == 1) return CORE_OK;
+  int64_t width = (int64_t)core_dtype_size(dtype), most = group->piece / width;
+  for (int64_t done = 0; done < count; done += most * group->size) {
+    int64_t left = count - done, round = left < most * group->size ? left : most * group->size;
+    int64_t slice = (round + group->size - 1) / group->size;
+    TRY(reduce_round(group, operation, dtype, (char *)data + done * width, round, slice));
+  }
+  return CORE_OK;
+}

@@ -1,0 +1,46 @@
+/* File operations with errors that name the path and the reason. Every call goes through one numbered gate,
+ * so that tests can make the n-th operation fail, tear or end the process. Local. */
+#ifndef CORE_FILE_H
+#define CORE_FILE_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "core/status.h"
+
+/* Opens as open(2) with O_CLOEXEC; mode 0666 under the umask. */
+CORE_NODISCARD core_status core_file_open(const char *path, int flags, int *fd);
+/* Writes all bytes / reads exactly `count` bytes at `offset`; a short file is ERR_CORRUPT. EINTR is retried. */
+CORE_NODISCARD core_status core_file_write(int fd, const char *path, const void *bytes, size_t count);
+CORE_NODISCARD core_status core_file_read_at(int fd, const char *path, void *bytes, size_t count, int64_t offset);
+CORE_NODISCARD core_status core_file_sync(int fd, const char *path);
+CORE_NODISCARD core_status core_file_close(int fd, const char *path);
+CORE_NODISCARD core_status core_file_rename(const char *from, const char *to);
+CORE_NODISCARD core_status core_file_remove(const char *path);
+/* mkdir; an existing directory is success. `core_file_make_directories` makes parents too. */
+CORE_NODISCARD core_status core_file_make_directory(const char *path);
+CORE_NODISCARD core_status core_file_make_directories(const char *path);
+CORE_NODISCARD core_status core_file_remove_directory(const char *path);
+/* fsync of a directory, so that names in it survive a power cut. */
+CORE_NODISCARD core_status core_file_sync_directory(const char *path);
+CORE_NODISCARD core_status core_file_size(const char *path, int64_t *bytes);
+bool core_file_exists(const char *path);
+/* Whole file into malloc'ed, NUL-terminated memory that the caller frees; larger than `limit` is refused. */
+CORE_NODISCARD core_status core_file_read_all(const char *path, int64_t limit, char **text, int64_t *count);
+/* Atomic replacement: temporary beside it, write, fsync, rename, fsync of the directory. */
+CORE_NODISCARD core_status core_file_replace(const char *path, const void *bytes, size_t count);
+
+/* Fault injection, for tests only (also by the environment: ANTIPHON_FAULT_FILE="<n>:<errno|exit>[:<prefix>]" counts
+ * only operations on paths that contain <prefix>). */
+typedef struct core_file_fault {
+  int64_t at;             /* which operation, from 1; 0 off */
+  int error;              /* errno to report; 0: the process ends at once, as if killed */
+  char containing[256];   /* only paths that contain this; empty all */
+  int sticky;             /* non-zero: this one and all later ones fail */
+} core_file_fault;
+void core_file_inject(const core_file_fault *fault);
+/* Operations that passed the gate (and matched) since the last injection. */
+int64_t core_file_operations(void);
+
+#endif
