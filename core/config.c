@@ -18,9 +18,9 @@ struct core_config {
   char *path;
   yaml_document_t user, merged;
   bool has_user, has_merged;
-  const char *const *overrides; /* valid during loading; copied keys live in override_key */
+  const char *const *overrides; /* borrowed */
   int32_t override_count;
-  char (*override_key)[KEY];
+  char (*override_key)[KEY]; /* of each override, with list items by index */
   char *text;
   void *data;
 };
@@ -84,11 +84,18 @@ static bool next_component(const char **path, char *out) {
   return true;
 }
 
-/* The place that holds the index of the node at `path`, NULL if there is none. */
-static int *find_slot(yaml_document_t *document, const char *path) {
+static void join(char *out, size_t capacity, const char *word, const char *separator) {
+  size_t used = strlen(out);
+  snprintf(out + used, capacity - used, "%s%s", used ? separator : "", word);
+}
+
+/* The place that holds the index of the node at `path`, NULL if there is none. canonical (KEY bytes, or NULL): the
+ * path with list items by index. */
+static int *find_slot(yaml_document_t *document, const char *path, char *canonical) {
   yaml_node_t *node = yaml_document_get_root_node(document);
   char key[KEY];
   int *slot = NULL;
+  if (canonical) *canonical = '\0';
   while (node && next_component(&path, key)) {
     slot = NULL;
     if (node->type == YAML_MAPPING_NODE) {
@@ -96,8 +103,10 @@ static int *find_slot(yaml_document_t *document, const char *path) {
       slot = pair ? &pair->value : NULL;
     } else if (node->type == YAML_SEQUENCE_NODE) {
       int item = find_item(document, node, key);
+      snprintf(key, sizeof key, "%d", item);
       slot = item >= 0 ? &node->data.sequence.items.start[item] : NULL;
     }
+    if (canonical) join(canonical, KEY, key, ".");
     node = slot ? yaml_document_get_node(document, *slot) : NULL;
   }
   return node ? slot : NULL;
@@ -202,16 +211,19 @@ static bool prefix_of(const char *prefix, const char *key) {
 }
 
 /* "--set key", or "file:line" of the key or of the nearest mapping around it. */
-static void locate(const core_config *config, const char *key, char *out, size_t capacity) {
+static void locate(const core_config *config, const char *asked, char *out, size_t capacity) {
+  char canonical[KEY];
+  yaml_document_t *merged = (yaml_document_t *)(uintptr_t)&config->merged; /* libyaml has no const */
+  const char *key = config->has_merged && find_slot(merged, asked, canonical) ? canonical : asked;
   for (int32_t i = config->override_count - 1; i >= 0; i--)
     if (prefix_of(key, config->override_key[i]) || prefix_of(config->override_key[i], key)) {
-      snprintf(out, capacity, "--set %s", config->override_key[i]);
+      snprintf(out, capacity, "--set %s", config->overrides[i]);
       return;
     }
   char part[KEY];
   snprintf(part, sizeof part, "%s", key);
   while (config->has_user && part[0]) {
-    int *slot = find_slot((yaml_document_t *)(uintptr_t)&config->user, part);
+    int *slot = find_slot((yaml_document_t *)(uintptr_t)&config->user, part, NULL);
     if (slot) {
       const yaml_node_t *node = yaml_document_get_node((yaml_document_t *)(uintptr_t)&config->user, *slot);
       snprintf(out, capacity, "%s:%zu", config->path, node->start_mark.line + 1);
@@ -224,7 +236,7 @@ static void locate(const core_config *config, const char *key, char *out, size_t
 }
 
 core_status core_config_refuse(const core_config *config, const char *key, const char *format, ...) {
-  char place[KEY + 512], text[CORE_ERROR_TEXT];
+  char place[2 * KEY + 512], text[CORE_ERROR_TEXT];
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
@@ -248,11 +260,6 @@ static const cyaml_schema_value_t *schema_at(const cyaml_schema_value_t *schema,
     schema = field->key ? &field->value : NULL;
   }
   return schema;
-}
-
-static void join(char *out, size_t capacity, const char *word, const char *separator) {
-  size_t used = strlen(out);
-  snprintf(out + used, capacity - used, "%s%s", used ? separator : "", word);
 }
 
 static void describe_schema(const cyaml_schema_value_t *schema, char *out, size_t capacity) {
@@ -385,7 +392,7 @@ static core_status merge_user(core_config *config) {
 
 /* Each item of the list becomes: its defaults, with the item merged over them. */
 static core_status apply_items(core_config *config, const core_config_items *items) {
-  int *slot = find_slot(&config->merged, items->path);
+  int *slot = find_slot(&config->merged, items->path, NULL);
   if (!slot || yaml_document_get_node(&config->merged, *slot)->type != YAML_SEQUENCE_NODE) return CORE_OK;
   int list = *slot, count = sequence_count(yaml_document_get_node(&config->merged, list));
   yaml_document_t defaults;
@@ -414,9 +421,11 @@ static core_status apply_override(core_config *config, int32_t index) {
   core_status status = copy_node(&config->merged, &value, 1, 0, &made);
   yaml_document_delete(&value);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
-  int *slot = find_slot(&config->merged, key);
+  char canonical[KEY];
+  int *slot = find_slot(&config->merged, key, canonical);
   if (slot) {
     *slot = made;
+    memcpy(key, canonical, KEY);
     return CORE_OK;
   }
   /* a key that is nowhere yet: put it into its mapping, the schema will judge it */
@@ -427,7 +436,7 @@ static core_status apply_override(core_config *config, int32_t index) {
   if (dot) {
     *dot = '\0';
     last = key + (dot - parent) + 1;
-    slot = find_slot(&config->merged, parent);
+    slot = find_slot(&config->merged, parent, NULL);
     mapping = slot ? *slot : 0;
   }
   if (!mapping || yaml_document_get_node(&config->merged, mapping)->type != YAML_MAPPING_NODE)
@@ -435,6 +444,41 @@ static core_status apply_override(core_config *config, int32_t index) {
   int name = yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)last, -1, YAML_ANY_SCALAR_STYLE);
   CHECK(name && yaml_document_append_mapping_pair(&config->merged, mapping, name, made), CORE_ERR_MEMORY,
         "no memory for the configuration");
+  return CORE_OK;
+}
+
+static core_status check_number(const core_config *config, const cyaml_schema_value_t *schema, const char *text,
+                                const char *path) {
+  char expected[64], *end = NULL;
+  errno = 0;
+  bool real = schema->type == CYAML_FLOAT;
+  double value = real ? strtod(text, &end) : (double)strtoll(text, &end, 10);
+  bool good = end != text && *end == '\0' && errno == 0 && value - value == 0;
+  describe_schema(schema, expected, sizeof expected);
+  if (!good) return core_config_refuse(config, path, "expected %s, got '%s'", expected, text);
+  return CORE_OK;
+}
+
+/* libcyaml takes "0.1x" for 0.1 and "nan" for a number, so numbers are judged here. Whatever does not fit the schema
+ * otherwise is left to libcyaml. */
+static core_status check_numbers(core_config *config, const cyaml_schema_value_t *schema, int index,
+                                 const char *path) {
+  const yaml_node_t *node = yaml_document_get_node(&config->merged, index);
+  char inner[KEY];
+  if (schema->type == CYAML_INT || schema->type == CYAML_UINT || schema->type == CYAML_FLOAT) {
+    if (scalar(node)) TRY(check_number(config, schema, scalar(node), path));
+  } else if (schema->type == CYAML_SEQUENCE && node->type == YAML_SEQUENCE_NODE) {
+    for (int i = 0; i < sequence_count(node); i++) {
+      snprintf(inner, sizeof inner, "%s.%d", path, i);
+      TRY(check_numbers(config, schema->sequence.entry, node->data.sequence.items.start[i], inner));
+    }
+  } else if (schema->type == CYAML_MAPPING && node->type == YAML_MAPPING_NODE) {
+    for (const cyaml_schema_field_t *field = schema->mapping.fields; field->key; field++) {
+      yaml_node_pair_t *pair = find_pair(&config->merged, node, field->key);
+      snprintf(inner, sizeof inner, "%s%s%s", path, *path ? "." : "", field->key);
+      if (pair) TRY(check_numbers(config, &field->value, pair->value, inner));
+    }
+  }
   return CORE_OK;
 }
 
@@ -465,6 +509,7 @@ static core_status load(core_config *config, const char *text) {
   TRY(merge_user(config));
   for (int32_t i = 0; i < config->spec->item_count; i++) TRY(apply_items(config, &config->spec->items[i]));
   for (int32_t i = 0; i < config->override_count; i++) TRY(apply_override(config, i));
+  TRY(check_numbers(config, config->spec->schema, 1, ""));
   TRY(emit(config));
   TRY(load_schema(config));
   return CORE_OK;

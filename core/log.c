@@ -29,18 +29,23 @@ void core_log_set_rank(int32_t rank) {
   pthread_mutex_unlock(&state.lock);
 }
 
-core_status core_log_open(const char *path) {
-  FILE *file = NULL;
-  if (path) {
-    file = fopen(path, "ae");
-    CHECK(file, CORE_ERR_IO, "cannot open the log %s: %s", path, strerror(errno));
-    setvbuf(file, NULL, _IOLBF, 0);
-  }
+static void take_file(FILE *file) {
   pthread_mutex_lock(&state.lock);
   if (state.file) fclose(state.file);
   state.file = file;
   pthread_mutex_unlock(&state.lock);
+}
+
+core_status core_log_open(const char *path) {
+  FILE *file = fopen(path, "ae");
+  CHECK(file, CORE_ERR_IO, "cannot open the log %s: %s", path, strerror(errno));
+  setvbuf(file, NULL, _IOLBF, 0);
+  take_file(file);
   return CORE_OK;
+}
+
+void core_log_close(void) {
+  take_file(NULL);
 }
 
 bool core_log_is_terminal(void) {

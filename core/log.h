@@ -9,8 +9,9 @@ typedef enum core_log_level { CORE_LOG_DEBUG, CORE_LOG_INFO, CORE_LOG_WARNING, C
 
 void core_log_set_level(core_log_level level);
 void core_log_set_rank(int32_t rank);
-/* Opens (appends to) a file that receives every line too. NULL closes. */
+/* Opens (appends to) a file that receives every line too. */
 CORE_NODISCARD core_status core_log_open(const char *path);
+void core_log_close(void);
 void core_log(core_log_level level, const char *format, ...) CORE_PRINTF(2, 3);
 
 #define LOG_DEBUG(...) core_log(CORE_LOG_DEBUG, __VA_ARGS__)

@@ -1,0 +1,101 @@
+/* antiphon inspect, antiphon check: what a shard, a set, a checkpoint or a configuration holds, and whether it is sound. */
+#include <dirent.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "checkpoint/checkpoint.h"
+#include "data/data.h"
+#include "launcher/launcher.h"
+#include "trainer/settings.h"
+
+static bool is_directory(const char *path) {
+  struct stat info;
+  return stat(path, &info) == 0 && S_ISDIR(info.st_mode);
+}
+
+static bool ends_with(const char *text, const char *end) {
+  size_t length = strlen(text), tail = strlen(end);
+  return length >= tail && strcmp(text + length - tail, end) == 0;
+}
+
+static core_status look_at_config(const char *path, bool deep) {
+  core_config *config = NULL;
+  TRY(core_config_load(train_settings_spec(), path, NULL, NULL, 0, &config));
+  const train_settings *settings = core_config_data(config);
+  core_status status = deep ? train_settings_check(config, (int32_t)settings->parallel.experts) : CORE_OK;
+  if (status == CORE_OK && !deep) printf("%s", core_config_text(config));
+  if (status == CORE_OK && deep) printf("%s: sound\n", path);
+  core_config_destroy(config);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  return CORE_OK;
+}
+
+static core_status look(const char *path, bool deep);
+
+
+/* Shards, checkpoints and directories in it, by name. */
+static core_status look_at_directory(const char *path, bool deep) {
+  struct dirent **list = NULL;
+  int count = scandir(path, &list, NULL, alphasort), looked = 0;
+  CHECK(count >= 0, CORE_ERR_IO, "cannot read the directory %s", path);
+  core_status status = CORE_OK;
+  for (int i = 0; i < count && status == CORE_OK; i++) {
+    char inner[4096];
+    const char *name = list[i]->d_name;
+    snprintf(inner, sizeof inner, "%s/%s", path, name);
+    if (name[0] == '.' || ends_with(name, ".tmp")) continue;
+    if (!is_directory(inner) && !ends_with(name, ".h5")) continue;
+    looked++;
+    status = look(inner, deep);
+  }
+  for (int i = 0; i < count; i++) free(list[i]);
+  free(list);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  CHECK(looked > 0, CORE_ERR_FORMAT, "%s holds neither latent shards nor checkpoints", path);
+  return CORE_OK;
+}
+
+static core_status look(const char *path, bool deep) {
+  struct stat info;
+  CHECK(stat(path, &info) == 0, CORE_ERR_NOT_FOUND, "there is no %s", path);
+  if (ckpt_is(path)) {
+    if (deep)
+      TRY(ckpt_verify(path, stdout));
+    else
+      TRY(ckpt_describe(path, stdout));
+  } else if (is_directory(path)) {
+    TRY(look_at_directory(path, deep));
+  } else if (ends_with(path, ".yaml") || ends_with(path, ".yml")) {
+    TRY(look_at_config(path, deep));
+  } else {
+    TRY(data_shard_describe(path, deep, stdout));
+  }
+  return CORE_OK;
+}
+
+static int run(const launch_command *command, int argc, char **argv) {
+  launch_arguments arguments;
+  core_status status = launch_parse(argc, argv, 1, &arguments);
+  if (status == CORE_OK && arguments.help) {
+    printf("%s", command->help);
+    return LAUNCH_DONE;
+  }
+  if (status == CORE_OK && arguments.positional_count != 1)
+    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__, "usage: antiphon %s PATH", command->name);
+  if (status == CORE_OK) status = look(arguments.positional[0], strcmp(command->name, "check") == 0);
+  return launch_report(status, false, 0);
+}
+
+const launch_command launch_inspect_command = {
+    "inspect", "says what a shard, a set, a checkpoint or a configuration holds",
+    "usage: antiphon inspect PATH\n\nPATH: a latent shard (.h5), a directory of shards, a checkpoint, a run directory, or a "
+    "configuration\n(.yaml: printed with all defaults).\n",
+    run};
+
+const launch_command launch_check_command = {
+    "check", "says whether it is sound: every block, every value",
+    "usage: antiphon check PATH\n\nReads all of a latent shard, a directory of shards, a checkpoint, a run directory or a "
+    "configuration and\nverifies it. Exit status 0: sound; 1: not, and why.\n",
+    run};

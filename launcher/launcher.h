@@ -1,0 +1,42 @@
+/* The `antiphon` command: what its subcommands share. One file per subcommand; main.c dispatches. */
+#ifndef LAUNCH_LAUNCHER_H
+#define LAUNCH_LAUNCHER_H
+
+#include "comm/comm.h"
+#include "core/config.h"
+#include "core/status.h"
+
+/* Exit statuses, documented in --help. */
+enum { LAUNCH_DONE = 0, LAUNCH_FAILED = 1, LAUNCH_USAGE = 2, LAUNCH_STOPPED = 75 };
+enum { LAUNCH_MOST_OVERRIDES = 128 };
+
+/* A subcommand gets its own arguments, argv[0] being its name; returns the exit status. */
+typedef struct launch_command {
+  const char *name, *summary, *help;
+  int (*run)(const struct launch_command *command, int argc, char **argv);
+} launch_command;
+
+extern const launch_command launch_train_command, launch_eval_command, launch_inspect_command, launch_check_command,
+    launch_bench_command;
+
+/* Arguments of a subcommand, parsed. */
+typedef struct launch_arguments {
+  const char *positional[4];
+  int positional_count;
+  const char *override[LAUNCH_MOST_OVERRIDES]; /* --set */
+  int32_t override_count;
+  const char *resume, *split;
+  bool help;
+} launch_arguments;
+
+/* Reads options every subcommand knows (--help, --set, --resume, --split). ERR_USAGE for anything else beginning with '-',
+ * and for too many positional arguments. */
+CORE_NODISCARD core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out);
+/* Prints the record for a person: the message, then what to do; frames with ANTIPHON_TRACE=1. Rank 0 speaks for all when
+ * `agreed`. Returns the exit status. */
+int launch_report(core_status status, bool agreed, int32_t rank);
+/* Loads a configuration on every rank and agrees that it is the same one. text: NULL to read `path`. Collective. */
+CORE_NODISCARD core_status launch_config(comm_world *world, const char *path, const char *text,
+                                         const launch_arguments *arguments, core_config **out);
+
+#endif

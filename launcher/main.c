@@ -1,0 +1,94 @@
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/log.h"
+#include "core/random.h" /* core_hash */
+#include "core/stop.h"
+#include "launcher/launcher.h"
+#include "trainer/settings.h"
+
+static const launch_command *const commands[] = {&launch_train_command, &launch_eval_command, &launch_inspect_command,
+                                                 &launch_check_command, &launch_bench_command};
+enum { COMMANDS = sizeof commands / sizeof *commands };
+
+core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out) {
+  memset(out, 0, sizeof *out);
+  for (int i = 1; i < argc; i++) {
+    const char *word = argv[i];
+    bool takes_value = strcmp(word, "--set") == 0 || strcmp(word, "--resume") == 0 || strcmp(word, "--split") == 0;
+    if (takes_value) {
+      CHECK(i + 1 < argc, CORE_ERR_USAGE, "%s needs a value", word);
+      const char *value = argv[++i];
+      CHECK(word[2] != 's' || word[3] != 'e' || out->override_count < LAUNCH_MOST_OVERRIDES, CORE_ERR_USAGE,
+            "more than %d --set", LAUNCH_MOST_OVERRIDES);
+      if (strcmp(word, "--set") == 0) out->override[out->override_count++] = value;
+      if (strcmp(word, "--resume") == 0) out->resume = value;
+      if (strcmp(word, "--split") == 0) out->split = value;
+    } else if (strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0) {
+      out->help = true;
+    } else {
+      CHECK(word[0] != '-', CORE_ERR_USAGE, "unknown option %s", word);
+      CHECK(out->positional_count < most_positional, CORE_ERR_USAGE, "unexpected argument '%s'", word);
+      out->positional[out->positional_count++] = word;
+    }
+  }
+  return CORE_OK;
+}
+
+int launch_report(core_status status, bool agreed, int32_t rank) {
+  char text[8192];
+  if (status == CORE_OK) return LAUNCH_DONE;
+  if (!agreed || rank == 0) {
+    const char *trace = getenv("ANTIPHON_TRACE");
+    core_error_format(core_error_get(), trace && trace[0] == '1', text, sizeof text);
+    LOG_ERROR("%s", text);
+  }
+  if (status == CORE_ERR_USAGE) return LAUNCH_USAGE;
+  return status == CORE_ERR_STOPPED ? LAUNCH_STOPPED : LAUNCH_FAILED;
+}
+
+core_status launch_config(comm_world *world, const char *path, const char *text, const launch_arguments *arguments,
+                          core_config **out) {
+  comm_group *control = comm_control_group(world);
+  *out = NULL;
+  core_status status =
+      core_config_load(train_settings_spec(), path, text, arguments->override, arguments->override_count, out);
+  TRY(comm_agree(control, status));
+  const char *merged = core_config_text(*out);
+  TRY(comm_agree_value(control, "the configuration", core_hash(merged, strlen(merged), 0)));
+  return CORE_OK;
+}
+
+static void print_help(FILE *out) {
+  fprintf(out,
+          "antiphon %s: trains multimodal mixture-of-experts models on latents of frozen encoders\n\n"
+          "usage: antiphon COMMAND [ARGUMENTS]      (under mpirun or srun for more than one rank)\n\ncommands:\n",
+          ANTIPHON_VERSION);
+  for (int i = 0; i < COMMANDS; i++) fprintf(out, "  %-10s %s\n", commands[i]->name, commands[i]->summary);
+  fprintf(out,
+          "\n`antiphon COMMAND --help` tells more.\n\nexit status:\n  0   done\n  1   failed; the reason is on standard "
+          "error\n  2   wrong command line\n  75  stopped on request (SIGTERM, SIGUSR1, SIGINT); run the same command "
+          "again to go on\n\nenvironment:\n  ANTIPHON_TRACE=1   errors show the functions they passed through\n");
+}
+
+int main(int argc, char **argv) {
+  if (argc < 2) {
+    print_help(stderr);
+    return LAUNCH_USAGE;
+  }
+  if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
+    print_help(stdout);
+    return LAUNCH_DONE;
+  }
+  if (strcmp(argv[1], "--version") == 0) {
+    printf("antiphon %s\n", ANTIPHON_VERSION);
+    return LAUNCH_DONE;
+  }
+  core_status status = core_stop_install();
+  if (status != CORE_OK) return launch_report(status, false, 0);
+  for (int i = 0; i < COMMANDS; i++)
+    if (strcmp(argv[1], commands[i]->name) == 0) return commands[i]->run(commands[i], argc - 1, argv + 1);
+  fprintf(stderr, "error: there is no command '%s'; `antiphon --help` lists them\n", argv[1]);
+  return LAUNCH_USAGE;
+}

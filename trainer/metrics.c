@@ -1,0 +1,240 @@
+/* The writer is a buffer and a few put_ functions: a JSON library would allocate in every step. */
+#include "trainer/metrics.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core/file.h"
+
+struct train_metrics {
+  const train_model *model;
+  char path[1024];
+  FILE *file;
+  char *line;
+  size_t used, capacity;
+};
+
+static void put(train_metrics *w, const char *format, ...) CORE_PRINTF(2, 3);
+static void put(train_metrics *w, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  int length = vsnprintf(w->line + w->used, w->capacity - w->used, format, arguments);
+  va_end(arguments);
+  w->used += (size_t)length;
+  if (w->used >= w->capacity) w->used = w->capacity - 1;
+}
+
+/* JSON has no infinity and no NaN. */
+static void put_number(train_metrics *w, const char *name, double value) {
+  if (isfinite(value))
+    put(w, "\"%s\":%.9g,", name, value);
+  else
+    put(w, "\"%s\":null,", name);
+}
+
+/* Replaces the last comma. */
+static void close_with(train_metrics *w, char bracket) {
+  if (w->used > 0 && w->line[w->used - 1] == ',') w->used--;
+  put(w, "%c,", bracket);
+}
+
+static core_status finish_line(train_metrics *w) {
+  close_with(w, '}');
+  w->line[w->used - 1] = '\n';
+  size_t written = fwrite(w->line, 1, w->used, w->file);
+  CHECK(written == w->used && fflush(w->file) == 0, CORE_ERR_IO, "cannot write %s: %s", w->path, strerror(errno));
+  return CORE_OK;
+}
+
+static const char *modality_name(const train_metrics *w, int32_t m) {
+  return w->model->env->settings->data.modalities[m].name;
+}
+
+/* ---- a step ---- */
+
+static void put_losses(train_metrics *w, const train_report *r, const train_contrastive *c) {
+  put_number(w, "loss", r->loss);
+  put_number(w, "contrastive", r->contrastive);
+  put(w, "\"pairs\":{");
+  for (int32_t p = 0; p < c->pairs; p++) {
+    char name[2 * CORE_NAME];
+    snprintf(name, sizeof name, "%s:%s", modality_name(w, c->first[p]), modality_name(w, c->second[p]));
+    put_number(w, name, r->pair[p]);
+  }
+  close_with(w, '}');
+  put(w, "\"router\":{");
+  put_number(w, "importance", r->router.importance);
+  put_number(w, "load", r->router.load);
+  put_number(w, "z", r->router.z);
+  put_number(w, "local", r->router.local);
+  put_number(w, "global", r->router.global);
+  close_with(w, '}');
+  put_number(w, "scale", r->scale);
+  put_number(w, "rate", r->rate);
+  put_number(w, "gradient_norm", r->norm);
+  put_number(w, "clip", r->clip);
+  put(w, "\"skipped\":%s,", r->skipped ? "true" : "false");
+}
+
+static void put_speed(train_metrics *w, const train_report *r) {
+  static const char *const names[TRAIN_PHASE_COUNT] = {"data",     "forward", "exchange",  "loss",
+                                                       "backward", "reduce",  "optimizer", "checkpoint"};
+  int32_t M = w->model->env->layout.modalities;
+  put(w, "\"tokens\":{");
+  for (int32_t m = 0; m < M; m++) put(w, "\"%s\":%" PRId64 ",", modality_name(w, m), r->tokens[m]);
+  close_with(w, '}');
+  put(w, "\"items\":{");
+  for (int32_t m = 0; m < M; m++) put(w, "\"%s\":%" PRId64 ",", modality_name(w, m), r->items[m]);
+  close_with(w, '}');
+  put(w, "\"tokens_per_second\":{");
+  for (int32_t m = 0; m < M; m++) put_number(w, modality_name(w, m), (double)r->tokens[m] / r->wall);
+  close_with(w, '}');
+  put(w, "\"seconds\":{");
+  put_number(w, "step", r->wall);
+  for (int i = 0; i < TRAIN_PHASE_COUNT; i++) put_number(w, names[i], r->seconds[i]);
+  close_with(w, '}');
+}
+
+static void put_counts(train_metrics *w, const char *name, const int64_t *count, int64_t n) {
+  put(w, "\"%s\":[", name);
+  for (int64_t i = 0; i < n; i++) put(w, "%" PRId64 ",", count[i]);
+  close_with(w, ']');
+}
+
+/* Health of one layer and modality (METHODS section 1). */
+static void put_health(train_metrics *w, const train_moe_sums *sums, int32_t layer, int32_t m) {
+  const double *value = train_moe_values(sums, layer, m);
+  const int64_t *count = train_moe_counts(sums, layer, m);
+  int64_t E = sums->experts, chosen = 0, kept = 0, tokens = count[2 * E + 1];
+  double histogram[CORE_MAX_EXPERTS];
+  for (int64_t e = 0; e < E; e++) {
+    chosen += count[e];
+    kept += count[E + e];
+    histogram[e] = (double)count[e];
+  }
+  double marginal = train_entropy(value + 3, E);
+  put(w, "\"%s\":{", modality_name(w, m));
+  put_number(w, "success", tokens > 0 ? (double)count[2 * E] / (double)tokens : 1);
+  put_number(w, "kept_choices", chosen > 0 ? (double)kept / (double)chosen : 1);
+  put_number(w, "entropy", value[0] > 0 ? value[2] / value[0] : 0);
+  put_number(w, "entropy_of_mean", marginal);
+  put_number(w, "effective_experts", exp(marginal));
+  put_number(w, "entropy_of_choices", train_entropy(histogram, E));
+  put_counts(w, "before", count, E);
+  put_counts(w, "after", count + E, E);
+  close_with(w, '}');
+}
+
+static void put_layer(train_metrics *w, const train_moe_sums *sums, int32_t layer) {
+  int64_t E = sums->experts, load[CORE_MAX_EXPERTS] = {0}, most = 0, total = 0, dead = 0;
+  for (int32_t m = 0; m < sums->modalities; m++)
+    for (int64_t e = 0; e < E; e++) load[e] += train_moe_counts(sums, layer, m)[E + e];
+  for (int64_t e = 0; e < E; e++) {
+    total += load[e];
+    dead += load[e] == 0;
+    if (load[e] > most) most = load[e];
+  }
+  put(w, "{");
+  put_counts(w, "load", load, E);
+  put_number(w, "max_over_mean", total > 0 ? (double)(most * E) / (double)total : 0);
+  put(w, "\"dead\":%" PRId64 ",\"modalities\":{", dead);
+  for (int32_t m = 0; m < sums->modalities; m++) put_health(w, sums, layer, m);
+  close_with(w, '}');
+  close_with(w, '}');
+}
+
+static void put_layers(train_metrics *w) {
+  const train_moe_sums *sums = &w->model->sums;
+  put(w, "\"layers\":[");
+  for (int32_t layer = 0; layer < sums->layers; layer++) put_layer(w, sums, layer);
+  close_with(w, ']');
+}
+
+core_status train_metrics_step(train_metrics *w, const train_report *report, const train_contrastive *contrastive,
+                               const data_position *position) {
+  w->used = 0;
+  put(w, "{\"step\":%" PRId64 ",\"epoch\":%" PRId64 ",\"consumed\":%" PRId64 ",", report->step, position->epoch,
+      position->consumed);
+  put_losses(w, report, contrastive);
+  put_speed(w, report);
+  put_layers(w);
+  TRY(finish_line(w));
+  return CORE_OK;
+}
+
+/* ---- an evaluation ---- */
+
+core_status train_metrics_evaluation(train_metrics *w, int64_t step, const train_retrieval *result) {
+  static const char *const names[TRAIN_RECALLS] = {"r1", "r5", "r10"};
+  w->used = 0;
+  put(w, "{\"step\":%" PRId64 ",\"evaluation\":{\"samples\":%" PRId64 ",", step, result->samples);
+  put_number(w, "mean_r1", train_retrieval_mean(result));
+  put_number(w, "seconds", result->seconds);
+  put(w, "\"retrieval\":{");
+  for (int32_t a = 0; a < w->model->env->layout.modalities; a++)
+    for (int32_t b = 0; b < w->model->env->layout.modalities; b++) {
+      if (result->queries[a][b] == 0) continue;
+      put(w, "\"%s:%s\":{\"queries\":%" PRId64 ",", modality_name(w, a), modality_name(w, b), result->queries[a][b]);
+      for (int32_t k = 0; k < TRAIN_RECALLS; k++) put_number(w, names[k], train_retrieval_recall(result, a, b, k));
+      put_number(w, "chance_r1", result->chance[a][b][0]);
+      close_with(w, '}');
+    }
+  close_with(w, '}');
+  put_layers(w);
+  close_with(w, '}');
+  TRY(finish_line(w));
+  return CORE_OK;
+}
+
+/* ---- opening ---- */
+
+/* Keeps the lines of steps up to `step`; a torn last line goes too. */
+static core_status cut_after(const char *path, int64_t step) {
+  char *text = NULL;
+  int64_t count = 0, kept = 0;
+  if (!core_file_exists(path)) return CORE_OK;
+  TRY(core_file_read_all(path, (int64_t)1 << 40, &text, &count));
+  for (char *line = text, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
+    if (strncmp(line, "{\"step\":", 8) != 0 || strtoll(line + 8, NULL, 10) > step) continue;
+    memmove(text + kept, line, (size_t)(end + 1 - line));
+    kept += end + 1 - line;
+  }
+  core_status status = kept == count ? CORE_OK : core_file_replace(path, text, (size_t)kept);
+  free(text);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  return CORE_OK;
+}
+
+core_status train_metrics_open(const char *directory, int64_t step, const train_model *model, train_metrics **out) {
+  train_metrics *w = calloc(1, sizeof *w);
+  CHECK(w, CORE_ERR_MEMORY, "no memory for metrics");
+  const train_moe_sums *sums = &model->sums;
+  w->model = model;
+  w->capacity = 65536 + (size_t)sums->layers * (256 + (size_t)sums->experts * 24 +
+                                                (size_t)sums->modalities * (512 + (size_t)sums->experts * 48));
+  w->line = malloc(w->capacity);
+  snprintf(w->path, sizeof w->path, "%s/metrics.jsonl", directory);
+  core_status status = w->line ? cut_after(w->path, step) : CORE_ERR_MEMORY;
+  if (status == CORE_OK) w->file = fopen(w->path, "ae");
+  if (status == CORE_OK && !w->file)
+    status = core_error_begin(CORE_ERR_IO, __func__, __FILE__, __LINE__, "cannot open %s: %s", w->path, strerror(errno));
+  if (status != CORE_OK) {
+    train_metrics_close(w);
+    return core_error_trace(status, __func__, __FILE__, __LINE__);
+  }
+  *out = w;
+  return CORE_OK;
+}
+
+void train_metrics_close(train_metrics *w) {
+  if (!w) return;
+  if (w->file) fclose(w->file);
+  free(w->line);
+  free(w);
+}

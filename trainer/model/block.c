@@ -1,0 +1,94 @@
+/* Pre-norm block (Vaswani et al. 2017; Zhang and Sennrich 2019):
+ *   m = x + Attention(RMSNorm(x))        y = m + FeedForward(RMSNorm(m))
+ * with the feed-forward dense or a mixture of experts. */
+#include "trainer/model/tower.h"
+
+core_status train_block_declare(train_model *model, int32_t layer) {
+  train_block *block = &model->block[layer];
+  const train_settings *settings = model->env->settings;
+  block->layer = layer;
+  bool moe = train_settings_moe_layer(settings->model.moe.layers, model->L, layer);
+  block->has_moe = moe && !settings->model.dense;
+  train_parameter norm = {.rank = 1, .shape = {model->C}, .init = TRAIN_INIT_ONE};
+  TRY(train_declare(model, norm, &block->attention_norm.weight, "blocks.%d.attention_norm.weight", layer));
+  TRY(train_attention_declare(model, block));
+  TRY(train_declare(model, norm, &block->forward_norm.weight, "blocks.%d.forward_norm.weight", layer));
+  if (block->has_moe)
+    TRY(train_moe_declare(model, layer));
+  else
+    TRY(train_feed_forward_declare(model, block));
+  return CORE_OK;
+}
+
+static core_status plan_norm(train_norm *norm, int64_t rows, int64_t width, core_arena *arena) {
+  TRY(train_take(arena, CORE_REAL_DTYPE, rows, width, &norm->out));
+  TRY(train_take(arena, CORE_REAL_DTYPE, rows, 1, &norm->inv));
+  norm->inv.rank = 1;
+  return CORE_OK;
+}
+
+core_status train_block_plan(train_model *model, int32_t layer, core_arena *arena) {
+  train_block *block = &model->block[layer];
+  TRY(plan_norm(&block->attention_norm, model->T, model->C, arena));
+  TRY(train_attention_plan(model, block, arena));
+  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->C, &block->middle));
+  TRY(plan_norm(&block->forward_norm, model->T, model->C, arena));
+  if (block->has_moe)
+    TRY(train_moe_plan(model, &block->moe, arena));
+  else
+    TRY(train_feed_forward_plan(model, block, arena));
+  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->C, &block->output));
+  return CORE_OK;
+}
+
+static core_status norm_forward(train_model *model, train_norm *norm, core_tensor x, core_tensor *out) {
+  train_env *env = model->env;
+  *out = train_rows(norm->out, x.shape[0]);
+  KERN(env, rmsnorm_fwd, x, train_parameter_value(&model->parameters, norm->weight), env->settings->model.norm_epsilon,
+       *out, train_rows(norm->inv, x.shape[0]));
+  return CORE_OK;
+}
+
+static core_status norm_backward(train_model *model, train_norm *norm, core_tensor dy, core_tensor x, core_tensor dx) {
+  train_env *env = model->env;
+  KERN(env, rmsnorm_bwd, dy, x, train_parameter_value(&model->parameters, norm->weight),
+       train_rows(norm->inv, x.shape[0]), KERN_ADD, dx, train_parameter_gradient(&model->parameters, norm->weight));
+  return CORE_OK;
+}
+
+/* The residual stream is kept at both places, because each norm's backward needs its input: y = x first, and
+ * each branch adds to y with its last product. */
+static core_status copy(train_model *model, core_tensor from, core_tensor to) {
+  TRY(model->env->ops->device->copy(to.data, from.data, core_tensor_bytes(&from), NULL));
+  return CORE_OK;
+}
+
+core_status train_block_forward(train_model *model, int32_t layer, core_tensor x, train_mode mode) {
+  train_block *block = &model->block[layer];
+  core_tensor normed, middle = train_rows(block->middle, x.shape[0]), output = train_rows(block->output, x.shape[0]);
+  TRY(norm_forward(model, &block->attention_norm, x, &normed));
+  TRY(copy(model, x, middle));
+  TRY(train_attention_forward(model, block, normed, middle));
+  TRY(norm_forward(model, &block->forward_norm, middle, &normed));
+  TRY(copy(model, middle, output));
+  if (block->has_moe)
+    TRY(train_moe_forward(model, &block->moe, normed, (int)mode, output));
+  else
+    TRY(train_feed_forward_forward(model, block, normed, output));
+  return CORE_OK;
+}
+
+core_status train_block_backward(train_model *model, int32_t layer, core_tensor x, const kern_router_weights *router,
+                                 core_tensor dx) {
+  train_block *block = &model->block[layer];
+  int64_t T = x.shape[0];
+  core_tensor dn = train_rows(model->d_norm, T), middle = train_rows(block->middle, T);
+  if (block->has_moe)
+    TRY(train_moe_backward(model, &block->moe, train_rows(block->forward_norm.out, T), dx, router, dn));
+  else
+    TRY(train_feed_forward_backward(model, block, train_rows(block->forward_norm.out, T), dx, dn));
+  TRY(norm_backward(model, &block->forward_norm, dn, middle, dx));
+  TRY(train_attention_backward(model, block, train_rows(block->attention_norm.out, T), dx, dn));
+  TRY(norm_backward(model, &block->attention_norm, dn, x, dx));
+  return CORE_OK;
+}

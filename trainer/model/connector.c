@@ -1,0 +1,104 @@
+/* Connector of modality m, its own parameters:
+ *   linear  x = s W1^T + b1            mlp  x = GELU(s W1^T + b1) W2^T + b2
+ * with s the standardised latents (METHODS: per feature, or one root mean square for all), plus a learned
+ * position table where configured. Matrices start at N(0, 1/sqrt(fan in)), positions at N(0, 0.02). */
+#include <math.h>
+
+#include "trainer/model/tower.h"
+
+static train_parameter matrix(int32_t m, int64_t rows, int64_t columns) {
+  return (train_parameter){.rank = 2,
+                           .shape = {rows, columns},
+                           .scope = TRAIN_SCOPE_MODALITY,
+                           .modality = m,
+                           .init = TRAIN_INIT_NORMAL,
+                           .init_value = 1 / sqrt((double)columns),
+                           .decay = true};
+}
+
+static train_parameter bias(int32_t m, int64_t count) {
+  return (train_parameter){.rank = 1, .shape = {count}, .scope = TRAIN_SCOPE_MODALITY, .modality = m};
+}
+
+core_status train_connector_declare(train_model *model, int32_t m) {
+  const train_modality_settings *settings = &model->env->settings->data.modalities[m];
+  train_connector_layer *layer = &model->connector[m];
+  bool mlp = settings->connector == TRAIN_CONNECTOR_MLP;
+  int64_t D = model->limits.width[m], C = model->C;
+  layer->width = D;
+  layer->hidden = mlp ? (settings->hidden ? settings->hidden : C) : 0;
+  layer->second = layer->second_bias = layer->position = -1;
+  int64_t first = mlp ? layer->hidden : C;
+  TRY(train_declare(model, matrix(m, first, D), &layer->first, "connector.%s.first.weight", settings->name));
+  TRY(train_declare(model, bias(m, first), &layer->first_bias, "connector.%s.first.bias", settings->name));
+  if (mlp) {
+    TRY(train_declare(model, matrix(m, C, first), &layer->second, "connector.%s.second.weight", settings->name));
+    TRY(train_declare(model, bias(m, C), &layer->second_bias, "connector.%s.second.bias", settings->name));
+  }
+  if (settings->positions == TRAIN_POSITIONS_LEARNED) {
+    train_parameter table = matrix(m, settings->length, C);
+    table.init_value = 0.02;
+    table.decay = false; /* an embedding */
+    TRY(train_declare(model, table, &layer->position, "connector.%s.position", settings->name));
+  }
+  return CORE_OK;
+}
+
+core_status train_connector_plan(train_model *model, int32_t m, core_arena *arena) {
+  train_connector_layer *layer = &model->connector[m];
+  int64_t T = model->limits.tokens[m];
+  TRY(train_take(arena, CORE_REAL_DTYPE, 1, layer->width, &layer->shift));
+  TRY(train_take(arena, CORE_REAL_DTYPE, 1, layer->width, &layer->scale));
+  layer->shift = core_tensor_1(layer->shift.data, CORE_REAL_DTYPE, layer->width);
+  layer->scale = core_tensor_1(layer->scale.data, CORE_REAL_DTYPE, layer->width);
+  TRY(train_take(arena, CORE_REAL_DTYPE, T, layer->width, &layer->input));
+  TRY(train_take(arena, CORE_REAL_DTYPE, T, layer->hidden, &layer->before));
+  TRY(train_take(arena, CORE_REAL_DTYPE, T, layer->hidden, &layer->active));
+  return CORE_OK;
+}
+
+static kern_segments segments_of(const train_model *model, int32_t m) {
+  const train_items *items = &model->items;
+  return (kern_segments){items->part_offset[m], items->segment_first[m + 1] - items->segment_first[m]};
+}
+
+core_status train_connector_forward(train_model *model, int32_t m, core_tensor x) {
+  train_env *env = model->env;
+  train_connector_layer *layer = &model->connector[m];
+  train_parameters *p = &model->parameters;
+  int64_t T = x.shape[0];
+  core_tensor input = train_rows(layer->input, T), before = train_rows(layer->before, T);
+  core_tensor active = train_rows(layer->active, T);
+  KERN(env, standardize, model->items.latent[m], layer->shift, layer->scale, input);
+  core_tensor first = layer->second < 0 ? x : before;
+  KERN(env, gemm, KERN_NT, input, train_parameter_value(p, layer->first), KERN_SET, first);
+  KERN(env, bias_fwd, train_parameter_value(p, layer->first_bias), first);
+  if (layer->second >= 0) {
+    KERN(env, gelu_fwd, KERN_GELU_ERF, before, active);
+    KERN(env, gemm, KERN_NT, active, train_parameter_value(p, layer->second), KERN_SET, x);
+    KERN(env, bias_fwd, train_parameter_value(p, layer->second_bias), x);
+  }
+  if (layer->position >= 0)
+    KERN(env, position_fwd, segments_of(model, m), train_parameter_value(p, layer->position), x);
+  return CORE_OK;
+}
+
+core_status train_connector_backward(train_model *model, int32_t m, core_tensor dx) {
+  train_env *env = model->env;
+  train_connector_layer *layer = &model->connector[m];
+  train_parameters *p = &model->parameters;
+  int64_t T = dx.shape[0];
+  core_tensor before = train_rows(layer->before, T), active = train_rows(layer->active, T), first = dx;
+  if (layer->position >= 0)
+    KERN(env, position_bwd, segments_of(model, m), dx, train_parameter_gradient(p, layer->position));
+  if (layer->second >= 0) {
+    KERN(env, bias_bwd, dx, train_parameter_gradient(p, layer->second_bias));
+    KERN(env, gemm, KERN_TN, dx, active, KERN_ADD, train_parameter_gradient(p, layer->second));
+    first = active; /* not needed any more: holds its own gradient from here on */
+    KERN(env, gemm, KERN_NN, dx, train_parameter_value(p, layer->second), KERN_SET, first);
+    KERN(env, gelu_bwd, KERN_GELU_ERF, first, before, KERN_SET, first);
+  }
+  KERN(env, bias_bwd, first, train_parameter_gradient(p, layer->first_bias));
+  KERN(env, gemm, KERN_TN, first, train_rows(layer->input, T), KERN_ADD, train_parameter_gradient(p, layer->first));
+  return CORE_OK;
+}

@@ -1,0 +1,88 @@
+/* Dense feed-forward: y += act(x W1^T) W2^T, act SwiGLU (Shazeer 2020; W1 = [gate; up]) or GELU. As the baseline of an MoE
+ * layer (model.dense) its hidden width is K times an expert's: equal FLOPs per token. */
+#include <math.h>
+
+#include "trainer/model/tower.h"
+
+int64_t train_activation_columns(const train_model *model) {
+  return model->env->settings->model.activation == TRAIN_SWIGLU ? 2 : 1;
+}
+
+core_status train_activate(train_model *model, core_tensor hidden, core_tensor active) {
+  train_env *env = model->env;
+  int activation = env->settings->model.activation;
+  if (activation == TRAIN_SWIGLU)
+    KERN(env, swiglu_fwd, hidden, active);
+  else
+    KERN(env, gelu_fwd, activation == TRAIN_GELU ? KERN_GELU_ERF : KERN_GELU_TANH, hidden, active);
+  return CORE_OK;
+}
+
+core_status train_activate_backward(train_model *model, core_tensor d_active, core_tensor hidden,
+                                    core_tensor d_hidden) {
+  train_env *env = model->env;
+  int activation = env->settings->model.activation;
+  if (activation == TRAIN_SWIGLU)
+    KERN(env, swiglu_bwd, d_active, hidden, KERN_SET, d_hidden);
+  else
+    KERN(env, gelu_bwd, activation == TRAIN_GELU ? KERN_GELU_ERF : KERN_GELU_TANH, d_active, hidden, KERN_SET,
+         d_hidden);
+  return CORE_OK;
+}
+
+static int64_t hidden_width(const train_model *model, const train_block *block) {
+  const train_settings *s = model->env->settings;
+  if (!train_settings_moe_layer(s->model.moe.layers, model->L, block->layer)) return model->F;
+  return s->model.moe.choose * (s->model.moe.hidden ? s->model.moe.hidden : model->F);
+}
+
+core_status train_feed_forward_declare(train_model *model, train_block *block) {
+  int64_t F = hidden_width(model, block), C = model->C;
+  block->dense.active.shape[1] = F;
+  train_parameter in = {.rank = 2,
+                        .shape = {F * train_activation_columns(model), C},
+                        .init = TRAIN_INIT_NORMAL,
+                        .init_value = 1 / sqrt((double)C),
+                        .decay = true};
+  train_parameter out = {.rank = 2,
+                         .shape = {C, F},
+                         .init = TRAIN_INIT_NORMAL,
+                         .init_value = 1 / sqrt((double)F * 2 * (double)model->L),
+                         .decay = true};
+  TRY(train_declare(model, in, &block->dense.in, "blocks.%d.feed_forward.in.weight", block->layer));
+  TRY(train_declare(model, out, &block->dense.out, "blocks.%d.feed_forward.out.weight", block->layer));
+  return CORE_OK;
+}
+
+core_status train_feed_forward_plan(train_model *model, train_block *block, core_arena *arena) {
+  int64_t F = hidden_width(model, block);
+  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, F * train_activation_columns(model), &block->dense.hidden));
+  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, F, &block->dense.active));
+  return CORE_OK;
+}
+
+core_status train_feed_forward_forward(train_model *model, train_block *block, core_tensor x, core_tensor y) {
+  train_env *env = model->env;
+  train_parameters *p = &model->parameters;
+  core_tensor hidden = train_rows(block->dense.hidden, x.shape[0]), active = train_rows(block->dense.active, x.shape[0]);
+  KERN(env, gemm, KERN_NT, x, train_parameter_value(p, block->dense.in), KERN_SET, hidden);
+  TRY(train_activate(model, hidden, active));
+  KERN(env, gemm, KERN_NT, active, train_parameter_value(p, block->dense.out), KERN_ADD, y);
+  return CORE_OK;
+}
+
+core_status train_feed_forward_backward(train_model *model, train_block *block, core_tensor x, core_tensor dy,
+                                        core_tensor dx) {
+  train_env *env = model->env;
+  train_parameters *p = &model->parameters;
+  int64_t T = x.shape[0], F = block->dense.active.shape[1];
+  core_tensor hidden = train_rows(block->dense.hidden, T), active = train_rows(block->dense.active, T);
+  core_tensor d_hidden = core_tensor_2(model->d_hidden.data, CORE_REAL_DTYPE, T, hidden.shape[1]);
+  core_tensor d_active = core_tensor_2(model->d_active.data, CORE_REAL_DTYPE, T, F);
+  KERN(env, gemm, KERN_TN, dy, active, KERN_ADD, train_parameter_gradient(p, block->dense.out));
+  KERN(env, gemm, KERN_NN, dy, train_parameter_value(p, block->dense.out), KERN_SET, d_active);
+  TRY(train_activate_backward(model, d_active, hidden, d_hidden));
+  KERN(env, gemm, KERN_TN, d_hidden, x, KERN_ADD, train_parameter_gradient(p, block->dense.in));
+  KERN(env, gemm, KERN_NN, d_hidden, train_parameter_value(p, block->dense.in), KERN_SET, dx);
+  return CORE_OK;
+}

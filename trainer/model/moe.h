@@ -1,0 +1,98 @@
+/* The mixture of experts: router, dispatch, experts, combine. See moe_layer.c for the pass. */
+#ifndef TRAIN_MOE_H
+#define TRAIN_MOE_H
+
+#include "comm/comm.h" /* comm_piece */
+#include "core/arena.h"
+#include "core/dims.h"
+#include "kernels/kernels.h"
+
+struct train_model;
+struct train_items;
+
+/* Sums over tokens that losses and health figures are made of, per MoE layer and modality; additive over ranks and
+ * micro-batches. value: [layers][M][3 + 2E] = tokens, z, entropy, prob[E], load[E]; count: [layers][M][2E + 2] =
+ * choices per expert before drops [E], after drops [E], tokens with a kept choice, tokens. */
+typedef struct train_moe_sums {
+  int32_t layers, modalities;
+  int64_t experts;
+  double *value;
+  int64_t *count;
+} train_moe_sums;
+static inline int64_t train_moe_value_stride(const train_moe_sums *sums) {
+  return 3 + 2 * sums->experts;
+}
+static inline int64_t train_moe_count_stride(const train_moe_sums *sums) {
+  return 2 + 2 * sums->experts;
+}
+static inline double *train_moe_values(const train_moe_sums *sums, int64_t layer, int64_t m) {
+  return sums->value + (layer * sums->modalities + m) * train_moe_value_stride(sums);
+}
+static inline int64_t *train_moe_counts(const train_moe_sums *sums, int64_t layer, int64_t m) {
+  return sums->count + (layer * sums->modalities + m) * train_moe_count_stride(sums);
+}
+
+/* Where each row of one dispatch goes. Rows to send are sorted by global expert; a receiver's stream is sorted by its
+ * expert, then by sending rank. A stream longer than the buffer is taken in rounds. */
+typedef struct train_dispatch_state {
+  int64_t sent;     /* rows this rank sends */
+  int64_t *counts;  /* [e][E] rows of every rank for every expert */
+  int64_t rounds;   /* equal on all ranks of the expert group, at least 1 */
+  int64_t *group;   /* [E_local + 1] row limits of the local experts in the current round */
+  int64_t rows;     /* rows of the current round */
+} train_dispatch_state;
+
+typedef struct train_moe {
+  int32_t index;                 /* among the MoE layers */
+  int32_t router, router_bias;   /* parameters [E, C]; bias -1 */
+  int32_t in, out;               /* first local expert's [2F, C], [C, F]; the others follow */
+  core_tensor logits, prob;      /* [T, E] noise-free */
+  core_tensor noisy, noisy_prob; /* the same tensors when noise is off */
+  core_tensor choice, gate;      /* int32 [T, K], [T, K] */
+  core_tensor keep;              /* uint8 [T, K]; capacity only */
+  core_tensor slot, index_rows;  /* int32 [T, K] row of each choice or -1; int32 [T K] token of each row */
+  core_tensor returned;          /* [T K, C] expert outputs at the sender */
+  core_tensor received;          /* [R, C] expert inputs of the last round */
+  core_tensor hidden, active;    /* [R, 2F], [R, F] of the last round */
+  train_dispatch_state dispatch;
+  bool noise, drops;             /* in the last forward pass */
+} train_moe;
+
+/* Shared by all MoE layers. */
+typedef struct train_moe_scratch {
+  int64_t expert_rows;                   /* R */
+  core_tensor send_x, send_dy, send_dx;  /* [T K, C] */
+  core_tensor recv_y, recv_dx;           /* [R, C] */
+  core_tensor d_hidden, d_active;        /* [R, 2F], [R, F] */
+  core_tensor d_gate, d_logits;          /* [T, K], [T, E] */
+  comm_piece *send, *recv;               /* [E] */
+  /* capacity: records of the tokens of one expert group */
+  struct train_capacity_record *own, *all; /* [T], [tokens of the expert group] */
+  int32_t *order, *ranked, *spare;         /* [tokens of the expert group] */
+  int64_t *used;                           /* [E] */
+} train_moe_scratch;
+
+core_status train_moe_declare(struct train_model *model, int32_t layer);
+core_status train_moe_plan(struct train_model *model, train_moe *moe, core_arena *arena);
+core_status train_moe_scratch_plan(struct train_model *model, core_arena *arena);
+/* y += MoE(x). mode as train_mode. Collective over the expert group. */
+core_status train_moe_forward(struct train_model *model, train_moe *moe, core_tensor x, int mode, core_tensor y);
+/* dx = gradient by x. dy: gradient of the output. weights: [M] derivatives by this layer's sums. Collective. */
+core_status train_moe_backward(struct train_model *model, train_moe *moe, core_tensor x, core_tensor dy,
+                               const kern_router_weights *weights, core_tensor dx);
+
+/* moe_dispatch.c. Collective over the expert group. */
+core_status train_dispatch_make(struct train_model *model, train_moe *moe, int64_t tokens);
+/* Sets group[] and rows for `round`. Local. */
+void train_dispatch_round(struct train_model *model, train_moe *moe, int64_t round);
+/* Rows at their senders -> rows at their experts, and back; of one round. */
+core_status train_dispatch_send(struct train_model *model, train_moe *moe, int64_t round, core_tensor from,
+                                core_tensor to);
+core_status train_dispatch_return(struct train_model *model, train_moe *moe, int64_t round, core_tensor from,
+                                  core_tensor to);
+
+core_status train_capacity_plan(struct train_model *model, core_arena *arena);
+/* moe_capacity.c: fills moe->keep for the current items. Collective over the expert group when partitioned. */
+core_status train_capacity_keep(struct train_model *model, train_moe *moe);
+
+#endif

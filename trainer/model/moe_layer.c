@@ -1,0 +1,316 @@
+/* Mixture of experts (METHODS sections 0 and 1; Mustafa et al. 2022; Riquelme et al. 2021):
+ *   l = W_g x, noise in training: l~ = l + N(0, noise / E);  chosen = the K largest l~;  gate = softmax(l~) of the chosen
+ *   (or renormalised over them);  y += sum over the chosen and kept of gate_e FFN_e(x)
+ * Forward: router -> keep -> plan -> gather -> all-to-all -> experts -> all-to-all -> combine. Backward mirrors it.
+ *
+ * Expert buffers have R rows. Where more arrive, the stream is taken in rounds; only the last round's activations
+ * stay, the others are sent and computed again in backward. Imbalance costs time, never memory. */
+#include <math.h>
+#include <string.h>
+
+#include "core/random.h"
+#include "trainer/model/tower.h"
+
+static int64_t local_experts(const train_model *model) {
+  return model->env->settings->model.moe.experts / model->env->layout.expert_ranks;
+}
+
+static int64_t expert_hidden(const train_model *model) {
+  int64_t hidden = model->env->settings->model.moe.hidden;
+  return hidden ? hidden : model->F;
+}
+
+/* All first matrices of the local experts, then all second ones, so that each kind is one [E_local, n, k] block. */
+static core_status declare_experts(train_model *model, train_moe *moe, int32_t layer) {
+  int64_t F = expert_hidden(model), C = model->C, count = local_experts(model);
+  int64_t first = model->env->layout.slot * count;
+  train_parameter in = {.rank = 2,
+                        .shape = {F * train_activation_columns(model), C},
+                        .scope = TRAIN_SCOPE_EXPERT,
+                        .init = TRAIN_INIT_NORMAL,
+                        .init_value = 1 / sqrt((double)C),
+                        .decay = true};
+  train_parameter out = in;
+  out.shape[0] = C;
+  out.shape[1] = F;
+  out.init_value = 1 / sqrt((double)F * 2 * (double)model->L);
+  for (int64_t j = 0; j < count; j++) {
+    int32_t index;
+    TRY(train_declare(model, in, &index, "blocks.%d.experts.%d.in.weight", layer, (int)(first + j)));
+    if (j == 0) moe->in = index;
+  }
+  for (int64_t j = 0; j < count; j++) {
+    int32_t index;
+    TRY(train_declare(model, out, &index, "blocks.%d.experts.%d.out.weight", layer, (int)(first + j)));
+    if (j == 0) moe->out = index;
+  }
+  return CORE_OK;
+}
+
+core_status train_moe_declare(train_model *model, int32_t layer) {
+  train_moe *moe = &model->block[layer].moe;
+  moe->index = model->moe_layers++;
+  moe->router_bias = -1;
+  train_parameter router = {.rank = 2,
+                            .shape = {model->env->settings->model.moe.experts, model->C},
+                            .init = TRAIN_INIT_NORMAL,
+                            .init_value = 0.02}; /* not zero: the entropy losses have no gradient at uniform */
+  TRY(train_declare(model, router, &moe->router, "blocks.%d.router.weight", layer));
+  TRY(declare_experts(model, moe, layer));
+  return CORE_OK;
+}
+
+core_status train_moe_plan(train_model *model, train_moe *moe, core_arena *arena) {
+  const train_settings *s = model->env->settings;
+  int64_t T = model->T, E = s->model.moe.experts, K = s->model.moe.choose, R = model->limits.expert_rows;
+  int64_t F = expert_hidden(model), C = model->C;
+  bool noise = s->model.moe.noise > 0 && model->limits.training;
+  TRY(train_take(arena, CORE_REAL_DTYPE, T, E, &moe->logits));
+  TRY(train_take(arena, CORE_REAL_DTYPE, T, E, &moe->prob));
+  TRY(train_take(arena, CORE_REAL_DTYPE, noise ? T : 0, E, &moe->noisy));
+  TRY(train_take(arena, CORE_REAL_DTYPE, noise ? T : 0, E, &moe->noisy_prob));
+  TRY(train_take(arena, CORE_INT32, T, K, &moe->choice));
+  TRY(train_take(arena, CORE_REAL_DTYPE, T, K, &moe->gate));
+  TRY(train_take(arena, CORE_UINT8, s->model.moe.dispatch == TRAIN_CAPACITY ? T : 0, K, &moe->keep));
+  TRY(train_take(arena, CORE_INT32, T, K, &moe->slot));
+  TRY(train_take(arena, CORE_INT32, T * K, 1, &moe->index_rows));
+  moe->index_rows.rank = 1;
+  TRY(train_take(arena, CORE_REAL_DTYPE, T * K, C, &moe->returned));
+  TRY(train_take(arena, CORE_REAL_DTYPE, R, C, &moe->received));
+  TRY(train_take(arena, CORE_REAL_DTYPE, R, F * train_activation_columns(model), &moe->hidden));
+  TRY(train_take(arena, CORE_REAL_DTYPE, R, F, &moe->active));
+  TRY(ARENA_TAKE(arena, E * model->env->layout.expert_ranks, &moe->dispatch.counts));
+  TRY(ARENA_TAKE(arena, local_experts(model) + 1, &moe->dispatch.group));
+  return CORE_OK;
+}
+
+/* With one rank in the expert group a row's place at the sender is its place at the expert: the receiving
+ * buffers are the sending ones and nothing is copied. */
+core_status train_moe_scratch_plan(train_model *model, core_arena *arena) {
+  train_moe_scratch *s = &model->moe_scratch;
+  const train_settings *settings = model->env->settings;
+  int64_t K = settings->model.moe.choose, E = settings->model.moe.experts, F = expert_hidden(model);
+  int64_t rows = model->T * K, R = model->limits.expert_rows, e = model->env->layout.expert_ranks;
+  bool alone = e == 1, training = model->limits.training;
+  s->expert_rows = R;
+  TRY(train_take(arena, CORE_REAL_DTYPE, alone ? 0 : rows, model->C, &s->send_x));
+  TRY(train_take(arena, CORE_REAL_DTYPE, training ? rows : 0, model->C, &s->send_dy));
+  TRY(train_take(arena, CORE_REAL_DTYPE, training ? rows : 0, model->C, &s->send_dx));
+  TRY(train_take(arena, CORE_REAL_DTYPE, alone ? 0 : R, model->C, &s->recv_y));
+  TRY(train_take(arena, CORE_REAL_DTYPE, alone || !training ? 0 : R, model->C, &s->recv_dx));
+  TRY(train_take(arena, CORE_REAL_DTYPE, training ? R : 0, F * train_activation_columns(model), &s->d_hidden));
+  TRY(train_take(arena, CORE_REAL_DTYPE, training ? R : 0, F, &s->d_active));
+  TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, K, &s->d_gate));
+  TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, E, &s->d_logits));
+  TRY(ARENA_TAKE(arena, E, &s->send));
+  TRY(ARENA_TAKE(arena, E, &s->recv));
+  TRY(train_capacity_plan(model, arena));
+  return CORE_OK;
+}
+
+/* ---- forward ---- */
+
+static core_status route(train_model *model, train_moe *moe, core_tensor x, train_mode mode) {
+  train_env *env = model->env;
+  const train_settings *s = env->settings;
+  int64_t T = x.shape[0];
+  core_tensor logits = train_rows(moe->logits, T), prob = train_rows(moe->prob, T);
+  core_tensor noisy = logits, noisy_prob = prob;
+  KERN(env, router_logits, x, train_parameter_value(&model->parameters, moe->router), train_none(), logits);
+  KERN(env, softmax_fwd, logits, prob);
+  moe->noise = s->model.moe.noise > 0 && mode != TRAIN_MODE_EVALUATE;
+  if (moe->noise) {
+    noisy = train_rows(moe->noisy, T);
+    noisy_prob = train_rows(moe->noisy_prob, T);
+    uint64_t stream = core_random_stream(CORE_RANDOM_ROUTER, (uint64_t)env->step, (uint64_t)moe->index);
+    KERN(env, router_noise, logits, s->run.seed, stream, train_rows(model->items.key, T),
+         s->model.moe.noise / (double)s->model.moe.experts, noisy);
+    KERN(env, softmax_fwd, noisy, noisy_prob);
+  }
+  KERN(env, router_choose, (kern_gate)s->model.moe.gate, noisy, noisy_prob, train_rows(moe->choice, T),
+       train_rows(moe->gate, T));
+  return CORE_OK;
+}
+
+static core_tensor noisy_logits(const train_moe *moe, int64_t T) {
+  return train_rows(moe->noise ? moe->noisy : moe->logits, T);
+}
+
+static core_tensor noisy_prob(const train_moe *moe, int64_t T) {
+  return train_rows(moe->noise ? moe->noisy_prob : moe->prob, T);
+}
+
+static double noise_deviation(const train_model *model, const train_moe *moe) {
+  const train_settings *s = model->env->settings;
+  return moe->noise ? s->model.moe.noise / (double)s->model.moe.experts : 0;
+}
+
+/* Rows of modality m in a tensor of all tokens. */
+static core_tensor of_modality(const train_model *model, int32_t m, core_tensor all) {
+  const int64_t *first = model->items.row_first;
+  return train_slice(all, first[m], first[m + 1] - first[m]);
+}
+
+static void count_choices(const train_model *model, const train_moe *moe, int32_t m) {
+  const train_moe_sums *sums = &model->sums;
+  int64_t *count = train_moe_counts(sums, moe->index, m), E = sums->experts, K = moe->choice.shape[1];
+  const int32_t *choice = moe->choice.data, *slot = moe->slot.data;
+  for (int64_t t = model->items.row_first[m]; t < model->items.row_first[m + 1]; t++) {
+    int64_t kept = 0;
+    for (int64_t k = t * K; k < (t + 1) * K; k++) {
+      count[choice[k]]++;
+      if (slot[k] < 0) continue;
+      count[E + choice[k]]++;
+      kept++;
+    }
+    count[2 * E] += kept > 0;
+    count[2 * E + 1]++;
+  }
+}
+
+static core_status add_sums(train_model *model, train_moe *moe, core_tensor x) {
+  train_env *env = model->env;
+  int64_t T = x.shape[0];
+  for (int32_t m = 0; m < env->layout.modalities; m++) {
+    double *value = train_moe_values(&model->sums, moe->index, m);
+    kern_router_sums part = {value[0], value[1], value[2], value + 3, value + 3 + model->sums.experts};
+    KERN(env, router_sums, of_modality(model, m, moe->logits), of_modality(model, m, moe->prob),
+         of_modality(model, m, noisy_logits(moe, T)), of_modality(model, m, moe->choice), noise_deviation(model, moe),
+         &part);
+    value[0] = part.tokens;
+    value[1] = part.z;
+    value[2] = part.entropy;
+    count_choices(model, moe, m);
+  }
+  return CORE_OK;
+}
+
+static core_tensor weights_in(const train_model *model, const train_moe *moe) {
+  return train_parameter_values(&model->parameters, moe->in, local_experts(model));
+}
+
+static core_tensor weights_out(const train_model *model, const train_moe *moe) {
+  return train_parameter_values(&model->parameters, moe->out, local_experts(model));
+}
+
+/* received -> hidden -> active, for the rows of the current round. */
+static core_status experts_inner(train_model *model, train_moe *moe) {
+  train_env *env = model->env;
+  int64_t n = moe->dispatch.rows;
+  KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->received, n), weights_in(model, moe), KERN_SET,
+       train_rows(moe->hidden, n));
+  TRY(train_activate(model, train_rows(moe->hidden, n), train_rows(moe->active, n)));
+  return CORE_OK;
+}
+
+static core_status send_inputs(train_model *model, train_moe *moe, int64_t round, core_tensor x) {
+  train_env *env = model->env;
+  bool alone = env->layout.expert_ranks == 1;
+  core_tensor staging = train_rows(alone ? moe->received : model->moe_scratch.send_x, moe->dispatch.sent);
+  if (round == 0 || x.data)
+    KERN(env, gather_rows, x, train_rows(moe->index_rows, moe->dispatch.sent), staging);
+  train_dispatch_round(model, moe, round);
+  TRY(train_dispatch_send(model, moe, round, staging, moe->received));
+  return CORE_OK;
+}
+
+static core_status experts_forward(train_model *model, train_moe *moe, core_tensor x) {
+  train_env *env = model->env;
+  core_tensor out = env->layout.expert_ranks == 1 ? moe->returned : model->moe_scratch.recv_y;
+  for (int64_t round = 0; round < moe->dispatch.rounds; round++) {
+    TRY(send_inputs(model, moe, round, round == 0 ? x : train_none()));
+    TRY(experts_inner(model, moe));
+    int64_t n = moe->dispatch.rows;
+    KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->active, n), weights_out(model, moe), KERN_SET,
+         train_rows(out, n));
+    TRY(train_dispatch_return(model, moe, round, out, moe->returned));
+  }
+  return CORE_OK;
+}
+
+core_status train_moe_forward(train_model *model, train_moe *moe, core_tensor x, int mode, core_tensor y) {
+  train_env *env = model->env;
+  const train_settings *s = env->settings;
+  int64_t T = x.shape[0];
+  TRY(route(model, moe, x, (train_mode)mode));
+  moe->drops = s->model.moe.dispatch == TRAIN_CAPACITY && mode != TRAIN_MODE_EVALUATE;
+  if (moe->drops) TRY(train_capacity_keep(model, moe));
+  TRY(train_dispatch_make(model, moe, T));
+  if (mode != TRAIN_MODE_AGAIN) TRY(add_sums(model, moe, x));
+  TRY(experts_forward(model, moe, x));
+  KERN(env, combine_fwd, train_rows(moe->returned, moe->dispatch.sent), train_rows(moe->slot, T),
+       train_rows(moe->gate, T), KERN_ADD, y);
+  return CORE_OK;
+}
+
+/* ---- backward ---- */
+
+/* Gradients of one round; the round's inputs and activations are in place. dy, dx: [rows, C] at the experts. */
+static core_status experts_round_backward(train_model *model, train_moe *moe, core_tensor dy, core_tensor dx) {
+  train_env *env = model->env;
+  train_moe_scratch *s = &model->moe_scratch;
+  train_parameters *p = &model->parameters;
+  const int64_t *group = moe->dispatch.group;
+  int64_t n = moe->dispatch.rows, count = local_experts(model);
+  core_tensor d_active = train_rows(s->d_active, n), d_hidden = train_rows(s->d_hidden, n);
+  dy = train_rows(dy, n);
+  KERN(env, gemm_grouped, KERN_TN, group, dy, train_rows(moe->active, n), KERN_ADD,
+       train_parameter_gradients(p, moe->out, count));
+  KERN(env, gemm_grouped, KERN_NN, group, dy, weights_out(model, moe), KERN_SET, d_active);
+  TRY(train_activate_backward(model, d_active, train_rows(moe->hidden, n), d_hidden));
+  KERN(env, gemm_grouped, KERN_TN, group, d_hidden, train_rows(moe->received, n), KERN_ADD,
+       train_parameter_gradients(p, moe->in, count));
+  KERN(env, gemm_grouped, KERN_NN, group, d_hidden, weights_in(model, moe), KERN_SET, train_rows(dx, n));
+  return CORE_OK;
+}
+
+/* Last round first: its activations are still there. */
+static core_status experts_backward(train_model *model, train_moe *moe, core_tensor x) {
+  train_moe_scratch *s = &model->moe_scratch;
+  bool alone = model->env->layout.expert_ranks == 1;
+  core_tensor dy = alone ? s->send_dy : s->recv_y, dx = alone ? s->send_dx : s->recv_dx;
+  for (int64_t round = moe->dispatch.rounds - 1; round >= 0; round--) {
+    if (round < moe->dispatch.rounds - 1) {
+      TRY(send_inputs(model, moe, round, x));
+      TRY(experts_inner(model, moe));
+    }
+    TRY(train_dispatch_send(model, moe, round, s->send_dy, dy));
+    TRY(experts_round_backward(model, moe, dy, dx));
+    TRY(train_dispatch_return(model, moe, round, dx, s->send_dx));
+  }
+  return CORE_OK;
+}
+
+static core_status router_backward(train_model *model, train_moe *moe, core_tensor x, const kern_router_weights *weights,
+                                   core_tensor dx) {
+  train_env *env = model->env;
+  train_parameters *p = &model->parameters;
+  int64_t T = x.shape[0];
+  core_tensor d_logits = train_rows(model->moe_scratch.d_logits, T);
+  KERN(env, router_gate_bwd, (kern_gate)env->settings->model.moe.gate, train_rows(model->moe_scratch.d_gate, T),
+       noisy_prob(moe, T), train_rows(moe->choice, T), train_rows(moe->gate, T), KERN_SET, d_logits);
+  for (int32_t m = 0; m < env->layout.modalities; m++) {
+    kern_router_weights part = weights[m];
+    part.sigma = noise_deviation(model, moe);
+    KERN(env, router_sums_bwd, &part, of_modality(model, m, moe->logits), of_modality(model, m, moe->prob),
+         of_modality(model, m, noisy_logits(moe, T)), of_modality(model, m, moe->choice),
+         of_modality(model, m, d_logits));
+  }
+  KERN(env, gemm, KERN_TN, d_logits, x, KERN_ADD, train_parameter_gradient(p, moe->router));
+  KERN(env, gemm, KERN_NN, d_logits, train_parameter_value(p, moe->router), KERN_ADD, dx);
+  return CORE_OK;
+}
+
+core_status train_moe_backward(train_model *model, train_moe *moe, core_tensor x, core_tensor dy,
+                               const kern_router_weights *weights, core_tensor dx) {
+  train_env *env = model->env;
+  train_moe_scratch *s = &model->moe_scratch;
+  int64_t T = x.shape[0], sent = moe->dispatch.sent;
+  core_tensor slot = train_rows(moe->slot, T);
+  KERN(env, combine_bwd, dy, train_rows(moe->returned, sent), slot, train_rows(moe->gate, T),
+       train_rows(s->send_dy, sent), train_rows(s->d_gate, T));
+  TRY(experts_backward(model, moe, x));
+  KERN(env, combine_fwd, train_rows(s->send_dx, sent), slot, train_none(), KERN_SET, dx);
+  TRY(router_backward(model, moe, x, weights, dx));
+  return CORE_OK;
+}

@@ -1,0 +1,72 @@
+/* Self-attention inside each item: [q | k | v] = x W^T, rotated where positions are RoPE, mixed, y += mixed O^T.
+ * Matrices start at N(0, 1/sqrt(fan in)); O is divided by sqrt(2 L), so that the residual stream keeps its size. */
+#include <math.h>
+
+#include "trainer/model/tower.h"
+
+core_status train_attention_declare(train_model *model, train_block *block) {
+  int64_t C = model->C, inner = model->H * model->A;
+  train_parameter matrix = {.rank = 2, .init = TRAIN_INIT_NORMAL, .decay = true};
+  matrix.shape[0] = (model->H + 2 * model->G) * model->A;
+  matrix.shape[1] = C;
+  matrix.init_value = 1 / sqrt((double)C);
+  TRY(train_declare(model, matrix, &block->attention.qkv, "blocks.%d.attention.qkv.weight", block->layer));
+  matrix.shape[0] = C;
+  matrix.shape[1] = inner;
+  matrix.init_value = 1 / sqrt((double)inner * 2 * (double)model->L);
+  TRY(train_declare(model, matrix, &block->attention.out, "blocks.%d.attention.out.weight", block->layer));
+  return CORE_OK;
+}
+
+core_status train_attention_plan(train_model *model, train_block *block, core_arena *arena) {
+  train_attention_layer *layer = &block->attention;
+  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, (model->H + 2 * model->G) * model->A, &layer->qkv_rows));
+  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->H * model->A, &layer->mixed));
+  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->H, &layer->lse));
+  return CORE_OK;
+}
+
+static kern_attention describe(const train_model *model) {
+  return (kern_attention){.segments = {model->items.offset, model->items.segments},
+                          .heads = (int32_t)model->H,
+                          .kv_heads = (int32_t)model->G,
+                          .head_width = (int32_t)model->A,
+                          .mask = KERN_BIDIRECTIONAL,
+                          .scale = 1 / sqrt((double)model->A)};
+}
+
+core_status train_attention_forward(train_model *model, train_block *block, core_tensor x, core_tensor y) {
+  train_env *env = model->env;
+  train_attention_layer *layer = &block->attention;
+  train_parameters *p = &model->parameters;
+  int64_t T = x.shape[0];
+  kern_attention attention = describe(model);
+  core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
+  KERN(env, gemm, KERN_NT, x, train_parameter_value(p, layer->qkv), KERN_SET, qkv);
+  if (model->rotates)
+    KERN(env, rope, KERN_ROTATE, (int32_t)(model->H + model->G), train_rows(model->items.position, T),
+         model->inverse_frequency, qkv);
+  KERN(env, attention_fwd, &attention, qkv, mixed, train_rows(layer->lse, T));
+  KERN(env, gemm, KERN_NT, mixed, train_parameter_value(p, layer->out), KERN_ADD, y);
+  return CORE_OK;
+}
+
+core_status train_attention_backward(train_model *model, train_block *block, core_tensor x, core_tensor dy,
+                                     core_tensor dx) {
+  train_env *env = model->env;
+  train_attention_layer *layer = &block->attention;
+  train_parameters *p = &model->parameters;
+  int64_t T = x.shape[0];
+  kern_attention attention = describe(model);
+  core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
+  core_tensor d_mixed = train_rows(model->d_mixed, T), d_qkv = train_rows(model->d_qkv, T);
+  KERN(env, gemm, KERN_TN, dy, mixed, KERN_ADD, train_parameter_gradient(p, layer->out));
+  KERN(env, gemm, KERN_NN, dy, train_parameter_value(p, layer->out), KERN_SET, d_mixed);
+  KERN(env, attention_bwd, &attention, d_mixed, qkv, mixed, train_rows(layer->lse, T), d_qkv);
+  if (model->rotates)
+    KERN(env, rope, KERN_ROTATE_BACK, (int32_t)(model->H + model->G), train_rows(model->items.position, T),
+         model->inverse_frequency, d_qkv);
+  KERN(env, gemm, KERN_TN, d_qkv, x, KERN_ADD, train_parameter_gradient(p, layer->qkv));
+  KERN(env, gemm, KERN_NN, d_qkv, train_parameter_value(p, layer->qkv), KERN_SET, dx);
+  return CORE_OK;
+}

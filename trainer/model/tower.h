@@ -1,0 +1,158 @@
+/* The tower: connectors, blocks, pooled heads. Packed tokens of all modalities in one matrix; inside a rank they lie by modality, then
+ * sample, then position, so that a modality is one range of rows. Order that has a meaning (ties, capacity, noise) comes from keys that name the
+ * global place of a token, never from the row.
+ *
+ *   latents_m -> standardize -> connector_m (+ positions) -> blocks -> RMSNorm -> mean over each item -> head_m -> L2 norm
+ *
+ * Reading order: tower.c, connector.c, block.c, self_attention.c, feed_forward.c, moe_layer.c, moe_dispatch.c,
+ * moe_capacity.c, pooled_head.c. */
+#ifndef TRAIN_TOWER_H
+#define TRAIN_TOWER_H
+
+#include "trainer/env.h"
+#include "trainer/model/moe.h"
+#include "trainer/parameter.h"
+
+/* The items of one micro-batch on this rank. */
+typedef struct train_items {
+  int64_t tokens, segments;                    /* T, S */
+  int64_t *offset;                             /* [S + 1] rows, host */
+  int64_t row_first[CORE_MAX_MODALITIES + 1];  /* modality m: rows [row_first[m], row_first[m + 1]) */
+  int64_t segment_first[CORE_MAX_MODALITIES + 1];
+  const int64_t *part_offset[CORE_MAX_MODALITIES]; /* of m's items, counted from m's first row; lent by the batch */
+  int64_t sample_first[CORE_MAX_MODALITIES];   /* place in the global batch of the first segment of m */
+  core_tensor position;                        /* int32 [T] for RoPE; 0 where a modality has none */
+  core_tensor key;                             /* uint64 [T] global place: (sample M + m) 2^24 + position */
+  core_tensor latent[CORE_MAX_MODALITIES];     /* lent by the batch, stored dtype [T_m, D_m] */
+} train_items;
+
+typedef struct train_norm {
+  int32_t weight; /* parameter */
+  core_tensor out, inv; /* [T, C], [T] */
+} train_norm;
+
+typedef struct train_attention_layer {
+  int32_t qkv, out;           /* parameters [(H + 2G) A, C], [C, H A] */
+  core_tensor qkv_rows, mixed, lse; /* [T, (H + 2G) A], [T, H A], [T, H] */
+} train_attention_layer;
+
+typedef struct train_feed_forward {
+  int32_t in, out; /* parameters [2F or F, C], [C, F] */
+  core_tensor hidden, active; /* [T, 2F or F], [T, F] */
+} train_feed_forward;
+
+typedef struct train_block {
+  int32_t layer;
+  bool has_moe;
+  train_norm attention_norm, forward_norm;
+  train_attention_layer attention;
+  train_feed_forward dense;
+  train_moe moe;
+  core_tensor middle, output; /* residual stream after attention, after the feed-forward [T, C] */
+} train_block;
+
+typedef struct train_connector_layer {
+  int32_t first, first_bias, second, second_bias, position; /* parameters, -1 absent */
+  int64_t width, hidden;                                     /* D, hidden of an mlp */
+  core_tensor shift, scale;            /* standardisation, core_real [D]; checkpointed */
+  core_tensor input, before, active;   /* [T_m, D], [T_m, hidden] x 2 */
+} train_connector_layer;
+
+typedef struct train_head {
+  int32_t weight;                     /* [Z, C] */
+  core_tensor raw, z, norm, gradient; /* [n, Z], [n, Z], [n], [n, Z] */
+} train_head;
+
+/* Sizes that memory is planned for. */
+typedef struct train_model_limits {
+  int64_t tokens[CORE_MAX_MODALITIES];   /* rows of modality m in one micro-batch */
+  int64_t segments[CORE_MAX_MODALITIES]; /* items */
+  int64_t group_tokens;                  /* tokens of a micro-batch in the whole expert group */
+  int64_t expert_rows;                   /* rows of an expert buffer of one round */
+  int64_t width[CORE_MAX_MODALITIES];    /* D */
+  bool training;
+} train_model_limits;
+
+typedef struct train_model {
+  train_env *env;
+  train_parameters parameters;
+  train_model_limits limits;
+  int64_t C, L, H, G, A, F, Z, T, S; /* T, S: largest */
+  train_connector_layer connector[CORE_MAX_MODALITIES];
+  train_block *block; /* [L] */
+  train_norm final_norm;
+  train_head head[CORE_MAX_MODALITIES];
+  int32_t log_scale;             /* parameter: log of 1 / temperature */
+  core_tensor input, pooled;     /* [T, C], [S, C] */
+  core_tensor inverse_frequency; /* [A / 2] */
+  bool rotates;
+  /* gradients on their way down, shared by all layers */
+  core_tensor d_stream, d_norm, d_mixed, d_qkv, d_hidden, d_active, d_pooled;
+  train_moe_scratch moe_scratch;
+  int32_t moe_layers;
+  train_moe_sums sums; /* of the current step */
+  train_items items;
+} train_model;
+
+/* Declares all parameters; world sizes come from env->layout. width: [M] of the data. Local. */
+CORE_NODISCARD core_status train_model_create(train_env *env, const int64_t *width, train_model **out);
+/* Plans memory for `limits`; call in the dry and in the real phase of each arena. */
+CORE_NODISCARD core_status train_model_plan(train_model *model, const train_model_limits *limits,
+                                            core_arena *parameters, core_arena *activations);
+void train_model_destroy(train_model *model);
+
+/* Fills model->items from micro-batch `micro` of a batch. */
+CORE_NODISCARD core_status train_model_take(train_model *model, const data_batch *batch, int64_t micro);
+/* How a forward pass is meant. */
+typedef enum train_mode {
+  TRAIN_MODE_TRAIN, /* noise, capacity; sums are added to model->sums */
+  TRAIN_MODE_AGAIN, /* the same numbers, sums not added: second pass of accumulation */
+  TRAIN_MODE_EVALUATE, /* no noise, dropless; sums are added */
+} train_mode;
+/* items -> head[m].z. Collective over the expert group. */
+CORE_NODISCARD core_status train_model_forward(train_model *model, train_mode mode);
+/* head[m].gradient (d loss / d z) -> parameter gradients, accumulated. router: [moe_layers][M] derivatives of the loss by the sums.
+ * Collective over the expert group. After TRAIN or AGAIN of the same items. */
+CORE_NODISCARD core_status train_model_backward(train_model *model, const kern_router_weights *router);
+
+/* ---- parts, in the order of the pass; each file documents its mathematics ---- */
+
+core_status train_connector_declare(train_model *model, int32_t m);
+core_status train_connector_plan(train_model *model, int32_t m, core_arena *arena);
+core_status train_connector_forward(train_model *model, int32_t m, core_tensor x);
+core_status train_connector_backward(train_model *model, int32_t m, core_tensor dx);
+
+core_status train_block_declare(train_model *model, int32_t layer);
+core_status train_block_plan(train_model *model, int32_t layer, core_arena *arena);
+core_status train_block_forward(train_model *model, int32_t layer, core_tensor x, train_mode mode);
+/* dx: gradient of the block's output on entry, of its input on return. x: the block's input. */
+core_status train_block_backward(train_model *model, int32_t layer, core_tensor x, const kern_router_weights *router,
+                                 core_tensor dx);
+
+core_status train_attention_declare(train_model *model, train_block *block);
+core_status train_attention_plan(train_model *model, train_block *block, core_arena *arena);
+core_status train_attention_forward(train_model *model, train_block *block, core_tensor x, core_tensor y);
+core_status train_attention_backward(train_model *model, train_block *block, core_tensor x, core_tensor dy,
+                                     core_tensor dx);
+
+core_status train_feed_forward_declare(train_model *model, train_block *block);
+core_status train_feed_forward_plan(train_model *model, train_block *block, core_arena *arena);
+core_status train_feed_forward_forward(train_model *model, train_block *block, core_tensor x, core_tensor y);
+core_status train_feed_forward_backward(train_model *model, train_block *block, core_tensor x, core_tensor dy,
+                                        core_tensor dx);
+/* hidden -> active by the configured activation, and back (d_hidden set). */
+core_status train_activate(train_model *model, core_tensor hidden, core_tensor active);
+core_status train_activate_backward(train_model *model, core_tensor d_active, core_tensor hidden, core_tensor d_hidden);
+/* 2 for gated activations: columns of `hidden` per column of `active`. */
+int64_t train_activation_columns(const train_model *model);
+
+core_status train_head_declare(train_model *model, int32_t m);
+core_status train_head_plan(train_model *model, int32_t m, core_arena *arena);
+core_status train_head_forward(train_model *model, int32_t m);
+core_status train_head_backward(train_model *model, int32_t m);
+
+/* Adds a parameter by printf-like name. */
+core_status train_declare(train_model *model, train_parameter parameter, int32_t *index, const char *format, ...)
+    CORE_PRINTF(4, 5);
+
+#endif

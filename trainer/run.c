@@ -1,0 +1,420 @@
+/* Outline: open the session, take the run directory, resume or start, loop. Ranks agree once a step, when their batch
+ * is ready: on errors, on the request to stop, and on whether the checkpoint in progress is written everywhere. */
+#include "trainer/run.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h> /* flock */
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "checkpoint/checkpoint.h"
+#include "core/clock.h"
+#include "core/file.h"
+#include "core/log.h"
+#include "core/stop.h"
+#include "trainer/metrics.h"
+#include "trainer/session.h"
+#include "trainer/state.h"
+
+enum { PATH = 1024 };
+
+typedef struct run {
+  train_session *session;
+  train_env *env;
+  const train_settings *settings;
+  char directory[PATH], checkpoints[PATH];
+  int lock;
+  data_stream *stream;
+  data_position position;
+  int64_t saved_step;     /* step of the newest checkpoint begun, -1 none */
+  int64_t failures;       /* non-finite steps in a row */
+  train_state_tensors tensors;
+  ckpt_writer *writer;
+  train_metrics *metrics; /* rank 0 */
+  double started, last_line;
+  int64_t first_step;
+  double waited, save_seconds; /* since the last step */
+  double rate_tokens;          /* tokens per second, smoothed, for the progress line */
+} run;
+
+/* ---- the run directory ---- */
+
+static core_status take_directory(run *r) {
+  char path[PATH + 32];
+  TRY(core_file_make_directories(r->directory));
+  TRY(core_file_make_directories(r->checkpoints));
+  snprintf(path, sizeof path, "%s/lock", r->directory);
+  TRY(core_file_open(path, O_RDWR | O_CREAT, &r->lock));
+  if (flock(r->lock, LOCK_EX | LOCK_NB) != 0)
+    FAIL(CORE_ERR_IO, "another process is running in %s (its lock is held); wait for it or choose another run.directory",
+         r->directory);
+  snprintf(path, sizeof path, "%s/log.txt", r->directory);
+  TRY(core_log_open(path));
+  snprintf(path, sizeof path, "%s/config.yaml", r->directory);
+  const char *text = core_config_text(r->env->config);
+  TRY(core_file_replace(path, text, strlen(text)));
+  return CORE_OK;
+}
+
+static core_status prepare_directory(run *r) {
+  int32_t rank = comm_rank(r->env->world);
+  TRY(comm_agree(r->env->control, rank == 0 ? take_directory(r) : CORE_OK));
+  comm_options options = {.deadline = r->settings->run.deadline, .directory = r->directory};
+  TRY(comm_configure(r->env->comm, &options));
+  return CORE_OK;
+}
+
+/* ---- resume ---- */
+
+static core_status check_meta(const run *r, const train_state_meta *meta, const char *path) {
+  uint64_t now = data_set_fingerprint(r->session->training);
+  CHECK(meta->fingerprint == now, CORE_ERR_MISMATCH,
+        "the training shards are not those of the checkpoint %s (fingerprint %016llx, now %016llx): the place in the "
+        "data would mean nothing",
+        path, (unsigned long long)meta->fingerprint, (unsigned long long)now);
+  if (meta->config && strcmp(meta->config, core_config_text(r->env->config)) != 0)
+    LOG_INFO("the configuration differs from the one stored in %s; the present one holds", path);
+  return CORE_OK;
+}
+
+static core_status load(run *r, ckpt_reader *reader) {
+  train_state_meta meta;
+  TRY(train_state_meta_read(ckpt_reader_meta(reader), &meta));
+  core_status status = check_meta(r, &meta, ckpt_reader_path(reader));
+  free(meta.config);
+  TRY(comm_agree(r->env->control, status));
+  TRY(ckpt_reader_load(reader, r->tensors.list, r->tensors.count));
+  r->env->step = meta.step;
+  r->position = meta.position;
+  LOG_INFO("resumed at step %lld from %s (written by %lld ranks, expert-parallel size %lld)", (long long)meta.step,
+           ckpt_reader_path(reader), (long long)meta.ranks, (long long)meta.expert_ranks);
+  return CORE_OK;
+}
+
+static core_status start_or_resume(run *r, const char *resume) {
+  ckpt_reader *reader = NULL;
+  bool automatic = strcmp(resume, "auto") == 0, never = strcmp(resume, "never") == 0;
+  if (automatic || never)
+    TRY(ckpt_reader_newest(r->env->control, r->checkpoints, &reader));
+  else
+    TRY(ckpt_reader_open(r->env->control, resume, &reader));
+  if (reader && never) {
+    ckpt_reader_close(reader);
+    FAIL(CORE_ERR_ARGUMENT, "%s already holds checkpoints; use --resume auto, or another run.directory", r->checkpoints);
+  }
+  if (!reader) {
+    TRY(train_session_standardise(r->session));
+    return CORE_OK;
+  }
+  core_status status = load(r, reader);
+  ckpt_reader_close(reader);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  r->saved_step = automatic ? r->env->step : -1;
+  return CORE_OK;
+}
+
+/* ---- saving ---- */
+
+static core_status begin_save(run *r) {
+  char *json = NULL;
+  double start = core_clock_now();
+  train_state_meta meta = {.step = r->env->step,
+                           .position = r->position,
+                           .fingerprint = data_set_fingerprint(r->session->training),
+                           .ranks = r->env->layout.ranks,
+                           .expert_ranks = r->env->layout.expert_ranks,
+                           .config = (char *)(uintptr_t)core_config_text(r->env->config)};
+  comm_note(r->env->comm, r->env->step, -1, "checkpoint");
+  TRY(train_state_meta_write(&meta, &json));
+  core_status status = ckpt_writer_begin(r->writer, r->env->step, json);
+  free(json);
+  r->save_seconds += core_clock_now() - start;
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  r->saved_step = r->env->step;
+  return CORE_OK;
+}
+
+static core_status commit_save(run *r) {
+  if (!ckpt_writer_busy(r->writer)) return CORE_OK;
+  double start = core_clock_now();
+  comm_note(r->env->comm, r->env->step, -1, "checkpoint");
+  core_status status = ckpt_writer_commit(r->writer);
+  r->save_seconds += core_clock_now() - start;
+  if (status != CORE_OK) {
+    r->saved_step = -1;
+    return core_error_trace(status, __func__, __FILE__, __LINE__);
+  }
+  ckpt_figures figures;
+  ckpt_writer_figures(r->writer, &figures);
+  LOG_INFO("saved %s/step-%08lld (%.1f MiB of this rank, %.2f s in the background)", r->checkpoints,
+           (long long)r->saved_step, (double)figures.stored_bytes / 1048576, figures.write_seconds);
+  return CORE_OK;
+}
+
+/* A save that fails does not stop training: the previous checkpoint is still there. */
+static void warn_save(run *r, core_status status) {
+  if (status == CORE_OK) return;
+  LOG_WARNING("the checkpoint of step %lld failed, training goes on; the previous one is kept: %s",
+              (long long)r->env->step, core_error_get()->message);
+  r->saved_step = -1;
+}
+
+/* Now and to the end; used when the run ends. */
+static core_status save_now(run *r) {
+  if (ckpt_writer_busy(r->writer)) warn_save(r, commit_save(r));
+  if (r->saved_step == r->env->step) return CORE_OK;
+  TRY(begin_save(r));
+  TRY(commit_save(r));
+  return CORE_OK;
+}
+
+/* ---- evaluation ---- */
+
+static core_status evaluate(run *r, bool table) {
+  train_retrieval *result = malloc(sizeof *result);
+  CHECK(result, CORE_ERR_MEMORY, "no memory for the evaluation");
+  core_status status = train_retrieval_run(r->session, result);
+  if (status == CORE_OK) {
+    LOG_INFO("step %lld: mean R@1 on %s %.2f %% (%.1f s)", (long long)r->env->step, r->settings->data.validation,
+             100 * train_retrieval_mean(result), result->seconds);
+    if (r->metrics) {
+      status = train_metrics_evaluation(r->metrics, r->env->step, result);
+      if (table) train_retrieval_print(result, r->settings, stdout);
+    }
+    status = comm_agree(r->env->control, status);
+  }
+  free(result);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  return CORE_OK;
+}
+
+/* ---- the loop ---- */
+
+/* What ranks agree on before each step. */
+typedef struct agreement {
+  bool stop, saved; /* any rank was asked to stop; the save in progress is written on all ranks */
+} agreement;
+
+static core_status agree(run *r, core_status status, agreement *out) {
+  bool stopped = core_stop_requested() || status == CORE_ERR_STOPPED;
+  int64_t flags[3] = {status != CORE_OK && status != CORE_ERR_STOPPED, stopped, !ckpt_writer_ready(r->writer)};
+  TRY(comm_all_reduce(r->env->control, COMM_MAX, CORE_INT64, flags, 3));
+  if (flags[0]) TRY(comm_agree(r->env->control, status == CORE_ERR_STOPPED ? CORE_OK : status));
+  out->stop = flags[1];
+  out->saved = !flags[2];
+  return CORE_OK;
+}
+
+static void show_progress(run *r, const train_report *report) {
+  const train_settings *s = r->settings;
+  int64_t tokens = 0, done = report->step - r->first_step;
+  double now = core_clock_now(), elapsed = now - r->started;
+  for (int32_t m = 0; m < r->env->layout.modalities; m++) tokens += report->tokens[m];
+  r->rate_tokens = r->rate_tokens == 0 ? (double)tokens / report->wall
+                                       : 0.9 * r->rate_tokens + 0.1 * (double)tokens / report->wall;
+  double left = done > 0 ? elapsed / (double)done * (double)(s->run.steps - report->step) : 0;
+  char line[256];
+  snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3g  rate %.3g  %.1fk tokens/s  wait %.1f %%  ETA %d:%02d",
+           (long long)report->step, (long long)s->run.steps, report->loss, report->norm, report->rate,
+           r->rate_tokens / 1000, 100 * report->seconds[TRAIN_PHASE_DATA] / report->wall, (int)left / 60,
+           (int)left % 60);
+  bool last = report->step == s->run.steps, due = report->step % s->run.log == 0 || last;
+  if (core_log_is_terminal() && !last) {
+    if (now - r->last_line > 0.1) core_log_progress("%s", line);
+    if (now - r->last_line > 0.1) r->last_line = now;
+  } else if (due) {
+    LOG_INFO("%s", line);
+  }
+}
+
+static core_status judge(run *r, const train_report *report) {
+  r->failures = report->skipped ? r->failures + 1 : 0;
+  if (!report->skipped) return CORE_OK;
+  bool stop = r->settings->run.non_finite == TRAIN_NON_FINITE_STOP || r->failures >= r->settings->run.failures;
+  CHECK(!stop, CORE_ERR_NON_FINITE,
+        "step %lld: loss %g, gradient norm %g; nothing was updated (%lld such steps in a row). The last checkpoint "
+        "holds the state before",
+        (long long)report->step, report->loss, report->norm, (long long)r->failures);
+  LOG_WARNING("step %lld: loss %g, gradient norm %g: the step is skipped", (long long)report->step, report->loss,
+              report->norm);
+  return CORE_OK;
+}
+
+static core_status after_step(run *r, const train_report *report) {
+  if (!r->metrics) return CORE_OK;
+  show_progress(r, report);
+  TRY(train_metrics_step(r->metrics, report, &r->session->stepper.contrastive, &r->position));
+  return CORE_OK;
+}
+
+/* One step with a batch in hand. A failure here is local and in the middle of collectives: it ends the job. */
+static core_status do_step(run *r, data_batch *batch, double started) {
+  train_env *env = r->env;
+  train_report report = {0};
+  memset(env->seconds, 0, sizeof env->seconds);
+  core_status status = train_stepper_run(&r->session->stepper, batch, &report);
+  if (status != CORE_OK && comm_size(env->world) > 1) comm_fail_stop(env->comm, status);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  r->position = batch->after;
+  env->step++;
+  env->seconds[TRAIN_PHASE_DATA] = r->waited;
+  env->seconds[TRAIN_PHASE_CHECKPOINT] = r->save_seconds;
+  r->save_seconds = 0;
+  memcpy(report.seconds, env->seconds, sizeof report.seconds);
+  report.wall = core_clock_now() - started;
+  TRY(comm_agree(env->control, after_step(r, &report)));
+  TRY(judge(r, &report));
+  return CORE_OK;
+}
+
+static core_status save_and_evaluate_when_due(run *r) {
+  const train_settings *s = r->settings;
+  int64_t step = r->env->step;
+  if (s->checkpoint.interval > 0 && step % s->checkpoint.interval == 0 && step < s->run.steps) {
+    if (ckpt_writer_busy(r->writer)) warn_save(r, commit_save(r));
+    warn_save(r, begin_save(r));
+  }
+  if (s->evaluate.interval > 0 && step % s->evaluate.interval == 0 && step < s->run.steps) TRY(evaluate(r, false));
+  return CORE_OK;
+}
+
+static core_status loop(run *r, train_outcome *outcome) {
+  train_env *env = r->env;
+  r->started = core_clock_now();
+  r->first_step = env->step;
+  *outcome = TRAIN_FINISHED;
+  while (env->step < r->settings->run.steps) {
+    double started = core_clock_now();
+    data_batch *batch = NULL;
+    agreement agreed = {false, false};
+    comm_note(env->comm, env->step, -1, "data");
+    core_status status = data_stream_get(r->stream, &batch);
+    r->waited = core_clock_now() - started;
+    status = agree(r, status, &agreed);
+    if (status == CORE_OK && agreed.saved && ckpt_writer_busy(r->writer)) warn_save(r, commit_save(r));
+    if (status == CORE_OK && !agreed.stop) status = do_step(r, batch, started);
+    if (batch) data_stream_put(r->stream, batch);
+    if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+    if (agreed.stop) {
+      *outcome = TRAIN_STOPPED;
+      return CORE_OK;
+    }
+    status = save_and_evaluate_when_due(r);
+    if (status == CORE_ERR_STOPPED) continue; /* the top of the loop sees the request */
+    if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  }
+  return CORE_OK;
+}
+
+/* ---- start and end ---- */
+
+static core_status describe(run *r) {
+  char layout[512];
+  train_memory memory = train_session_memory(r->session);
+  train_counts counts;
+  TRY(train_session_counts(r->session, &counts));
+  train_layout_describe(&r->env->layout, r->settings, layout, sizeof layout);
+  int64_t bytes = ckpt_writer_bytes(r->writer) + data_stream_bytes(r->stream);
+  LOG_INFO("%s; %s backend, %d threads a rank, transport %s", layout, r->env->ops->name,
+           r->env->ops->context_threads(r->env->kern), comm_transport_name(r->env->world));
+  LOG_INFO("%.2f M parameters, %.2f M active; %lld training samples, %lld held out", (double)counts.total / 1e6,
+           (double)counts.active / 1e6, (long long)data_set_samples(r->session->training),
+           (long long)(r->session->evaluation ? data_set_samples(r->session->evaluation) : 0));
+  LOG_INFO("planned memory of rank 0: %.1f MiB (parameters and optimizer %.1f, activations %.1f, objective %.1f, "
+           "kernels %.1f, data and checkpoint %.1f)",
+           (double)(memory.total + (size_t)bytes) / 1048576, (double)memory.parameters / 1048576,
+           (double)memory.activations / 1048576, (double)memory.objective / 1048576,
+           (double)memory.kernels / 1048576, (double)bytes / 1048576);
+  return CORE_OK;
+}
+
+static core_status open_local(run *r) {
+  if (comm_rank(r->env->world) == 0)
+    TRY(train_metrics_open(r->directory, r->env->step, r->session->model, &r->metrics));
+  TRY(train_session_stream(r->session, r->session->training, &r->env->layout, &r->position, true, &r->stream));
+  return CORE_OK;
+}
+
+static core_status open_run(run *r, const train_run_options *options) {
+  const train_settings *s = core_config_data(options->config);
+  bool evaluates = s->evaluate.interval > 0 || s->evaluate.at_end;
+  train_session_options session = {.config = options->config,
+                                   .comm = options->comm,
+                                   .purpose = TRAIN_PURPOSE_TRAIN,
+                                   .training_split = s->data.train,
+                                   .evaluation_split = evaluates ? s->data.validation : NULL};
+  TRY(train_session_open(&session, &r->session));
+  r->env = &r->session->env;
+  r->settings = s;
+  CHECK(strlen(s->run.directory) + 64 < PATH, CORE_ERR_CONFIG, "run.directory is too long");
+  snprintf(r->directory, sizeof r->directory, "%s", s->run.directory);
+  snprintf(r->checkpoints, sizeof r->checkpoints, "%.900s/checkpoints", s->run.directory);
+  TRY(prepare_directory(r));
+  TRY(comm_agree(r->env->control, train_state_list(r->session->model, true, &r->tensors)));
+  ckpt_options saving = {.directory = r->checkpoints,
+                         .keep = (int32_t)s->checkpoint.keep,
+                         .level = (int32_t)s->checkpoint.level,
+                         .threads = (int32_t)s->checkpoint.threads,
+                         .keep_every = s->checkpoint.keep_every};
+  TRY(ckpt_writer_create(r->env->control, &saving, r->tensors.list, r->tensors.count, &r->writer));
+  TRY(start_or_resume(r, options->resume));
+  TRY(comm_agree(r->env->control, open_local(r)));
+  TRY(describe(r));
+  return CORE_OK;
+}
+
+static core_status end_run(run *r, train_outcome *outcome) {
+  TRY(save_now(r));
+  if (*outcome == TRAIN_STOPPED) {
+    LOG_INFO("stopped on request at step %lld; the state is saved, start again to go on", (long long)r->env->step);
+    return CORE_OK;
+  }
+  if (r->settings->evaluate.at_end) {
+    core_status status = evaluate(r, true);
+    if (status == CORE_ERR_STOPPED) *outcome = TRAIN_STOPPED;
+    if (status != CORE_OK && status != CORE_ERR_STOPPED) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  }
+  return CORE_OK;
+}
+
+static void report_memory(const run *r) {
+  struct rusage usage;
+  if (getrusage(RUSAGE_SELF, &usage) == 0)
+    LOG_INFO("done: %lld steps in %.1f s; peak memory of rank 0: %.1f MiB", (long long)(r->env->step - r->first_step),
+             core_clock_now() - r->started, (double)usage.ru_maxrss / 1024);
+}
+
+static void close_run(run *r) {
+  core_log_progress("%s", "");
+  ckpt_writer_destroy(r->writer);
+  data_stream_close(r->stream);
+  train_metrics_close(r->metrics);
+  train_state_free(&r->tensors);
+  if (r->lock >= 0) close(r->lock);
+  train_session_close(r->session);
+  core_log_close();
+}
+
+core_status train_run(const train_run_options *options, train_outcome *outcome) {
+  run *r = calloc(1, sizeof *r);
+  CHECK(r, CORE_ERR_MEMORY, "no memory for the run");
+  r->lock = -1;
+  r->saved_step = -1;
+  core_status status = open_run(r, options);
+  if (status == CORE_OK) status = loop(r, outcome);
+  if (status == CORE_OK) status = end_run(r, outcome);
+  if (status == CORE_OK) report_memory(r);
+  core_error saved;
+  core_error_save(&saved);
+  close_run(r);
+  free(r);
+  if (status != CORE_OK) {
+    (void)core_error_restore(&saved);
+    return core_error_trace(status, __func__, __FILE__, __LINE__);
+  }
+  return CORE_OK;
+}

@@ -1,0 +1,346 @@
+#include "trainer/session.h"
+
+#include <math.h>
+#include <sched.h> /* sched_getaffinity */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h> /* sysconf */
+
+#include "core/log.h"
+
+/* ---- opening data ---- */
+
+static core_status open_set(train_session *session, const char *path, const char *split, data_set **out) {
+  const train_settings *s = session->env.settings;
+  const char *names[CORE_MAX_MODALITIES];
+  int32_t M = (int32_t)s->data.modalities_count;
+  for (int32_t m = 0; m < M; m++) names[m] = s->data.modalities[m].name;
+  TRY(data_set_open(path, split, names, M, out));
+  if (data_set_samples(*out) == 0) FAIL(CORE_ERR_FORMAT, "%s/%s holds no samples", path, split);
+  for (int32_t m = 0; m < M; m++) {
+    const data_modality_info *info = data_set_modality(*out, m);
+    char key[160];
+    snprintf(key, sizeof key, "data.modalities.%.96s.length", names[m]);
+    if (s->data.modalities[m].positions == TRAIN_POSITIONS_LEARNED && info->longest > s->data.modalities[m].length)
+      return core_config_refuse(session->env.config, key,
+                                "the longest sample of %s/%s has %lld tokens, so at least that many positions are needed",
+                                path, split, (long long)info->longest);
+  }
+  return CORE_OK;
+}
+
+static core_status check_widths(const train_session *session) {
+  const data_set *a = session->training, *b = session->evaluation;
+  for (int32_t m = 0; a && b && m < (int32_t)session->env.settings->data.modalities_count; m++) {
+    int64_t first = data_set_modality(a, m)->width, second = data_set_modality(b, m)->width;
+    CHECK(first == second, CORE_ERR_MISMATCH, "'%s' is %lld wide in the training split and %lld in the other",
+          data_set_modality(a, m)->name, (long long)first, (long long)second);
+  }
+  return CORE_OK;
+}
+
+static core_status open_data_local(train_session *session, const train_session_options *options) {
+  const train_settings *s = session->env.settings;
+  const char *path = options->data_path ? options->data_path : s->data.path;
+  TRY(kern_select(s->run.device, &session->env.ops));
+  if (options->training_split) TRY(open_set(session, path, options->training_split, &session->training));
+  if (options->evaluation_split) TRY(open_set(session, path, options->evaluation_split, &session->evaluation));
+  TRY(check_widths(session));
+  return CORE_OK;
+}
+
+static core_status open_data(train_session *session, const train_session_options *options) {
+  comm_group *control = session->env.control;
+  TRY(comm_agree(control, open_data_local(session, options)));
+  if (session->training)
+    TRY(comm_agree_value(control, "the list of training shards", data_set_fingerprint(session->training)));
+  if (session->evaluation)
+    TRY(comm_agree_value(control, "the list of evaluation shards", data_set_fingerprint(session->evaluation)));
+  return CORE_OK;
+}
+
+static const data_set *any_set(const train_session *session) {
+  return session->training ? session->training : session->evaluation;
+}
+
+/* ---- layout and groups ---- */
+
+/* Multiply-adds of one sample of modality m: the trunk per token (the experts a token passes included) and the connector. */
+static double sample_cost(const train_session *session, int32_t m) {
+  const train_settings *s = session->env.settings;
+  const data_modality_info *info = data_set_modality(any_set(session), m);
+  double tokens = (double)info->tokens / (double)data_set_samples(any_set(session));
+  double C = (double)s->model.width, hidden = s->model.hidden > 0 ? (double)s->model.hidden : 8.0 / 3 * C;
+  double trunk = (double)s->model.layers * (4 * C * C + 3 * C * hidden);
+  return tokens * (trunk + (double)info->width * C) + C * C;
+}
+
+static core_status make_layout(train_session *session) {
+  train_env *env = &session->env;
+  double cost[CORE_MAX_MODALITIES];
+  for (unsigned m = 0; m < env->settings->data.modalities_count; m++) cost[m] = sample_cost(session, (int32_t)m);
+  TRY(train_layout_make(env->config, comm_size(env->world), comm_rank(env->world), cost, &env->layout));
+  session->evaluation_layout = train_layout_with_batch(&env->layout, env->settings->evaluate.batch, 1);
+  return CORE_OK;
+}
+
+static core_status make_groups(train_env *env) {
+  const train_layout *layout = &env->layout;
+  TRY(comm_group_create(env->comm, layout->group, "expert", &env->expert));
+  TRY(comm_group_create(env->comm, layout->slot, "replica", &env->replica));
+  for (int32_t m = 0; m < layout->modalities; m++) {
+    char name[64];
+    snprintf(name, sizeof name, "modality %.40s", env->settings->data.modalities[m].name);
+    int32_t color = train_layout_holds(layout, layout->rank, m) ? 0 : -1;
+    TRY(comm_group_create(env->comm, color, name, &env->modality[m]));
+  }
+  return CORE_OK;
+}
+
+/* ---- sizes ---- */
+
+static int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+/* Largest micro-batch of modality m in rows, here and in the whole expert group. */
+static void add_limits(const data_set *set, const train_layout *layout, int32_t m, train_model_limits *limits,
+                       int64_t *group_rows) {
+  if (!set) return;
+  int64_t own = train_layout_most_samples(layout, layout->rank, m), rows = 0;
+  for (int32_t slot = 0; slot < layout->expert_ranks; slot++)
+    rows += data_set_most_rows(set, m, train_layout_most_samples(layout, layout->group * layout->expert_ranks + slot, m));
+  limits->segments[m] = larger(limits->segments[m], own);
+  limits->tokens[m] = larger(limits->tokens[m], data_set_most_rows(set, m, own));
+  *group_rows = larger(*group_rows, rows);
+}
+
+static train_model_limits find_limits(const train_session *session) {
+  const train_env *env = &session->env;
+  train_model_limits limits = {.training = session->purpose == TRAIN_PURPOSE_TRAIN};
+  int64_t K = env->settings->model.moe.choose, own = 0;
+  for (int32_t m = 0; m < env->layout.modalities; m++) {
+    int64_t group_rows = 0;
+    add_limits(session->training, &env->layout, m, &limits, &group_rows);
+    add_limits(session->evaluation, &session->evaluation_layout, m, &limits, &group_rows);
+    limits.width[m] = data_set_modality(any_set(session), m)->width;
+    limits.group_tokens += group_rows;
+    own += limits.tokens[m];
+  }
+  double share = (double)(limits.group_tokens * K) / env->layout.expert_ranks * env->settings->model.moe.buffer;
+  int64_t most = limits.group_tokens * K, rows = (int64_t)share + 1;
+  limits.expert_rows = env->layout.expert_ranks == 1 ? own * K : rows < most ? rows : most > 0 ? most : 1;
+  return limits;
+}
+
+static int32_t threads_of(const train_env *env) {
+  cpu_set_t set;
+  long online = sysconf(_SC_NPROCESSORS_ONLN);
+  int mine = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : (int)online;
+  int threads = (int)env->settings->run.threads;
+  if (threads == 0) threads = mine >= online ? mine / comm_local_size(env->comm) : mine; /* bound: all its own */
+  return threads > 0 ? threads : 1;
+}
+
+static kern_limits kernel_limits(const train_session *session, const train_model_limits *limits) {
+  const train_model *model = session->model;
+  const train_settings *s = session->env.settings;
+  int64_t F = larger(model->F, s->model.moe.hidden), width = larger(model->C, 2 * F * (s->model.dense ? s->model.moe.choose : 1));
+  kern_limits k = {.experts = s->model.moe.experts, .heads = model->H, .threads = threads_of(&session->env)};
+  width = larger(width, (model->H + 2 * model->G) * model->A);
+  width = larger(width, larger(model->Z, s->evaluate.batch));
+  for (int32_t m = 0; m < session->env.layout.modalities; m++) {
+    width = larger(width, larger(limits->width[m], s->data.modalities[m].hidden));
+    k.rows += limits->tokens[m];
+    const data_set *sets[2] = {session->training, session->evaluation};
+    for (int i = 0; i < 2; i++)
+      if (sets[i]) k.sequence = larger(k.sequence, data_set_modality(sets[i], m)->longest);
+  }
+  k.rows = larger(larger(k.rows * s->model.moe.choose, limits->expert_rows), session->env.layout.batch);
+  k.width = larger(width, session->env.layout.batch);
+  return k;
+}
+
+/* ---- memory ---- */
+
+static core_status plan(train_session *session, const train_model_limits *limits) {
+  TRY(train_model_plan(session->model, limits, session->parameters, session->activations));
+  if (session->purpose == TRAIN_PURPOSE_TRAIN) TRY(train_stepper_plan(&session->stepper, session->objective));
+  return CORE_OK;
+}
+
+static core_status allocate_local(train_session *session) {
+  train_env *env = &session->env;
+  train_model_limits limits = find_limits(session);
+  kern_limits kernel;
+  TRY(train_model_create(env, limits.width, &session->model));
+  TRY(train_stepper_make(env, session->model, &session->stepper));
+  kernel = kernel_limits(session, &limits);
+  TRY(env->ops->context_create(&kernel, &env->kern));
+  core_arena **arenas[] = {&session->parameters, &session->activations, &session->objective};
+  static const char *const names[] = {"parameters", "activations", "objective"};
+  for (int i = 0; i < 3; i++) TRY(core_arena_create(names[i], env->ops->device, arenas[i]));
+  TRY(plan(session, &limits));
+  for (int i = 0; i < 3; i++) TRY(core_arena_commit(*arenas[i]));
+  TRY(plan(session, &limits));
+  for (int i = 0; i < 3; i++) core_arena_seal(*arenas[i]);
+  train_parameters_initialise(&session->model->parameters, env->settings->run.seed);
+  return CORE_OK;
+}
+
+static core_status open_all(train_session *session, const train_session_options *options) {
+  train_env *env = &session->env;
+  TRY(train_settings_check(options->config, comm_size(env->world)));
+  TRY(open_data(session, options));
+  TRY(comm_agree(env->control, make_layout(session)));
+  TRY(make_groups(env));
+  TRY(comm_agree(env->control, allocate_local(session)));
+  return CORE_OK;
+}
+
+core_status train_session_open(const train_session_options *options, train_session **out) {
+  train_session *session = calloc(1, sizeof *session);
+  CHECK(session, CORE_ERR_MEMORY, "no memory for the session");
+  session->purpose = options->purpose;
+  session->env = (train_env){.config = options->config,
+                             .settings = core_config_data(options->config),
+                             .comm = options->comm,
+                             .world = comm_world_group(options->comm),
+                             .control = comm_control_group(options->comm)};
+  core_status status = open_all(session, options);
+  if (status != CORE_OK) {
+    train_session_close(session);
+    return core_error_trace(status, __func__, __FILE__, __LINE__);
+  }
+  *out = session;
+  return CORE_OK;
+}
+
+void train_session_close(train_session *session) {
+  if (!session) return;
+  data_set_close(session->training);
+  data_set_close(session->evaluation);
+  train_model_destroy(session->model);
+  core_arena_destroy(session->parameters);
+  core_arena_destroy(session->activations);
+  core_arena_destroy(session->objective);
+  if (session->env.kern) session->env.ops->context_destroy(session->env.kern);
+  free(session);
+}
+
+/* ---- standardisation ---- */
+
+static core_status measure(train_session *session, int32_t m, double *shift, double *scale) {
+  int64_t width = session->model->limits.width[m];
+  int normalize = session->env.settings->data.modalities[m].normalize;
+  TRY(data_set_moments(session->training, m, shift, scale));
+  double square = 0;
+  for (int64_t d = 0; d < width; d++) square += (shift[d] * shift[d] + scale[d] * scale[d]) / (double)width;
+  for (int64_t d = 0; d < width; d++) {
+    double deviation = normalize == TRAIN_NORMALIZE_RMS ? sqrt(square) : scale[d];
+    if (normalize == TRAIN_NORMALIZE_RMS) shift[d] = 0;
+    scale[d] = deviation > 0 ? 1 / deviation : 1; /* a constant feature becomes 0 */
+  }
+  return CORE_OK;
+}
+
+static void take_standardisation(train_session *session, int32_t m, const double *shift, const double *scale) {
+  train_connector_layer *layer = &session->model->connector[m];
+  core_real *to_shift = layer->shift.data, *to_scale = layer->scale.data;
+  if (!to_shift) return;
+  for (int64_t d = 0; d < layer->width; d++) {
+    to_shift[d] = (core_real)shift[d];
+    to_scale[d] = (core_real)scale[d];
+  }
+}
+
+/* The ranks share the modalities out: rank m mod W reads modality m. */
+static core_status standardise_one(train_session *session, int32_t m, double *shift, double *scale) {
+  train_env *env = &session->env;
+  int64_t width = session->model->limits.width[m];
+  int32_t reader = m % comm_size(env->world);
+  core_status status = CORE_OK;
+  for (int64_t d = 0; d < width; d++) {
+    shift[d] = 0;
+    scale[d] = 1;
+  }
+  if (env->settings->data.modalities[m].normalize != TRAIN_NORMALIZE_NONE && comm_rank(env->world) == reader)
+    status = measure(session, m, shift, scale);
+  TRY(comm_agree(env->control, status));
+  TRY(comm_broadcast(env->world, reader, shift, (size_t)width * sizeof *shift));
+  TRY(comm_broadcast(env->world, reader, scale, (size_t)width * sizeof *scale));
+  take_standardisation(session, m, shift, scale);
+  return CORE_OK;
+}
+
+core_status train_session_standardise(train_session *session) {
+  for (int32_t m = 0; m < session->env.layout.modalities; m++) {
+    int64_t width = session->model->limits.width[m];
+    double *both = malloc((size_t)width * 2 * sizeof *both);
+    CHECK(both, CORE_ERR_MEMORY, "no memory for %lld features", (long long)width);
+    comm_note(session->env.comm, 0, -1, "standardisation");
+    core_status status = standardise_one(session, m, both, both + width);
+    free(both);
+    if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  }
+  return CORE_OK;
+}
+
+/* ---- streams and figures ---- */
+
+core_status train_session_stream(train_session *session, data_set *set, const train_layout *layout,
+                                 const data_position *start, bool training, data_stream **out) {
+  const train_settings *s = session->env.settings;
+  int64_t cells = layout->micro_batches * layout->modalities;
+  data_range *range = calloc((size_t)cells, sizeof *range);
+  CHECK(range, CORE_ERR_MEMORY, "no memory for %lld ranges", (long long)cells);
+  for (int64_t i = 0; i < cells; i++)
+    range[i] = train_layout_range(layout, layout->rank, (int32_t)(i % layout->modalities), i / layout->modalities);
+  data_stream_options options = {.order = {s->run.seed, training ? s->data.shuffle : 0},
+                                 .start = *start,
+                                 .batch = layout->batch,
+                                 .micro_batches = (int32_t)layout->micro_batches,
+                                 .range = range,
+                                 .queue = (int32_t)s->data.queue,
+                                 .threads = (int32_t)s->data.threads,
+                                 .cache_bytes = s->data.cache << 20,
+                                 .repeat = training};
+  core_status status = data_stream_open(set, &options, out);
+  free(range);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  return CORE_OK;
+}
+
+train_memory train_session_memory(const train_session *session) {
+  train_memory memory = {.parameters = core_arena_peak(session->parameters),
+                         .activations = core_arena_peak(session->activations),
+                         .objective = core_arena_peak(session->objective)};
+  train_model_limits limits = session->model->limits;
+  kern_limits kernel = kernel_limits(session, &limits);
+  memory.kernels = session->env.ops->context_bytes(&kernel);
+  memory.total = memory.parameters + memory.activations + memory.objective + memory.kernels;
+  return memory;
+}
+
+core_status train_session_counts(train_session *session, train_counts *out) {
+  train_env *env = &session->env;
+  const train_settings *s = env->settings;
+  const train_parameters *set = &session->model->parameters;
+  int64_t counts[2] = {0, 0}; /* all, of experts; each by its first holder */
+  for (int32_t scope = 0; scope < 2 + env->layout.modalities; scope++) {
+    comm_group *group = scope == 0 ? env->world : scope == 1 ? env->replica : env->modality[scope - 2];
+    if (!group || comm_rank(group) != 0) continue;
+    for (int32_t i = 0; i < set->count; i++) {
+      const train_parameter *p = &set->list[i];
+      int32_t its = p->scope == TRAIN_SCOPE_MODALITY ? 2 + p->modality : (int32_t)p->scope;
+      if (its != scope) continue;
+      counts[0] += p->count;
+      counts[1] += scope == 1 ? p->count : 0;
+    }
+  }
+  TRY(comm_all_reduce(env->world, COMM_SUM, CORE_INT64, counts, 2));
+  out->total = counts[0];
+  out->active = counts[0] - counts[1] + counts[1] / s->model.moe.experts * s->model.moe.choose;
+  return CORE_OK;
+}

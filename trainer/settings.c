@@ -1,0 +1,433 @@
+#include "trainer/settings.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/dims.h"
+#include "kernels/kernels.h" /* kern_gate */
+
+#define NEEDED CYAML_FLAG_DEFAULT
+#define TEXT(key, structure, member) CYAML_FIELD_STRING_PTR(key, CYAML_FLAG_POINTER, structure, member, 0, 1024)
+#define WORD(key, structure, member, words) \
+  CYAML_FIELD_ENUM(key, CYAML_FLAG_STRICT, structure, member, words, CYAML_ARRAY_LEN(words))
+/* The nested structures of train_settings have no names of their own. */
+#define PART(member) __typeof__(((train_settings *)0)->member)
+
+static const cyaml_strval_t connector_words[] = {{"linear", TRAIN_CONNECTOR_LINEAR}, {"mlp", TRAIN_CONNECTOR_MLP}};
+static const cyaml_strval_t position_words[] = {
+    {"none", TRAIN_POSITIONS_NONE}, {"learned", TRAIN_POSITIONS_LEARNED}, {"rope", TRAIN_POSITIONS_ROPE}};
+static const cyaml_strval_t normalize_words[] = {
+    {"none", TRAIN_NORMALIZE_NONE}, {"standard", TRAIN_NORMALIZE_STANDARD}, {"rms", TRAIN_NORMALIZE_RMS}};
+static const cyaml_strval_t activation_words[] = {
+    {"swiglu", TRAIN_SWIGLU}, {"gelu", TRAIN_GELU}, {"gelu_tanh", TRAIN_GELU_TANH}};
+static const cyaml_strval_t gate_words[] = {{"softmax", KERN_GATE_SOFTMAX}, {"renormalised", KERN_GATE_RENORMALISED}};
+static const cyaml_strval_t dispatch_words[] = {{"dropless", TRAIN_DROPLESS}, {"capacity", TRAIN_CAPACITY}};
+static const cyaml_strval_t priority_words[] = {{"gate", TRAIN_PRIORITY_GATE}, {"order", TRAIN_PRIORITY_ORDER}};
+static const cyaml_strval_t placement_words[] = {{"shared", TRAIN_SHARED}, {"partitioned", TRAIN_PARTITIONED}};
+static const cyaml_strval_t rate_words[] = {
+    {"constant", TRAIN_RATE_CONSTANT}, {"cosine", TRAIN_RATE_COSINE}, {"rsqrt", TRAIN_RATE_RSQRT}};
+static const cyaml_strval_t non_finite_words[] = {{"stop", TRAIN_NON_FINITE_STOP}, {"skip", TRAIN_NON_FINITE_SKIP}};
+
+#define M train_modality_settings
+static const cyaml_schema_field_t modality_fields[] = {
+    TEXT("name", M, name),
+    WORD("connector", M, connector, connector_words),
+    CYAML_FIELD_INT("hidden", NEEDED, M, hidden),
+    WORD("positions", M, positions, position_words),
+    CYAML_FIELD_INT("length", NEEDED, M, length),
+    WORD("normalize", M, normalize, normalize_words),
+    CYAML_FIELD_FLOAT("local", NEEDED, M, local),
+    CYAML_FIELD_FLOAT("global", NEEDED, M, global),
+    CYAML_FIELD_FLOAT("experts", NEEDED, M, experts),
+    CYAML_FIELD_INT("ranks", NEEDED, M, ranks),
+    CYAML_FIELD_END};
+#undef M
+static const cyaml_schema_value_t modality_value = {
+    CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, train_modality_settings, modality_fields)};
+static const cyaml_schema_value_t pair_value = {CYAML_VALUE_STRING(CYAML_FLAG_POINTER, char *, 0, 2 * CORE_NAME)};
+
+typedef PART(run) run_part;
+static const cyaml_schema_field_t run_fields[] = {
+    TEXT("directory", run_part, directory),
+    CYAML_FIELD_UINT("seed", NEEDED, run_part, seed),
+    CYAML_FIELD_INT("steps", NEEDED, run_part, steps),
+    TEXT("device", run_part, device),
+    CYAML_FIELD_INT("threads", NEEDED, run_part, threads),
+    CYAML_FIELD_INT("log", NEEDED, run_part, log),
+    CYAML_FIELD_FLOAT("deadline", NEEDED, run_part, deadline),
+    WORD("non_finite", run_part, non_finite, non_finite_words),
+    CYAML_FIELD_INT("failures", NEEDED, run_part, failures),
+    CYAML_FIELD_END};
+
+typedef PART(data) data_part_settings;
+static const cyaml_schema_field_t data_fields[] = {
+    TEXT("path", data_part_settings, path),
+    TEXT("train", data_part_settings, train),
+    TEXT("validation", data_part_settings, validation),
+    CYAML_FIELD_INT("shuffle", NEEDED, data_part_settings, shuffle),
+    CYAML_FIELD_INT("threads", NEEDED, data_part_settings, threads),
+    CYAML_FIELD_INT("queue", NEEDED, data_part_settings, queue),
+    CYAML_FIELD_INT("cache", NEEDED, data_part_settings, cache),
+    CYAML_FIELD_SEQUENCE("modalities", CYAML_FLAG_POINTER, data_part_settings, modalities, &modality_value, 1,
+                         CORE_MAX_MODALITIES),
+    CYAML_FIELD_END};
+
+typedef PART(model.moe) moe_part;
+static const cyaml_schema_field_t moe_fields[] = {
+    TEXT("layers", moe_part, layers),
+    CYAML_FIELD_INT("experts", NEEDED, moe_part, experts),
+    CYAML_FIELD_INT("choose", NEEDED, moe_part, choose),
+    CYAML_FIELD_INT("hidden", NEEDED, moe_part, hidden),
+    WORD("gate", moe_part, gate, gate_words),
+    WORD("dispatch", moe_part, dispatch, dispatch_words),
+    TEXT("capacity", moe_part, capacity),
+    CYAML_FIELD_INT("group_samples", NEEDED, moe_part, group_samples),
+    WORD("priority", moe_part, priority, priority_words),
+    CYAML_FIELD_FLOAT("noise", NEEDED, moe_part, noise),
+    CYAML_FIELD_FLOAT("buffer", NEEDED, moe_part, buffer),
+    CYAML_FIELD_END};
+
+typedef PART(model) model_part;
+static const cyaml_schema_field_t model_fields[] = {
+    CYAML_FIELD_INT("width", NEEDED, model_part, width),
+    CYAML_FIELD_INT("layers", NEEDED, model_part, layers),
+    CYAML_FIELD_INT("heads", NEEDED, model_part, heads),
+    CYAML_FIELD_INT("kv_heads", NEEDED, model_part, kv_heads),
+    CYAML_FIELD_INT("head_width", NEEDED, model_part, head_width),
+    CYAML_FIELD_INT("hidden", NEEDED, model_part, hidden),
+    CYAML_FIELD_INT("embedding", NEEDED, model_part, embedding),
+    WORD("activation", model_part, activation, activation_words),
+    CYAML_FIELD_FLOAT("norm_epsilon", NEEDED, model_part, norm_epsilon),
+    CYAML_FIELD_FLOAT("rope_base", NEEDED, model_part, rope_base),
+    CORE_FIELD_BOOL("dense", model_part, dense),
+    CYAML_FIELD_MAPPING("moe", NEEDED, model_part, moe, moe_fields),
+    CYAML_FIELD_END};
+
+typedef PART(objective) objective_part;
+static const cyaml_schema_field_t objective_fields[] = {
+    CYAML_FIELD_SEQUENCE("pairs", CYAML_FLAG_POINTER, objective_part, pairs, &pair_value, 0, 256),
+    CYAML_FIELD_FLOAT("scale", NEEDED, objective_part, scale),
+    CYAML_FIELD_FLOAT("largest_scale", NEEDED, objective_part, largest_scale),
+    CYAML_FIELD_FLOAT("importance", NEEDED, objective_part, importance),
+    CYAML_FIELD_FLOAT("load", NEEDED, objective_part, load),
+    CYAML_FIELD_FLOAT("z", NEEDED, objective_part, z),
+    CYAML_FIELD_END};
+
+typedef PART(parallel) parallel_part;
+static const cyaml_schema_field_t parallel_fields[] = {
+    CYAML_FIELD_INT("experts", NEEDED, parallel_part, experts),
+    WORD("placement", parallel_part, placement, placement_words), CYAML_FIELD_END};
+
+typedef PART(optimizer) optimizer_part;
+static const cyaml_schema_field_t optimizer_fields[] = {
+    CYAML_FIELD_INT("batch", NEEDED, optimizer_part, batch),
+    CYAML_FIELD_INT("accumulate", NEEDED, optimizer_part, accumulate),
+    WORD("schedule", optimizer_part, schedule, rate_words),
+    CYAML_FIELD_FLOAT("rate", NEEDED, optimizer_part, rate),
+    CYAML_FIELD_FLOAT("min_rate", NEEDED, optimizer_part, min_rate),
+    CYAML_FIELD_FLOAT("warmup", NEEDED, optimizer_part, warmup),
+    CYAML_FIELD_FLOAT("timescale", NEEDED, optimizer_part, timescale),
+    CYAML_FIELD_FLOAT("cooldown", NEEDED, optimizer_part, cooldown),
+    CYAML_FIELD_FLOAT("weight_decay", NEEDED, optimizer_part, weight_decay),
+    CYAML_FIELD_FLOAT("beta1", NEEDED, optimizer_part, beta1),
+    CYAML_FIELD_FLOAT("beta2", NEEDED, optimizer_part, beta2),
+    CYAML_FIELD_FLOAT("epsilon", NEEDED, optimizer_part, epsilon),
+    CYAML_FIELD_FLOAT("clip", NEEDED, optimizer_part, clip),
+    CYAML_FIELD_END};
+
+typedef PART(checkpoint) checkpoint_part;
+static const cyaml_schema_field_t checkpoint_fields[] = {
+    CYAML_FIELD_INT("interval", NEEDED, checkpoint_part, interval),
+    CYAML_FIELD_INT("keep", NEEDED, checkpoint_part, keep),
+    CYAML_FIELD_INT("keep_every", NEEDED, checkpoint_part, keep_every),
+    CYAML_FIELD_INT("level", NEEDED, checkpoint_part, level),
+    CYAML_FIELD_INT("threads", NEEDED, checkpoint_part, threads),
+    CYAML_FIELD_END};
+
+typedef PART(evaluate) evaluate_part;
+static const cyaml_schema_field_t evaluate_fields[] = {
+    CYAML_FIELD_INT("interval", NEEDED, evaluate_part, interval),
+    CYAML_FIELD_INT("batch", NEEDED, evaluate_part, batch),
+    CORE_FIELD_BOOL("at_end", evaluate_part, at_end), CYAML_FIELD_END};
+
+static const cyaml_schema_field_t top_fields[] = {
+    CYAML_FIELD_MAPPING("run", NEEDED, train_settings, run, run_fields),
+    CYAML_FIELD_MAPPING("data", NEEDED, train_settings, data, data_fields),
+    CYAML_FIELD_MAPPING("model", NEEDED, train_settings, model, model_fields),
+    CYAML_FIELD_MAPPING("objective", NEEDED, train_settings, objective, objective_fields),
+    CYAML_FIELD_MAPPING("parallel", NEEDED, train_settings, parallel, parallel_fields),
+    CYAML_FIELD_MAPPING("optimizer", NEEDED, train_settings, optimizer, optimizer_fields),
+    CYAML_FIELD_MAPPING("checkpoint", NEEDED, train_settings, checkpoint, checkpoint_fields),
+    CYAML_FIELD_MAPPING("evaluate", NEEDED, train_settings, evaluate, evaluate_fields),
+    CYAML_FIELD_END};
+static const cyaml_schema_value_t top_value = {CYAML_VALUE_MAPPING(CYAML_FLAG_POINTER, train_settings, top_fields)};
+
+/* What a file may leave out. data.path, data.modalities, model.width, layers and heads have no default. */
+static const char defaults[] =
+    "run: {directory: run, seed: 1, steps: 1000, device: auto, threads: 0, log: 10, deadline: 600,"
+    " non_finite: stop, failures: 10}\n"
+    "data: {train: train, validation: validation, shuffle: 65536, threads: 1, queue: 2, cache: 256}\n"
+    "model:\n"
+    "  kv_heads: 0\n  head_width: 0\n  hidden: 0\n  embedding: 0\n  activation: swiglu\n"
+    "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  dense: false\n"
+    "  moe: {layers: every 2, experts: 8, choose: 1, hidden: 0, gate: softmax, dispatch: dropless,"
+    " capacity: '1.05', group_samples: 8, priority: gate, noise: 1, buffer: 1.5}\n"
+    "objective: {pairs: [], scale: 10, largest_scale: 100, importance: 0.005, load: 0.005, z: 0.001}\n"
+    "parallel: {experts: 1, placement: shared}\n"
+    "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
+    " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1}\n"
+    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1}\n"
+    "evaluate: {interval: 0, batch: 256, at_end: true}\n";
+
+static const char modality_defaults[] =
+    "{connector: linear, hidden: 0, positions: learned, length: 64, normalize: standard, local: 0, global: 0,"
+    " experts: 0, ranks: 0}";
+
+const core_config_spec *train_settings_spec(void) {
+  static const core_config_items items = {"data.modalities", modality_defaults};
+  static const core_config_spec spec = {&top_value, defaults, &items, 1};
+  return &spec;
+}
+
+int64_t train_settings_thousandths(const char *text) {
+  char *end = NULL;
+  if (*text < '0' || *text > '9') return -1;
+  long whole = strtol(text, &end, 10);
+  if (whole > 1000000) return -1;
+  int64_t value = whole * 1000, unit = 100;
+  if (*end == '.')
+    for (end++; *end >= '0' && *end <= '9' && unit > 0; end++, unit /= 10) value += (*end - '0') * unit;
+  while (*end == '0') end++;
+  return *end == '\0' ? value : -1;
+}
+
+int32_t train_settings_modality(const train_settings *settings, const char *name) {
+  for (unsigned m = 0; m < settings->data.modalities_count; m++)
+    if (strcmp(settings->data.modalities[m].name, name) == 0) return (int32_t)m;
+  return -1;
+}
+
+bool train_settings_pair(const train_settings *settings, const char *text, int32_t pair[2]) {
+  char first[CORE_NAME];
+  const char *colon = strchr(text, ':');
+  if (!colon || (size_t)(colon - text) >= sizeof first) return false;
+  snprintf(first, sizeof first, "%.*s", (int)(colon - text), text);
+  pair[0] = train_settings_modality(settings, first);
+  pair[1] = train_settings_modality(settings, colon + 1);
+  return pair[0] >= 0 && pair[1] >= 0 && pair[0] != pair[1];
+}
+
+/* Walks a list "1,3,5"; *found tells whether l is in it. False if it is not such a list. */
+static bool walk_list(const char *rule, int64_t layers, int64_t l, bool *found) {
+  *found = false;
+  while (*rule) {
+    char *end = NULL;
+    long value = strtol(rule, &end, 10);
+    if (end == rule || value < 0 || value >= layers || (*end && *end != ',')) return false;
+    if (value == l) *found = true;
+    rule = end + (*end == ',' && end[1]);
+    if (*end == ',' && !end[1]) return false;
+    if (!*end) return true;
+  }
+  return false;
+}
+
+static int64_t every(const char *rule) {
+  char *end = NULL;
+  if (strncmp(rule, "every ", 6) != 0) return 0;
+  long n = strtol(rule + 6, &end, 10);
+  return end != rule + 6 && !*end && n > 0 ? n : 0;
+}
+
+bool train_settings_rule_valid(const char *rule, int64_t layers) {
+  bool found;
+  static const char *const words[] = {"none", "all", "first half", "second half"};
+  for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+    if (strcmp(rule, words[i]) == 0) return true;
+  return every(rule) > 0 || walk_list(rule, layers, -1, &found);
+}
+
+bool train_settings_moe_layer(const char *rule, int64_t layers, int64_t l) {
+  bool found = false;
+  if (strcmp(rule, "none") == 0) return false;
+  if (strcmp(rule, "all") == 0) return true;
+  if (strcmp(rule, "first half") == 0) return l < layers / 2;
+  if (strcmp(rule, "second half") == 0) return l >= layers - layers / 2;
+  if (every(rule) > 0) return l % every(rule) == 0;
+  return walk_list(rule, layers, l, &found) && found;
+}
+
+/* ---- checks ---- */
+
+typedef struct bound {
+  const char *key;
+  double value, low, high;
+} bound;
+
+static core_status check_bounds(const core_config *config, const bound *list, size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    const bound *b = &list[i];
+    if (!(b->value >= b->low && b->value <= b->high))
+      return core_config_refuse(config, b->key, "expected %.10g to %.10g, got %.10g", b->low, b->high, b->value);
+  }
+  return CORE_OK;
+}
+
+static const double large = 1 << 24, huge = 1e15;
+
+static core_status check_sizes(const core_config *config, const train_settings *s) {
+  const bound list[] = {
+      {"run.steps", (double)s->run.steps, 0, huge},
+      {"run.threads", (double)s->run.threads, 0, 1024},
+      {"run.log", (double)s->run.log, 1, huge},
+      {"run.deadline", s->run.deadline, 1, 1e6},
+      {"run.failures", (double)s->run.failures, 1, 1e6},
+      {"data.shuffle", (double)s->data.shuffle, 0, huge},
+      {"data.threads", (double)s->data.threads, 1, 256},
+      {"data.queue", (double)s->data.queue, 1, 64},
+      {"data.cache", (double)s->data.cache, 1, 1 << 20},
+      {"model.width", (double)s->model.width, 1, large},
+      {"model.layers", (double)s->model.layers, 1, 4096},
+      {"model.heads", (double)s->model.heads, 1, 1024},
+      {"model.kv_heads", (double)s->model.kv_heads, 0, (double)s->model.heads},
+      {"model.head_width", (double)s->model.head_width, 0, 4096},
+      {"model.hidden", (double)s->model.hidden, 0, large},
+      {"model.embedding", (double)s->model.embedding, 0, large},
+      {"model.norm_epsilon", s->model.norm_epsilon, 0, 1},
+      {"model.rope_base", s->model.rope_base, 1, 1e12},
+      {"model.moe.experts", (double)s->model.moe.experts, 1, CORE_MAX_EXPERTS},
+      {"model.moe.choose", (double)s->model.moe.choose, 1,
+       (double)(s->model.moe.experts < CORE_MAX_CHOICES ? s->model.moe.experts : CORE_MAX_CHOICES)},
+      {"model.moe.hidden", (double)s->model.moe.hidden, 0, large},
+      {"model.moe.group_samples", (double)s->model.moe.group_samples, 1, large},
+      {"model.moe.noise", s->model.moe.noise, 0, 1000},
+      {"model.moe.buffer", s->model.moe.buffer, 0.01, 1024},
+      {"objective.scale", s->objective.scale, 1e-3, s->objective.largest_scale},
+      {"objective.largest_scale", s->objective.largest_scale, 1e-3, 1e6},
+      {"objective.importance", s->objective.importance, 0, 1e6},
+      {"objective.load", s->objective.load, 0, 1e6},
+      {"objective.z", s->objective.z, 0, 1e6},
+      {"optimizer.batch", (double)s->optimizer.batch, 1, large},
+      {"optimizer.accumulate", (double)s->optimizer.accumulate, 1, 65536},
+      {"optimizer.rate", s->optimizer.rate, 0, 1e6},
+      {"optimizer.min_rate", s->optimizer.min_rate, 0, s->optimizer.rate},
+      {"optimizer.warmup", s->optimizer.warmup, 0, huge},
+      {"optimizer.timescale", s->optimizer.timescale, 1, huge},
+      {"optimizer.cooldown", s->optimizer.cooldown, 0, huge},
+      {"optimizer.weight_decay", s->optimizer.weight_decay, 0, 1e3},
+      {"optimizer.beta1", s->optimizer.beta1, 0, 0.999999},
+      {"optimizer.beta2", s->optimizer.beta2, 0, 0.9999999},
+      {"optimizer.epsilon", s->optimizer.epsilon, 1e-30, 1},
+      {"optimizer.clip", s->optimizer.clip, 0, 1e30},
+      {"checkpoint.interval", (double)s->checkpoint.interval, 0, huge},
+      {"checkpoint.keep", (double)s->checkpoint.keep, 1, 1e6},
+      {"checkpoint.keep_every", (double)s->checkpoint.keep_every, 0, huge},
+      {"checkpoint.level", (double)s->checkpoint.level, 1, 19},
+      {"checkpoint.threads", (double)s->checkpoint.threads, 1, 64},
+      {"evaluate.interval", (double)s->evaluate.interval, 0, huge},
+      {"evaluate.batch", (double)s->evaluate.batch, 1, large},
+  };
+  TRY(check_bounds(config, list, sizeof list / sizeof *list));
+  return CORE_OK;
+}
+
+static core_status check_modality(const core_config *config, const train_settings *s, unsigned m) {
+  const train_modality_settings *modality = &s->data.modalities[m];
+  char key[8][160];
+  static const char *const names[] = {"hidden", "length", "local", "global", "experts", "ranks", "name", "positions"};
+  for (int i = 0; i < 8; i++) snprintf(key[i], sizeof key[i], "data.modalities.%.96s.%s", modality->name, names[i]);
+  const bound list[] = {
+      {key[0], (double)modality->hidden, 0, large},
+      {key[1], (double)modality->length, 1, large},
+      {key[2], modality->local, 0, 1e6},
+      {key[3], modality->global, 0, 1e6},
+      {key[4], modality->experts, 0, (double)s->model.moe.experts},
+      {key[5], (double)modality->ranks, 0, (double)s->parallel.experts},
+  };
+  size_t length = strlen(modality->name);
+  if (length == 0 || length > 48 || strpbrk(modality->name, "/.: \t") || (modality->name[0] >= '0' && modality->name[0] <= '9'))
+    return core_config_refuse(config, "data.modalities",
+                              "a modality's name is 1 to 48 characters, without blank, point, colon and slash, not beginning "
+                              "with a digit; got '%s'",
+                              modality->name);
+  if (train_settings_modality(s, modality->name) != (int32_t)m)
+    return core_config_refuse(config, key[6], "the modality is listed twice");
+  TRY(check_bounds(config, list, sizeof list / sizeof *list));
+  if (modality->global > 0 && modality->experts < 1)
+    return core_config_refuse(config, key[4], "the global entropy loss needs a soft minimum of at least 1 expert");
+  return CORE_OK;
+}
+
+static core_status check_model(const core_config *config, const train_settings *s) {
+  int64_t head_width = s->model.head_width ? s->model.head_width : s->model.width / s->model.heads;
+  int64_t kv_heads = s->model.kv_heads ? s->model.kv_heads : s->model.heads;
+  if (!s->model.head_width && s->model.width % s->model.heads != 0)
+    return core_config_refuse(config, "model.heads", "%lld heads do not divide the width %lld (or give head_width)",
+                              (long long)s->model.heads, (long long)s->model.width);
+  if (s->model.heads % kv_heads != 0)
+    return core_config_refuse(config, "model.kv_heads", "%lld must divide the %lld heads", (long long)kv_heads,
+                              (long long)s->model.heads);
+  for (unsigned m = 0; m < s->data.modalities_count; m++)
+    if (s->data.modalities[m].positions == TRAIN_POSITIONS_ROPE && head_width % 2 != 0)
+      return core_config_refuse(config, "model.head_width", "RoPE needs an even head width, got %lld",
+                                (long long)head_width);
+  if (!train_settings_rule_valid(s->model.moe.layers, s->model.layers))
+    return core_config_refuse(config, "model.moe.layers",
+                              "expected none, all, every N, first half, second half or a list of layers below %lld, "
+                              "got '%s'",
+                              (long long)s->model.layers, s->model.moe.layers);
+  int64_t capacity = train_settings_thousandths(s->model.moe.capacity);
+  if (capacity < 1 || capacity > 1000000)
+    return core_config_refuse(config, "model.moe.capacity",
+                              "expected a number from 0.001 to 1000 with at most three decimals, got '%s'",
+                              s->model.moe.capacity);
+  return CORE_OK;
+}
+
+static core_status check_pairs(const core_config *config, const train_settings *s) {
+  for (unsigned i = 0; i < s->objective.pairs_count; i++) {
+    int32_t pair[2];
+    char key[64];
+    snprintf(key, sizeof key, "objective.pairs.%u", i);
+    if (!train_settings_pair(s, s->objective.pairs[i], pair))
+      return core_config_refuse(config, key, "expected two different modalities of this configuration as a:b, got '%s'",
+                                s->objective.pairs[i]);
+  }
+  if (s->objective.pairs_count == 0 && s->data.modalities_count < 2)
+    return core_config_refuse(config, "data.modalities", "a contrastive objective needs two modalities");
+  return CORE_OK;
+}
+
+static core_status check_parallel(const core_config *config, const train_settings *s, int32_t ranks) {
+  int64_t e = s->parallel.experts, batch = s->optimizer.batch, micro = s->optimizer.accumulate;
+  if (e < 1 || ranks % e != 0)
+    return core_config_refuse(config, "parallel.experts", "the expert-parallel size %lld must divide the %d ranks",
+                              (long long)e, ranks);
+  if (!s->model.dense && s->model.moe.experts % e != 0)
+    return core_config_refuse(config, "model.moe.experts", "%lld experts cannot be spread evenly over %lld ranks",
+                              (long long)s->model.moe.experts, (long long)e);
+  int64_t parts = s->parallel.placement == TRAIN_SHARED ? ranks : ranks / e;
+  if (batch % (micro * parts) != 0)
+    return core_config_refuse(config, "optimizer.batch",
+                              "%lld samples must divide evenly into %lld micro-batches of %lld %s", (long long)batch,
+                              (long long)micro, (long long)parts,
+                              s->parallel.placement == TRAIN_SHARED ? "ranks" : "expert groups");
+  if (s->model.moe.dispatch == TRAIN_CAPACITY && batch / micro / parts % s->model.moe.group_samples != 0)
+    return core_config_refuse(config, "model.moe.group_samples",
+                              "a routing group of %lld samples must divide the %lld samples of a micro-batch on a %s",
+                              (long long)s->model.moe.group_samples, (long long)(batch / micro / parts),
+                              s->parallel.placement == TRAIN_SHARED ? "rank" : "group of ranks");
+  return CORE_OK;
+}
+
+core_status train_settings_check(const core_config *config, int32_t ranks) {
+  const train_settings *s = core_config_data(config);
+  TRY(check_sizes(config, s));
+  for (unsigned m = 0; m < s->data.modalities_count; m++) TRY(check_modality(config, s, m));
+  TRY(check_model(config, s));
+  TRY(check_pairs(config, s));
+  TRY(check_parallel(config, s, ranks));
+  return CORE_OK;
+}

@@ -1,0 +1,141 @@
+#include "trainer/state.h"
+
+#include <cJSON.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/random.h" /* core_hash_text */
+
+/* Which rank of a parameter's group writes it: spread by name, so that files are of similar size. */
+static bool owns(const train_model *model, const train_parameter *p) {
+  const train_env *env = model->env;
+  comm_group *group = p->scope == TRAIN_SCOPE_WORLD    ? env->world
+                      : p->scope == TRAIN_SCOPE_EXPERT ? env->replica
+                                                       : env->modality[p->modality];
+  uint64_t hash = core_hash_text(p->name);
+  return hash % (uint64_t)comm_size(group) == (uint64_t)comm_rank(group);
+}
+
+static ckpt_tensor *add(train_state_tensors *out, const char *prefix, const char *name) {
+  ckpt_tensor *tensor = &out->list[out->count];
+  memset(tensor, 0, sizeof *tensor);
+  snprintf(out->names[out->count], CORE_NAME, "%s/%s", prefix, name);
+  tensor->name = out->names[out->count++];
+  for (int32_t i = 0; i < CORE_MAX_RANK; i++) tensor->shape[i] = 1;
+  return tensor;
+}
+
+static void add_parameter(const train_model *model, train_state_tensors *out, const char *prefix,
+                          const train_parameter *p, core_real *base) {
+  ckpt_tensor *tensor = add(out, prefix, p->name);
+  tensor->dtype = CORE_REAL_DTYPE;
+  tensor->rank = p->rank;
+  memcpy(tensor->shape, p->shape, (size_t)p->rank * sizeof *p->shape);
+  tensor->count = p->count;
+  tensor->data = base + p->first;
+  tensor->owner = owns(model, p);
+}
+
+static void add_steps(const train_model *model, train_state_tensors *out, train_parameter *p) {
+  ckpt_tensor *tensor = add(out, "adam_steps", p->name);
+  tensor->dtype = CORE_INT64;
+  tensor->rank = 1;
+  tensor->count = 1;
+  tensor->data = &p->steps;
+  tensor->owner = owns(model, p);
+}
+
+static void add_standardisation(const train_model *model, train_state_tensors *out, int32_t m) {
+  const train_connector_layer *layer = &model->connector[m];
+  const core_tensor *parts[2] = {&layer->shift, &layer->scale};
+  for (int i = 0; i < 2; i++) {
+    ckpt_tensor *tensor =
+        add(out, i == 0 ? "latent_shift" : "latent_scale", model->env->settings->data.modalities[m].name);
+    tensor->dtype = CORE_REAL_DTYPE;
+    tensor->rank = 1;
+    tensor->shape[0] = tensor->count = layer->width;
+    tensor->data = parts[i]->data;
+    tensor->owner = comm_rank(model->env->modality[m]) == 0;
+  }
+}
+
+core_status train_state_list(const train_model *model, bool training, train_state_tensors *out) {
+  const train_parameters *set = &model->parameters;
+  memset(out, 0, sizeof *out);
+  size_t most = (size_t)set->count * 4 + 2 * CORE_MAX_MODALITIES;
+  out->list = calloc(most, sizeof *out->list);
+  out->names = calloc(most, sizeof *out->names);
+  if (!out->list || !out->names) train_state_free(out);
+  CHECK(out->list, CORE_ERR_MEMORY, "no memory for the list of %zu tensors", most);
+  for (int32_t i = 0; i < set->count; i++) {
+    train_parameter *p = &set->list[i];
+    add_parameter(model, out, "parameter", p, set->value);
+    if (!training) continue;
+    add_parameter(model, out, "adam_m", p, set->m);
+    add_parameter(model, out, "adam_v", p, set->v);
+    add_steps(model, out, p);
+  }
+  for (int32_t m = 0; m < model->env->layout.modalities; m++)
+    if (train_layout_holds(&model->env->layout, model->env->layout.rank, m)) add_standardisation(model, out, m);
+  return CORE_OK;
+}
+
+void train_state_free(train_state_tensors *tensors) {
+  free(tensors->list);
+  free(tensors->names);
+  memset(tensors, 0, sizeof *tensors);
+}
+
+/* 64-bit numbers go as text: JSON numbers are doubles. */
+static void put_integer(cJSON *object, const char *name, int64_t value) {
+  char text[32];
+  snprintf(text, sizeof text, "%" PRId64, value);
+  cJSON_AddStringToObject(object, name, text);
+}
+
+core_status train_state_meta_write(const train_state_meta *meta, char **json) {
+  char text[32];
+  cJSON *object = cJSON_CreateObject();
+  put_integer(object, "step", meta->step);
+  put_integer(object, "stage", meta->position.stage);
+  put_integer(object, "epoch", meta->position.epoch);
+  put_integer(object, "consumed", meta->position.consumed);
+  snprintf(text, sizeof text, "%016" PRIx64, meta->fingerprint);
+  cJSON_AddStringToObject(object, "fingerprint", text);
+  put_integer(object, "ranks", meta->ranks);
+  put_integer(object, "expert_ranks", meta->expert_ranks);
+  cJSON_AddStringToObject(object, "config", meta->config);
+  *json = cJSON_PrintUnformatted(object);
+  cJSON_Delete(object);
+  CHECK(*json, CORE_ERR_MEMORY, "no memory for the checkpoint's description");
+  return CORE_OK;
+}
+
+static bool get_integer(const cJSON *object, const char *name, int64_t *out) {
+  const char *text = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, name));
+  char *end = NULL;
+  if (!text || !*text) return false;
+  *out = strtoll(text, &end, 10);
+  return *end == '\0';
+}
+
+core_status train_state_meta_read(const char *json, train_state_meta *out) {
+  memset(out, 0, sizeof *out);
+  cJSON *object = cJSON_Parse(json);
+  const char *config = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, "config"));
+  const char *print = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, "fingerprint"));
+  bool good = config && print && get_integer(object, "step", &out->step) &&
+              get_integer(object, "stage", &out->position.stage) && get_integer(object, "epoch", &out->position.epoch) &&
+              get_integer(object, "consumed", &out->position.consumed) && get_integer(object, "ranks", &out->ranks) &&
+              get_integer(object, "expert_ranks", &out->expert_ranks);
+  if (good) {
+    out->fingerprint = strtoull(print, NULL, 16);
+    out->config = strdup(config);
+  }
+  cJSON_Delete(object);
+  CHECK(good, CORE_ERR_FORMAT, "the checkpoint's description lacks a field");
+  CHECK(out->config, CORE_ERR_MEMORY, "no memory for the checkpoint's configuration");
+  return CORE_OK;
+}

@@ -1,0 +1,35 @@
+/* What a checkpoint holds of a run, and back: parameters, Adam's moments and step counts, the standardisation of
+ * the latents, and as meta data the configuration, the position in the data and the step. */
+#ifndef TRAIN_STATE_H
+#define TRAIN_STATE_H
+
+#include "checkpoint/checkpoint.h"
+#include "data/data.h"
+#include "trainer/model/tower.h"
+
+typedef struct train_state_tensors {
+  ckpt_tensor *list;
+  int32_t count;
+  char (*names)[CORE_NAME];
+} train_state_tensors;
+
+/* Lists the model's tensors; training: optimizer state too. Each range is owned by exactly one of the ranks that hold it, spread
+ * over the ranks. Free with train_state_free. */
+CORE_NODISCARD core_status train_state_list(const train_model *model, bool training, train_state_tensors *out);
+void train_state_free(train_state_tensors *tensors);
+
+/* Meta data of a checkpoint. */
+typedef struct train_state_meta {
+  int64_t step;
+  data_position position;
+  uint64_t fingerprint; /* of the training shards */
+  int64_t ranks, expert_ranks;
+  char *config;         /* YAML, malloc'ed by train_state_meta_read */
+} train_state_meta;
+
+/* JSON text, malloc'ed. */
+CORE_NODISCARD core_status train_state_meta_write(const train_state_meta *meta, char **json);
+/* ERR_FORMAT when a field is missing or of another type. Free meta->config. */
+CORE_NODISCARD core_status train_state_meta_read(const char *json, train_state_meta *out);
+
+#endif

@@ -1,0 +1,153 @@
+/* Outline of train_stepper_gradients. Losses need the whole global batch: contrastive denominators all embeddings, router losses all sums. With
+ * one micro-batch: forward, losses, backward. With several: a first forward pass over all of them collects
+ * embeddings and sums, the losses are formed once, and a second forward pass, equal bit for bit, feeds each
+ * backward (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"). So the
+ * accumulated gradient is that of the whole batch. */
+#include "trainer/step.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/clock.h"
+#include "trainer/optimizer.h"
+#include "trainer/schedule/rate.h"
+
+core_status train_stepper_make(train_env *env, train_model *model, train_stepper *out) {
+  memset(out, 0, sizeof *out);
+  out->env = env;
+  out->model = model;
+  TRY(train_contrastive_make(env, model->Z, &out->contrastive));
+  return CORE_OK;
+}
+
+core_status train_stepper_plan(train_stepper *stepper, core_arena *arena) {
+  const train_moe_sums *sums = &stepper->model->sums;
+  int64_t cells = (int64_t)sums->layers * sums->modalities, M = stepper->env->layout.modalities;
+  TRY(train_contrastive_plan(&stepper->contrastive, arena));
+  TRY(train_router_plan(&stepper->router, stepper->env, stepper->model->moe_layers, arena));
+  stepper->reduced_count = stepper->contrastive.pairs + cells * train_moe_value_stride(sums);
+  stepper->counted_count = 2 * M + cells * train_moe_count_stride(sums);
+  TRY(ARENA_TAKE(arena, stepper->reduced_count, &stepper->reduced));
+  TRY(ARENA_TAKE(arena, stepper->counted_count, &stepper->counted));
+  return CORE_OK;
+}
+
+/* Time since *mark goes to a phase; exchanges inside it have been counted by themselves. */
+static void charge(train_env *env, train_phase phase, double *mark, double *exchanged) {
+  double now = core_clock_now(), inside = env->seconds[TRAIN_PHASE_EXCHANGE] - *exchanged;
+  env->seconds[phase] += now - *mark - inside;
+  *mark = now;
+  *exchanged = env->seconds[TRAIN_PHASE_EXCHANGE];
+}
+
+static void clear_sums(train_stepper *stepper) {
+  const train_moe_sums *sums = &stepper->model->sums;
+  size_t cells = (size_t)sums->layers * (size_t)sums->modalities;
+  if (cells == 0) return;
+  memset(sums->value, 0, cells * (size_t)train_moe_value_stride(sums) * sizeof *sums->value);
+  memset(sums->count, 0, cells * (size_t)train_moe_count_stride(sums) * sizeof *sums->count);
+}
+
+static void count_items(train_stepper *stepper) {
+  const train_items *items = &stepper->model->items;
+  int32_t M = stepper->env->layout.modalities;
+  for (int32_t m = 0; m < M; m++) {
+    stepper->counted[m] += items->row_first[m + 1] - items->row_first[m];
+    for (int64_t s = items->segment_first[m]; s < items->segment_first[m + 1]; s++)
+      stepper->counted[M + m] += items->offset[s + 1] > items->offset[s];
+  }
+}
+
+static core_status forward_pass(train_stepper *stepper, const data_batch *batch) {
+  clear_sums(stepper);
+  memset(stepper->counted, 0, (size_t)stepper->counted_count * sizeof *stepper->counted);
+  for (int64_t micro = 0; micro < stepper->env->layout.micro_batches; micro++) {
+    TRY(train_model_take(stepper->model, batch, micro));
+    TRY(train_model_forward(stepper->model, TRAIN_MODE_TRAIN));
+    TRY(train_contrastive_put(&stepper->contrastive, stepper->model, micro));
+    count_items(stepper);
+  }
+  return CORE_OK;
+}
+
+static core_status backward_pass(train_stepper *stepper, const data_batch *batch, double *mark, double *exchanged) {
+  train_env *env = stepper->env;
+  for (int64_t micro = 0; micro < env->layout.micro_batches; micro++) {
+    if (env->layout.micro_batches > 1) {
+      TRY(train_model_take(stepper->model, batch, micro));
+      TRY(train_model_forward(stepper->model, TRAIN_MODE_AGAIN));
+      charge(env, TRAIN_PHASE_FORWARD, mark, exchanged);
+    }
+    TRY(train_contrastive_get(&stepper->contrastive, stepper->model, micro));
+    TRY(train_model_backward(stepper->model, stepper->router.weights));
+    charge(env, TRAIN_PHASE_BACKWARD, mark, exchanged);
+  }
+  return CORE_OK;
+}
+
+/* One reduction for all real sums of the step, one for all counts. */
+static core_status reduce_sums(train_stepper *stepper) {
+  train_moe_sums *sums = &stepper->model->sums;
+  int64_t pairs = stepper->contrastive.pairs, values = stepper->reduced_count - pairs;
+  int64_t M2 = 2 * stepper->env->layout.modalities, counts = stepper->counted_count - M2;
+  memcpy(stepper->reduced, stepper->contrastive.loss, (size_t)pairs * sizeof(double));
+  if (values > 0) memcpy(stepper->reduced + pairs, sums->value, (size_t)values * sizeof(double));
+  if (counts > 0) memcpy(stepper->counted + M2, sums->count, (size_t)counts * sizeof(int64_t));
+  TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_FLOAT64, stepper->reduced, stepper->reduced_count));
+  TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_INT64, stepper->counted, stepper->counted_count));
+  if (values > 0) memcpy(sums->value, stepper->reduced + pairs, (size_t)values * sizeof(double));
+  if (counts > 0) memcpy(sums->count, stepper->counted + M2, (size_t)counts * sizeof(int64_t));
+  return CORE_OK;
+}
+
+static void fill_losses(train_stepper *stepper, train_report *report) {
+  const train_contrastive *c = &stepper->contrastive;
+  report->contrastive = train_contrastive_total(c, stepper->reduced);
+  for (int32_t p = 0; p < c->pairs; p++)
+    report->pair[p] = c->count[p] > 0 ? stepper->reduced[p] / (double)c->count[p] : 0;
+  train_router_evaluate(&stepper->router, &stepper->model->sums, &report->router);
+  const train_router_loss *r = &report->router;
+  report->loss = report->contrastive + r->importance + r->load + r->z + r->local + r->global;
+  for (int32_t m = 0; m < stepper->env->layout.modalities; m++) {
+    report->tokens[m] = stepper->counted[m];
+    report->items[m] = stepper->counted[stepper->env->layout.modalities + m];
+  }
+}
+
+core_status train_stepper_gradients(train_stepper *stepper, const data_batch *batch, train_report *report) {
+  train_env *env = stepper->env;
+  double mark = core_clock_now(), exchanged = env->seconds[TRAIN_PHASE_EXCHANGE];
+  core_tensor log_scale = train_parameter_value(&stepper->model->parameters, stepper->model->log_scale);
+  report->scale = exp((double)*(core_real *)log_scale.data);
+  TRY(train_optimizer_clear(stepper->model));
+  TRY(forward_pass(stepper, batch));
+  charge(env, TRAIN_PHASE_FORWARD, &mark, &exchanged);
+  comm_note(env->comm, env->step, -1, "objective");
+  TRY(train_contrastive_evaluate(&stepper->contrastive, batch, report->scale));
+  TRY(reduce_sums(stepper));
+  fill_losses(stepper, report);
+  charge(env, TRAIN_PHASE_LOSS, &mark, &exchanged);
+  TRY(backward_pass(stepper, batch, &mark, &exchanged));
+  core_real *d_log_scale = train_parameter_gradient(&stepper->model->parameters, stepper->model->log_scale).data;
+  *d_log_scale += (core_real)(stepper->contrastive.d_scale * report->scale);
+  comm_note(env->comm, env->step, -1, "gradient reduction");
+  TRY(train_optimizer_reduce(stepper->model));
+  TRY(train_optimizer_norm(stepper->model, &report->norm));
+  charge(env, TRAIN_PHASE_REDUCE, &mark, &exchanged);
+  return CORE_OK;
+}
+
+core_status train_stepper_run(train_stepper *stepper, const data_batch *batch, train_report *report) {
+  train_env *env = stepper->env;
+  const train_settings *s = env->settings;
+  TRY(train_stepper_gradients(stepper, batch, report));
+  double mark = core_clock_now();
+  report->step = env->step + 1;
+  report->rate = train_rate(s, env->step, s->run.steps);
+  report->clip = s->optimizer.clip > 0 && report->norm > s->optimizer.clip ? s->optimizer.clip / report->norm : 1;
+  /* loss and norm come out of reductions that give equal bits everywhere, so all ranks decide alike */
+  report->skipped = !isfinite(report->loss) || !isfinite(report->norm);
+  if (!report->skipped) TRY(train_optimizer_update(stepper->model, report->rate, report->clip));
+  env->seconds[TRAIN_PHASE_OPTIMIZER] += core_clock_now() - mark;
+  return CORE_OK;
+}
