@@ -24,6 +24,6 @@ core_status comm_agree_value(comm_group *group, const char *what, uint64_t value
   if (low == high) return CORE_OK;
   int64_t holder[2] = {value == low ? group->rank : INT64_MAX, value == high ? group->rank : INT64_MAX};
   TRY(comm_all_reduce(group, COMM_MIN, CORE_INT64, holder, 2));
-  FAIL(CORE_ERR_MISMATCH, "%s differs between ranks: %016" PRIx64 " on rank %d, %016" PRIx64 " on rank %d", what, low,
-       group->world_rank[holder[0]], high, group->world_rank[holder[1]]);
+  FAIL(CORE_ERR_MISMATCH, "%s differs between ranks: %016" PRIx64 " on rank %d, %016" PRIx64 " on rank %d",
+       what, low, group->world_rank[holder[0]], high, group->world_rank[holder[1]]);
 }

@@ -28,7 +28,8 @@ core_status comm_group_allocate_priv(comm_world *world, const comm_transport *tr
   group->world_rank = calloc((size_t)size, sizeof *group->world_rank);
   group->list = calloc((size_t)size * 2, sizeof *group->list);
   group->scratch = malloc((size_t)(group->piece * size) + 64);
-  CHECK(group->world_rank && group->list && group->scratch, CORE_ERR_MEMORY, "no memory for the group '%s'", name);
+  CHECK(group->world_rank && group->list && group->scratch, CORE_ERR_MEMORY, "no memory for the group '%s'",
+        name);
   *out = group;
   return CORE_OK;
 }
@@ -106,7 +107,8 @@ static void write_error_file(const comm_world *world, const core_error *error, c
   cJSON_AddStringToObject(object, "message", error->message);
   cJSON_AddStringToObject(object, "trace", text);
   char *json = cJSON_Print(object);
-  if (json && core_file_replace(path, json, strlen(json)) != CORE_OK) LOG_WARNING("%s", core_error_get()->message);
+  if (json && core_file_replace(path, json, strlen(json)) != CORE_OK)
+    LOG_WARNING("%s", core_error_get()->message);
   free(json);
   cJSON_Delete(object);
 }

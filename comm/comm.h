@@ -1,5 +1,5 @@
-/* Groups of ranks and the operations on them. Two transports now: `self` (one rank, no MPI call) and `mpi` (host memory);
- * NCCL joins behind the same interface.
+/* Groups of ranks and the operations on them. Two transports now: `self` (one rank, no MPI call) and `mpi`
+ * (host memory); NCCL joins behind the same interface.
  *
  * Every operation is Collective over its group, is issued in the same order on all its ranks, and has a
  * deadline. Waits poll: the deadline and the arrival of an error elsewhere. After a deadline or a transport
@@ -20,12 +20,12 @@ typedef struct comm_world comm_world;
 typedef struct comm_group comm_group;
 
 typedef struct comm_options {
-  double deadline;           /* seconds that any wait may take; 0: 600 */
-  const char *directory;     /* where error.<rank>.json goes; NULL: none */
+  double deadline;       /* seconds that any wait may take; 0: 600 */
+  const char *directory; /* where error.<rank>.json goes; NULL: none */
 } comm_options;
 
-/* Starts MPI when the process was launched by mpirun or srun (or MPI is already running); otherwise a world of one
- * without MPI. Collective over all processes of the job. */
+/* Starts MPI when the process was launched by mpirun or srun (or MPI is already running); otherwise a world
+ * of one without MPI. Collective over all processes of the job. */
 CORE_NODISCARD core_status comm_start(const comm_options *options, comm_world **out);
 /* Changes deadline and directory once the configuration is known. `directory` is copied. */
 CORE_NODISCARD core_status comm_configure(comm_world *world, const comm_options *options);
@@ -44,13 +44,14 @@ int32_t comm_local_rank(const comm_world *world); /* among the ranks of this hos
 int32_t comm_local_size(const comm_world *world);
 const char *comm_transport_name(const comm_group *group);
 
-/* Splits the world: ranks of equal `color` >= 0 form a group ordered by world rank; color < 0: no group, *out =
- * NULL. `name` ("expert", "replica", "modality image") is copied, for messages. Collective over the world. */
+/* Splits the world: ranks of equal `color` >= 0 form a group ordered by world rank; color < 0: no group, *out
+ * = NULL. `name` ("expert", "replica", "modality image") is copied, for messages. Collective over the world.
+ */
 CORE_NODISCARD core_status comm_group_create(comm_world *world, int32_t color, const char *name,
                                              comm_group **out);
 
-/* What the trainer is doing, for the watchdog's report: "step 12, layer 3, dispatch". layer < 0: none. `phase` must
- * be a string literal. Local, a few stores. */
+/* What the trainer is doing, for the watchdog's report: "step 12, layer 3, dispatch". layer < 0: none.
+ * `phase` must be a string literal. Local, a few stores. */
 void comm_note(comm_world *world, int64_t step, int32_t layer, const char *phase);
 
 CORE_NODISCARD core_status comm_barrier(comm_group *group);
@@ -58,10 +59,12 @@ CORE_NODISCARD core_status comm_barrier(comm_group *group);
 CORE_NODISCARD core_status comm_broadcast(comm_group *group, int32_t root, void *data, size_t bytes);
 
 typedef enum comm_reduction { COMM_SUM, COMM_MAX, COMM_MIN } comm_reduction;
-/* In place; FLOAT32, FLOAT64, INT32, INT64 or UINT64. The result is the same bit for bit on every rank, and from run to run on one layout. */
+/* In place; FLOAT32, FLOAT64, INT32, INT64 or UINT64. The result is the same bit for bit on every rank, and
+ * from run to run on one layout. */
 CORE_NODISCARD core_status comm_all_reduce(comm_group *group, comm_reduction operation, core_dtype dtype,
                                            void *data, int64_t count);
-/* Rank r contributes bytes[r] bytes (every rank knows all of them); they are concatenated in rank order in `recv`. */
+/* Rank r contributes bytes[r] bytes (every rank knows all of them); they are concatenated in rank order in
+ * `recv`. */
 CORE_NODISCARD core_status comm_all_gather(comm_group *group, const void *send, const int64_t *bytes,
                                            void *recv);
 /* Strings and records of unknown length to `root`: on root *recv is malloc'ed (caller frees) with offsets
@@ -69,9 +72,9 @@ CORE_NODISCARD core_status comm_all_gather(comm_group *group, const void *send, 
 CORE_NODISCARD core_status comm_gather_bytes(comm_group *group, int32_t root, const void *send, int64_t bytes,
                                              char **recv, int64_t **offset);
 
-/* Ragged all-to-all: a list of pieces to send and a list to receive. The i-th piece that rank a sends to rank b is
- * received by the i-th piece that b expects from a; their sizes must agree. Zero-byte pieces must be left out on both sides. Pieces of more
- * than 2 GiB are legal. Pieces to oneself are copied. */
+/* Ragged all-to-all: a list of pieces to send and a list to receive. The i-th piece that rank a sends to rank
+ * b is received by the i-th piece that b expects from a; their sizes must agree. Zero-byte pieces must be
+ * left out on both sides. Pieces of more than 2 GiB are legal. Pieces to oneself are copied. */
 typedef struct comm_piece {
   int32_t peer;
   void *data;

@@ -9,8 +9,8 @@ enum { COMM_NAME = 48, COMM_MAX_GROUPS = 64 };
 typedef struct comm_transport {
   const char *name;
   /* As comm_exchange; pieces to oneself are already done. */
-  core_status (*exchange)(comm_group *group, const comm_piece *send, int32_t send_count, const comm_piece *recv,
-                          int32_t recv_count);
+  core_status (*exchange)(comm_group *group, const comm_piece *send, int32_t send_count,
+                          const comm_piece *recv, int32_t recv_count);
   void (*group_destroy)(comm_group *group);
 } comm_transport;
 
@@ -19,12 +19,12 @@ struct comm_group {
   const comm_transport *transport;
   char name[COMM_NAME];
   int32_t rank, size;
-  int32_t *world_rank; /* [size] */
-  void *private;       /* of the transport */
+  int32_t *world_rank;    /* [size] */
+  void *private;          /* of the transport */
   unsigned char *scratch; /* [size][piece] for reductions */
   int64_t piece;
-  comm_piece *list;    /* [2 * size] for the operations built on exchange */
-  int64_t sequence;    /* exchanges so far; equal on all ranks */
+  comm_piece *list;      /* [2 * size] for the operations built on exchange */
+  int64_t sequence;      /* exchanges so far; equal on all ranks */
   const char *operation; /* what the current exchange serves, for messages */
   double seconds;
   int64_t bytes;
@@ -39,8 +39,8 @@ typedef struct comm_place {
 
 struct comm_world {
   int32_t rank, size, local_rank, local_size;
-  bool mpi;          /* MPI is in use */
-  bool owns_mpi;     /* and was started here */
+  bool mpi;      /* MPI is in use */
+  bool owns_mpi; /* and was started here */
   double deadline;
   char directory[512];
   comm_group *group[COMM_MAX_GROUPS];
@@ -66,8 +66,8 @@ void comm_mpi_finish_priv(comm_world *world);
 core_status comm_mpi_split_priv(comm_world *world, int32_t color, const char *name, comm_group **out);
 _Noreturn void comm_mpi_abort_priv(void);
 
-/* watchdog.c: turns the pending peers of a wait that is over its deadline into ERR_TIMEOUT. `answered`, `place`:
- * [world size] which ranks answered and from where. */
+/* watchdog.c: turns the pending peers of a wait that is over its deadline into ERR_TIMEOUT. `answered`,
+ * `place`: [world size] which ranks answered and from where. */
 core_status comm_watchdog_report_priv(const comm_group *group, const bool *pending, const bool *answered,
                                       const comm_place *place);
 void comm_place_now_priv(const comm_group *group, comm_place *out);

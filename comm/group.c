@@ -15,7 +15,8 @@ static core_status copy_own(const comm_group *group, const comm_piece *send, int
     if (send[s].peer != group->rank) continue;
     while (r < recv_count && recv[r].peer != group->rank) r++;
     CHECK(r < recv_count && recv[r].bytes == send[s].bytes, CORE_ERR_INTERNAL,
-          "group '%s': a piece of %lld bytes to oneself is not expected", group->name, (long long)send[s].bytes);
+          "group '%s': a piece of %lld bytes to oneself is not expected", group->name,
+          (long long)send[s].bytes);
     if (recv[r].data != send[s].data) memcpy(recv[r].data, send[s].data, (size_t)send[s].bytes);
     r++;
   }
@@ -24,8 +25,8 @@ static core_status copy_own(const comm_group *group, const comm_piece *send, int
   return CORE_OK;
 }
 
-static core_status exchange_as(comm_group *group, const char *operation, const comm_piece *send, int32_t send_count,
-                               const comm_piece *recv, int32_t recv_count) {
+static core_status exchange_as(comm_group *group, const char *operation, const comm_piece *send,
+                               int32_t send_count, const comm_piece *recv, int32_t recv_count) {
   double start = core_clock_now();
   group->operation = operation;
   group->sequence++;
@@ -38,8 +39,8 @@ static core_status exchange_as(comm_group *group, const char *operation, const c
   return CORE_OK;
 }
 
-core_status comm_exchange(comm_group *group, const comm_piece *send, int32_t send_count, const comm_piece *recv,
-                          int32_t recv_count) {
+core_status comm_exchange(comm_group *group, const comm_piece *send, int32_t send_count,
+                          const comm_piece *recv, int32_t recv_count) {
   TRY(exchange_as(group, "exchange", send, send_count, recv, recv_count));
   return CORE_OK;
 }
@@ -74,7 +75,8 @@ core_status comm_all_gather(comm_group *group, const void *send_data, const int6
   int32_t sends = 0, recvs = 0;
   int64_t at = 0;
   for (int32_t r = 0; r < group->size; r++) {
-    if (bytes[group->rank] > 0) send[sends++] = (comm_piece){r, (void *)(uintptr_t)send_data, bytes[group->rank]};
+    if (bytes[group->rank] > 0)
+      send[sends++] = (comm_piece){r, (void *)(uintptr_t)send_data, bytes[group->rank]};
     if (bytes[r] > 0) recv[recvs++] = (comm_piece){r, (char *)recv_data + at, bytes[r]};
     at += bytes[r];
   }
@@ -82,8 +84,8 @@ core_status comm_all_gather(comm_group *group, const void *send_data, const int6
   return CORE_OK;
 }
 
-core_status comm_gather_bytes(comm_group *group, int32_t root, const void *send_data, int64_t bytes, char **recv_data,
-                              int64_t **offset) {
+core_status comm_gather_bytes(comm_group *group, int32_t root, const void *send_data, int64_t bytes,
+                              char **recv_data, int64_t **offset) {
   *recv_data = NULL;
   *offset = NULL;
   int64_t *sizes = calloc((size_t)group->size * 2 + 1, sizeof *sizes);
@@ -114,15 +116,15 @@ core_status comm_gather_bytes(comm_group *group, int32_t root, const void *send_
   return CORE_OK;
 }
 
-#define REDUCE_LOOP(type, expression)                                \
-  do {                                                               \
-    type *a = target;                                                \
-    const type *b = source;                                          \
-    for (int64_t i = 0; i < count; i++) a[i] = (type)(expression);   \
+#define REDUCE_LOOP(type, expression)                              \
+  do {                                                             \
+    type *a = target;                                              \
+    const type *b = source;                                        \
+    for (int64_t i = 0; i < count; i++) a[i] = (type)(expression); \
   } while (0)
-#define REDUCE_TYPE(type)                                            \
-  do {                                                               \
-    if (operation == COMM_SUM) REDUCE_LOOP(type, a[i] + b[i]);       \
+#define REDUCE_TYPE(type)                                                    \
+  do {                                                                       \
+    if (operation == COMM_SUM) REDUCE_LOOP(type, a[i] + b[i]);               \
     if (operation == COMM_MAX) REDUCE_LOOP(type, a[i] > b[i] ? a[i] : b[i]); \
     if (operation == COMM_MIN) REDUCE_LOOP(type, a[i] < b[i] ? a[i] : b[i]); \
   } while (0)
@@ -130,16 +132,26 @@ core_status comm_gather_bytes(comm_group *group, int32_t root, const void *send_
 static void reduce_into(comm_reduction operation, core_dtype dtype, void *restrict target,
                         const void *restrict source, int64_t count) {
   switch (dtype) {
-    case CORE_FLOAT32: REDUCE_TYPE(float); break;
-    case CORE_FLOAT64: REDUCE_TYPE(double); break;
-    case CORE_INT32: REDUCE_TYPE(int32_t); break;
-    case CORE_INT64: REDUCE_TYPE(int64_t); break;
-    default: REDUCE_TYPE(uint64_t); break;
+    case CORE_FLOAT32:
+      REDUCE_TYPE(float);
+      break;
+    case CORE_FLOAT64:
+      REDUCE_TYPE(double);
+      break;
+    case CORE_INT32:
+      REDUCE_TYPE(int32_t);
+      break;
+    case CORE_INT64:
+      REDUCE_TYPE(int64_t);
+      break;
+    default:
+      REDUCE_TYPE(uint64_t);
+      break;
   }
 }
 
-/* One round: `data` is cut into `size` slices of at most `slice` elements; rank r sums slice r of everybody in rank order, and
- * hands the sum round. */
+/* One round: `data` is cut into `size` slices of at most `slice` elements; rank r sums slice r of everybody
+ * in rank order, and hands the sum round. */
 static core_status reduce_round(comm_group *group, comm_reduction operation, core_dtype dtype, char *data,
                                 int64_t count, int64_t slice) {
   int64_t width = (int64_t)core_dtype_size(dtype);
@@ -168,7 +180,8 @@ core_status comm_all_reduce(comm_group *group, comm_reduction operation, core_dt
                             int64_t count) {
   bool known = dtype == CORE_FLOAT32 || dtype == CORE_FLOAT64 || dtype == CORE_INT32 || dtype == CORE_INT64 ||
                dtype == CORE_UINT64;
-  CHECK(known && count >= 0, CORE_ERR_ARGUMENT, "all-reduce of %lld x %s", (long long)count, core_dtype_text(dtype));
+  CHECK(known && count >= 0, CORE_ERR_ARGUMENT, "all-reduce of %lld x %s", (long long)count,
+        core_dtype_text(dtype));
   if (group->size == 1) return CORE_OK;
   int64_t width = (int64_t)core_dtype_size(dtype), most = group->piece / width;
   for (int64_t done = 0; done < count; done += most * group->size) {

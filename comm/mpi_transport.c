@@ -72,13 +72,15 @@ core_status comm_mpi_start_priv(comm_world *world) {
   int started = 0, provided = 0, rank = 0, size = 0, local_rank = 0, local_size = 0;
   MPI_Initialized(&started);
   world->owns_mpi = !started;
-  if (!started) TRY(mpi_check(MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided), "MPI_Init_thread"));
+  if (!started)
+    TRY(mpi_check(MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided), "MPI_Init_thread"));
   world->mpi = true;
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   MPI_Comm node;
-  TRY(mpi_check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &node), "MPI_Comm_split_type"));
+  TRY(mpi_check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &node),
+                "MPI_Comm_split_type"));
   MPI_Comm_rank(node, &local_rank);
   MPI_Comm_size(node, &local_size);
   MPI_Comm_free(&node);
@@ -224,7 +226,8 @@ static int64_t messages(const comm_group *group, const comm_piece *piece, int32_
 }
 
 /* Posts one side. Messages between two ranks keep their order, so pieces need no tags of their own. */
-static core_status post(const comm_group *group, const comm_piece *piece, int32_t count, bool sending, int32_t *posted) {
+static core_status post(const comm_group *group, const comm_piece *piece, int32_t count, bool sending,
+                        int32_t *posted) {
   mpi_group *state = group->private;
   for (int32_t i = 0; i < count; i++) {
     int peer = piece[i].peer;
@@ -243,8 +246,8 @@ static core_status post(const comm_group *group, const comm_piece *piece, int32_
   return CORE_OK;
 }
 
-static core_status mpi_exchange(comm_group *group, const comm_piece *send, int32_t send_count, const comm_piece *recv,
-                                int32_t recv_count) {
+static core_status mpi_exchange(comm_group *group, const comm_piece *send, int32_t send_count,
+                                const comm_piece *recv, int32_t recv_count) {
   int32_t posted = 0;
   TRY(reserve(group->private, messages(group, send, send_count) + messages(group, recv, recv_count)));
   TRY(post(group, recv, recv_count, false, &posted));

@@ -5,7 +5,8 @@ static core_status self_exchange(comm_group *group, const comm_piece *send, int3
                                  const comm_piece *recv, int32_t recv_count) {
   (void)send;
   (void)recv;
-  CHECK(send_count == 0 && recv_count == 0, CORE_ERR_INTERNAL, "group '%s' of one rank has no peers", group->name);
+  CHECK(send_count == 0 && recv_count == 0, CORE_ERR_INTERNAL, "group '%s' of one rank has no peers",
+        group->name);
   return CORE_OK;
 }
 

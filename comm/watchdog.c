@@ -1,4 +1,5 @@
-/* What to say when a deadline passes: who is waited for, where this rank is, and from where the others answer. */
+/* What to say when a deadline passes: who is waited for, where this rank is, and from where the others
+ * answer. */
 #include <stdio.h>
 #include <string.h>
 
@@ -24,8 +25,8 @@ static void append(char *text, size_t capacity, const char *more) {
 static void describe_place(const comm_place *place, char *out, size_t capacity) {
   char layer[24] = "";
   if (place->layer >= 0) snprintf(layer, sizeof layer, ", layer %d", place->layer);
-  snprintf(out, capacity, "step %lld%s, %s, %s %lld of group '%s'", (long long)place->step, layer, place->phase,
-           place->operation, (long long)place->sequence, place->group);
+  snprintf(out, capacity, "step %lld%s, %s, %s %lld of group '%s'", (long long)place->step, layer,
+           place->phase, place->operation, (long long)place->sequence, place->group);
 }
 
 core_status comm_watchdog_report_priv(const comm_group *group, const bool *pending, const bool *answered,

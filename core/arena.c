@@ -74,7 +74,8 @@ core_status core_arena_take(core_arena *arena, int64_t count, size_t size, void 
         arena->name);
   if (arena->phase == PHASE_REAL) {
     CHECK(arena->used + padded <= arena->capacity, CORE_ERR_INTERNAL,
-          "arena '%s': the real run takes more than the %zu bytes of the dry run", arena->name, arena->capacity);
+          "arena '%s': the real run takes more than the %zu bytes of the dry run", arena->name,
+          arena->capacity);
     *out = arena->base + arena->used;
     mark_fresh(arena, *out, bytes);
   }

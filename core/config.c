@@ -89,8 +89,8 @@ static void join(char *out, size_t capacity, const char *word, const char *separ
   snprintf(out + used, capacity - used, "%s%s", used ? separator : "", word);
 }
 
-/* The place that holds the index of the node at `path`, NULL if there is none. canonical (KEY bytes, or NULL): the
- * path with list items by index. */
+/* The place that holds the index of the node at `path`, NULL if there is none. canonical (KEY bytes, or
+ * NULL): the path with list items by index. */
 static int *find_slot(yaml_document_t *document, const char *path, char *canonical) {
   yaml_node_t *node = yaml_document_get_root_node(document);
   char key[KEY];
@@ -123,17 +123,21 @@ static core_status copy_mapping(yaml_document_t *to, yaml_document_t *from, int 
     int key = 0, value = 0;
     TRY(copy_node(to, from, pair.key, depth + 1, &key));
     TRY(copy_node(to, from, pair.value, depth + 1, &value));
-    CHECK(yaml_document_append_mapping_pair(to, target, key, value), CORE_ERR_MEMORY, "no memory for the configuration");
+    CHECK(yaml_document_append_mapping_pair(to, target, key, value), CORE_ERR_MEMORY,
+          "no memory for the configuration");
   }
   return CORE_OK;
 }
 
-static core_status copy_sequence(yaml_document_t *to, yaml_document_t *from, int node, int depth, int target) {
+static core_status copy_sequence(yaml_document_t *to, yaml_document_t *from, int node, int depth,
+                                 int target) {
   int count = sequence_count(yaml_document_get_node(from, node));
   for (int i = 0; i < count; i++) {
     int item = 0;
-    TRY(copy_node(to, from, yaml_document_get_node(from, node)->data.sequence.items.start[i], depth + 1, &item));
-    CHECK(yaml_document_append_sequence_item(to, target, item), CORE_ERR_MEMORY, "no memory for the configuration");
+    TRY(copy_node(to, from, yaml_document_get_node(from, node)->data.sequence.items.start[i], depth + 1,
+                  &item));
+    CHECK(yaml_document_append_sequence_item(to, target, item), CORE_ERR_MEMORY,
+          "no memory for the configuration");
   }
   return CORE_OK;
 }
@@ -181,7 +185,8 @@ static core_status merge(yaml_document_t *to, int target, yaml_document_t *from,
       continue;
     }
     TRY(copy_node(to, from, pair.key, depth + 1, &name));
-    CHECK(yaml_document_append_mapping_pair(to, target, name, value), CORE_ERR_MEMORY, "no memory for the configuration");
+    CHECK(yaml_document_append_mapping_pair(to, target, name, value), CORE_ERR_MEMORY,
+          "no memory for the configuration");
   }
   return CORE_OK;
 }
@@ -196,8 +201,8 @@ static core_status check_duplicates(const char *path, yaml_document_t *document,
   for (yaml_node_pair_t *pair = node->data.mapping.pairs.start; pair < node->data.mapping.pairs.top; pair++) {
     const yaml_node_t *key = yaml_document_get_node(document, pair->key);
     CHECK(scalar(key), CORE_ERR_CONFIG, "%s:%zu: a key must be a plain word", path, key->start_mark.line + 1);
-    CHECK(find_pair(document, node, scalar(key)) == pair, CORE_ERR_CONFIG, "%s:%zu: the key '%s' is given twice", path,
-          key->start_mark.line + 1, scalar(key));
+    CHECK(find_pair(document, node, scalar(key)) == pair, CORE_ERR_CONFIG,
+          "%s:%zu: the key '%s' is given twice", path, key->start_mark.line + 1, scalar(key));
     TRY(check_duplicates(path, document, pair->value, depth + 1));
   }
   return CORE_OK;
@@ -270,9 +275,15 @@ static void describe_schema(const cyaml_schema_value_t *schema, char *out, size_
   }
   switch (schema->type) {
     case CYAML_INT:
-    case CYAML_UINT: snprintf(out, capacity, "an integer"); break;
-    case CYAML_FLOAT: snprintf(out, capacity, "a number"); break;
-    case CYAML_STRING: snprintf(out, capacity, "a text"); break;
+    case CYAML_UINT:
+      snprintf(out, capacity, "an integer");
+      break;
+    case CYAML_FLOAT:
+      snprintf(out, capacity, "a number");
+      break;
+    case CYAML_STRING:
+      snprintf(out, capacity, "a text");
+      break;
     case CYAML_ENUM:
       for (uint32_t i = 0; i < schema->enumeration.count; i++)
         join(words, sizeof words, schema->enumeration.strings[i].str, ", ");
@@ -286,7 +297,8 @@ static void describe_schema(const cyaml_schema_value_t *schema, char *out, size_
     case CYAML_SEQUENCE:
       snprintf(out, capacity, "a list of %u to %u items", schema->sequence.min, schema->sequence.max);
       break;
-    default: snprintf(out, capacity, "another kind of value");
+    default:
+      snprintf(out, capacity, "another kind of value");
   }
 }
 
@@ -369,12 +381,14 @@ static core_status emit(core_config *config) {
   yaml_document_t copy;
   yaml_emitter_t emitter;
   int root = 0;
-  CHECK(yaml_document_initialize(&copy, NULL, NULL, NULL, 1, 1), CORE_ERR_MEMORY, "no memory for the configuration");
+  CHECK(yaml_document_initialize(&copy, NULL, NULL, NULL, 1, 1), CORE_ERR_MEMORY,
+        "no memory for the configuration");
   TRY(copy_node(&copy, &config->merged, 1, 0, &root));
   CHECK(yaml_emitter_initialize(&emitter), CORE_ERR_MEMORY, "no memory for the configuration");
   yaml_emitter_set_output(&emitter, append_output, config);
   yaml_emitter_set_width(&emitter, 100);
-  int good = yaml_emitter_open(&emitter) && yaml_emitter_dump(&emitter, &copy) && yaml_emitter_close(&emitter);
+  int good =
+      yaml_emitter_open(&emitter) && yaml_emitter_dump(&emitter, &copy) && yaml_emitter_close(&emitter);
   yaml_emitter_delete(&emitter);
   CHECK(good && config->text, CORE_ERR_MEMORY, "the configuration cannot be written as YAML");
   return CORE_OK;
@@ -441,14 +455,15 @@ static core_status apply_override(core_config *config, int32_t index) {
   }
   if (!mapping || yaml_document_get_node(&config->merged, mapping)->type != YAML_MAPPING_NODE)
     return core_config_refuse(config, key, "there is no such key");
-  int name = yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)last, -1, YAML_ANY_SCALAR_STYLE);
+  int name =
+      yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)last, -1, YAML_ANY_SCALAR_STYLE);
   CHECK(name && yaml_document_append_mapping_pair(&config->merged, mapping, name, made), CORE_ERR_MEMORY,
         "no memory for the configuration");
   return CORE_OK;
 }
 
-static core_status check_number(const core_config *config, const cyaml_schema_value_t *schema, const char *text,
-                                const char *path) {
+static core_status check_number(const core_config *config, const cyaml_schema_value_t *schema,
+                                const char *text, const char *path) {
   char expected[64], *end = NULL;
   errno = 0;
   bool real = schema->type == CYAML_FLOAT;
@@ -459,8 +474,8 @@ static core_status check_number(const core_config *config, const cyaml_schema_va
   return CORE_OK;
 }
 
-/* libcyaml takes "0.1x" for 0.1 and "nan" for a number, so numbers are judged here. Whatever does not fit the schema
- * otherwise is left to libcyaml. */
+/* libcyaml takes "0.1x" for 0.1 and "nan" for a number, so numbers are judged here. Whatever does not fit the
+ * schema otherwise is left to libcyaml. */
 static core_status check_numbers(core_config *config, const cyaml_schema_value_t *schema, int index,
                                  const char *path) {
   const yaml_node_t *node = yaml_document_get_node(&config->merged, index);
@@ -484,7 +499,8 @@ static core_status check_numbers(core_config *config, const cyaml_schema_value_t
 
 static core_status load_schema(core_config *config) {
   report seen = {{0}, {0}, 0};
-  cyaml_config_t settings = {.log_fn = collect, .log_ctx = &seen, .mem_fn = cyaml_mem, .log_level = CYAML_LOG_ERROR};
+  cyaml_config_t settings = {
+      .log_fn = collect, .log_ctx = &seen, .mem_fn = cyaml_mem, .log_level = CYAML_LOG_ERROR};
   cyaml_err_t result = cyaml_load_data((const unsigned char *)config->text, strlen(config->text), &settings,
                                        config->spec->schema, &config->data, NULL);
   if (result == CYAML_OK) return CORE_OK;
@@ -526,7 +542,8 @@ core_status core_config_load(const core_config_spec *spec, const char *path, con
   config->override_key = calloc((size_t)override_count + 1, sizeof *config->override_key);
   core_status status = CORE_OK;
   if (!config->path || !config->override_key)
-    status = core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "no memory for the configuration");
+    status =
+        core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "no memory for the configuration");
   if (status == CORE_OK) status = load(config, text);
   if (status != CORE_OK) {
     core_config_destroy(config);

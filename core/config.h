@@ -3,7 +3,8 @@
  *
  * A file is merged over the defaults, `--set a.b.c=value` over both; the result must match the schema
  * exactly. All fields of the schema are required: what the user may leave out is in the defaults. List items
- * are addressed by index or, where they are mappings with a `name`, by that name: data.modalities.image.length */
+ * are addressed by index or, where they are mappings with a `name`, by that name:
+ * data.modalities.image.length */
 #ifndef CORE_CONFIG_H
 #define CORE_CONFIG_H
 
@@ -29,7 +30,8 @@ typedef struct core_config_spec {
 /* Reads `path` (text == NULL) or `text` (then `path` is only its name in messages), merges and loads.
  * overrides: "key=value" strings, borrowed. Errors: ERR_NOT_FOUND, ERR_IO, ERR_CONFIG. */
 CORE_NODISCARD core_status core_config_load(const core_config_spec *spec, const char *path, const char *text,
-                                            const char *const *overrides, int32_t override_count, core_config **out);
+                                            const char *const *overrides, int32_t override_count,
+                                            core_config **out);
 void core_config_destroy(core_config *config);
 /* The structure that the schema describes; owned by the config. */
 const void *core_config_data(const core_config *config);
@@ -37,7 +39,8 @@ const void *core_config_data(const core_config *config);
 const char *core_config_text(const core_config *config);
 /* Refuses a value that the schema allows but the program does not: ERR_CONFIG with "file:line: key: <text>",
  * or "--set key: <text>". */
-core_status core_config_refuse(const core_config *config, const char *key, const char *format, ...) CORE_PRINTF(3, 4);
+core_status core_config_refuse(const core_config *config, const char *key, const char *format, ...)
+    CORE_PRINTF(3, 4);
 
 /* For the schema: a boolean that accepts only true and false (libcyaml takes any word for true). */
 extern const cyaml_strval_t core_config_bool[2];

@@ -63,17 +63,18 @@ static int pass_gate(const char *path) {
   return error;
 }
 
-#define GATE(path, what)                                                                              \
-  do {                                                                                                \
-    int gate_error = pass_gate(path);                                                                 \
-    CHECK(gate_error == 0, CORE_ERR_IO, "cannot %s %s: %s", (what), (path), strerror(gate_error));    \
+#define GATE(path, what)                                                                           \
+  do {                                                                                             \
+    int gate_error = pass_gate(path);                                                              \
+    CHECK(gate_error == 0, CORE_ERR_IO, "cannot %s %s: %s", (what), (path), strerror(gate_error)); \
   } while (0)
 
 core_status core_file_open(const char *path, int flags, int *fd) {
   GATE(path, "open");
   do *fd = open(path, flags | O_CLOEXEC, 0666);
   while (*fd < 0 && errno == EINTR);
-  CHECK(*fd >= 0, errno == ENOENT ? CORE_ERR_NOT_FOUND : CORE_ERR_IO, "cannot open %s: %s", path, strerror(errno));
+  CHECK(*fd >= 0, errno == ENOENT ? CORE_ERR_NOT_FOUND : CORE_ERR_IO, "cannot open %s: %s", path,
+        strerror(errno));
   return CORE_OK;
 }
 
@@ -97,7 +98,8 @@ core_status core_file_read_at(int fd, const char *path, void *bytes, size_t coun
     ssize_t done = pread(fd, at, count, (off_t)offset);
     if (done < 0 && errno == EINTR) continue;
     CHECK(done >= 0, CORE_ERR_IO, "cannot read %zu bytes of %s: %s", count, path, strerror(errno));
-    CHECK(done > 0, CORE_ERR_CORRUPT, "%s ends at byte %lld, %zu bytes early", path, (long long)offset, count);
+    CHECK(done > 0, CORE_ERR_CORRUPT, "%s ends at byte %lld, %zu bytes early", path, (long long)offset,
+          count);
     at += done;
     offset += done;
     count -= (size_t)done;
@@ -173,8 +175,8 @@ core_status core_file_sync_directory(const char *path) {
 core_status core_file_size(const char *path, int64_t *bytes) {
   struct stat info;
   GATE(path, "look at");
-  CHECK(stat(path, &info) == 0, errno == ENOENT ? CORE_ERR_NOT_FOUND : CORE_ERR_IO, "cannot look at %s: %s", path,
-        strerror(errno));
+  CHECK(stat(path, &info) == 0, errno == ENOENT ? CORE_ERR_NOT_FOUND : CORE_ERR_IO, "cannot look at %s: %s",
+        path, strerror(errno));
   *bytes = info.st_size;
   return CORE_OK;
 }
@@ -187,13 +189,14 @@ core_status core_file_read_all(const char *path, int64_t limit, char **text, int
   int fd = -1;
   *text = NULL;
   TRY(core_file_size(path, count));
-  CHECK(*count <= limit, CORE_ERR_FORMAT, "%s has %lld bytes; at most %lld are expected", path, (long long)*count,
-        (long long)limit);
+  CHECK(*count <= limit, CORE_ERR_FORMAT, "%s has %lld bytes; at most %lld are expected", path,
+        (long long)*count, (long long)limit);
   TRY(core_file_open(path, O_RDONLY, &fd));
   core_status status = CORE_OK;
   core_error saved = {0};
   char *bytes = malloc((size_t)*count + 1);
-  if (!bytes) status = core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "no memory to read %s", path);
+  if (!bytes)
+    status = core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "no memory to read %s", path);
   if (status == CORE_OK) status = core_file_read_at(fd, path, bytes, (size_t)*count, 0);
   core_error_save(&saved);
   status = core_keep_first(status, &saved, core_file_close(fd, path));

@@ -11,9 +11,11 @@
 
 /* Opens as open(2) with O_CLOEXEC; mode 0666 under the umask. */
 CORE_NODISCARD core_status core_file_open(const char *path, int flags, int *fd);
-/* Writes all bytes / reads exactly `count` bytes at `offset`; a short file is ERR_CORRUPT. EINTR is retried. */
+/* Writes all bytes / reads exactly `count` bytes at `offset`; a short file is ERR_CORRUPT. EINTR is retried.
+ */
 CORE_NODISCARD core_status core_file_write(int fd, const char *path, const void *bytes, size_t count);
-CORE_NODISCARD core_status core_file_read_at(int fd, const char *path, void *bytes, size_t count, int64_t offset);
+CORE_NODISCARD core_status core_file_read_at(int fd, const char *path, void *bytes, size_t count,
+                                             int64_t offset);
 CORE_NODISCARD core_status core_file_sync(int fd, const char *path);
 CORE_NODISCARD core_status core_file_close(int fd, const char *path);
 CORE_NODISCARD core_status core_file_rename(const char *from, const char *to);
@@ -31,13 +33,13 @@ CORE_NODISCARD core_status core_file_read_all(const char *path, int64_t limit, c
 /* Atomic replacement: temporary beside it, write, fsync, rename, fsync of the directory. */
 CORE_NODISCARD core_status core_file_replace(const char *path, const void *bytes, size_t count);
 
-/* Fault injection, for tests only (also by the environment: ANTIPHON_FAULT_FILE="<n>:<errno|exit>[:<prefix>]" counts
- * only operations on paths that contain <prefix>). */
+/* Fault injection, for tests only (also by the environment: ANTIPHON_FAULT_FILE="<n>:<errno|exit>[:<prefix>]"
+ * counts only operations on paths that contain <prefix>). */
 typedef struct core_file_fault {
-  int64_t at;             /* which operation, from 1; 0 off */
-  int error;              /* errno to report; 0: the process ends at once, as if killed */
-  char containing[256];   /* only paths that contain this; empty all */
-  int sticky;             /* non-zero: this one and all later ones fail */
+  int64_t at;           /* which operation, from 1; 0 off */
+  int error;            /* errno to report; 0: the process ends at once, as if killed */
+  char containing[256]; /* only paths that contain this; empty all */
+  int sticky;           /* non-zero: this one and all later ones fail */
 } core_file_fault;
 void core_file_inject(const core_file_fault *fault);
 /* Operations that passed the gate (and matched) since the last injection. */

@@ -5,7 +5,12 @@
 
 #include "core/status.h"
 
-typedef enum core_log_level { CORE_LOG_DEBUG, CORE_LOG_INFO, CORE_LOG_WARNING, CORE_LOG_ERROR } core_log_level;
+typedef enum core_log_level {
+  CORE_LOG_DEBUG,
+  CORE_LOG_INFO,
+  CORE_LOG_WARNING,
+  CORE_LOG_ERROR
+} core_log_level;
 
 void core_log_set_level(core_log_level level);
 void core_log_set_rank(int32_t rank);

@@ -13,7 +13,8 @@ static void philox_round(uint32_t counter[4], const uint32_t key[2]) {
 }
 
 core_random_block core_random_at(uint64_t seed, uint64_t stream, uint64_t index) {
-  uint32_t counter[4] = {(uint32_t)index, (uint32_t)(index >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
+  uint32_t counter[4] = {(uint32_t)index, (uint32_t)(index >> 32), (uint32_t)stream,
+                         (uint32_t)(stream >> 32)};
   uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
   for (int round = 0; round < 10; round++) {
     philox_round(counter, key);
@@ -54,8 +55,7 @@ uint64_t core_random_below(uint64_t seed, uint64_t stream, uint64_t index, uint6
   core_random_block block = core_random_at(seed, stream, index);
   uint64_t threshold = (0 - n) % n;
   unsigned __int128 product = (unsigned __int128)join(block.word[0], block.word[1]) * n;
-  if ((uint64_t)product < threshold)
-    product = (unsigned __int128)join(block.word[2], block.word[3]) * n;
+  if ((uint64_t)product < threshold) product = (unsigned __int128)join(block.word[2], block.word[3]) * n;
   return (uint64_t)(product >> 64);
 }
 

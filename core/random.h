@@ -33,7 +33,8 @@ typedef enum core_random_purpose {
   CORE_RANDOM_TEST = 7
 } core_random_purpose;
 
-/* Mixes a purpose and two numbers into a stream key (64-bit finaliser; collisions are as of a random hash). */
+/* Mixes a purpose and two numbers into a stream key (64-bit finaliser; collisions are as of a random hash).
+ */
 uint64_t core_random_stream(core_random_purpose purpose, uint64_t a, uint64_t b);
 
 /* A permutation of [0, n) as a pure function of (seed, stream): Fisher-Yates. out: int64 [n]. */

@@ -114,8 +114,8 @@ int core_error_format(const core_error *error, bool with_frames, char *out, int6
                       core_status_text(code), rank);
   for (int32_t i = 0; with_frames && i < error->depth && i < CORE_ERROR_FRAMES && used < capacity; i++) {
     const core_frame *frame = &error->frame[i];
-    used += snprintf(out + used, (size_t)(capacity - used), "\n    in %s, %s:%d", frame->function, frame->file,
-                     frame->line);
+    used += snprintf(out + used, (size_t)(capacity - used), "\n    in %s, %s:%d", frame->function,
+                     frame->file, frame->line);
   }
   return used < capacity ? used : (int)capacity - 1;
 }

@@ -13,29 +13,29 @@
 #include <stdint.h> /* int32_t, int64_t */
 
 /* name, short text. The order is part of the checkpoint and error-file formats: append only. */
-#define CORE_STATUS_LIST(X)                                                      \
-  X(OK, "success")                                                               \
-  X(ERR_ARGUMENT, "invalid argument")                                            \
-  X(ERR_USAGE, "wrong command line")                                             \
-  X(ERR_CONFIG, "invalid configuration")                                         \
-  X(ERR_MEMORY, "out of memory")                                                 \
-  X(ERR_IO, "input/output error")                                                \
-  X(ERR_FORMAT, "not in the expected format")                                    \
-  X(ERR_CORRUPT, "damaged data")                                                 \
-  X(ERR_MISMATCH, "data that do not belong together")                            \
-  X(ERR_NOT_FOUND, "not found")                                                  \
-  X(ERR_UNSUPPORTED, "not supported")                                            \
-  X(ERR_COMM, "communication failed")                                            \
-  X(ERR_TIMEOUT, "deadline passed")                                              \
-  X(ERR_NON_FINITE, "non-finite value")                                          \
-  X(ERR_STOPPED, "stopped on request")                                           \
+#define CORE_STATUS_LIST(X)                           \
+  X(OK, "success")                                    \
+  X(ERR_ARGUMENT, "invalid argument")                 \
+  X(ERR_USAGE, "wrong command line")                  \
+  X(ERR_CONFIG, "invalid configuration")              \
+  X(ERR_MEMORY, "out of memory")                      \
+  X(ERR_IO, "input/output error")                     \
+  X(ERR_FORMAT, "not in the expected format")         \
+  X(ERR_CORRUPT, "damaged data")                      \
+  X(ERR_MISMATCH, "data that do not belong together") \
+  X(ERR_NOT_FOUND, "not found")                       \
+  X(ERR_UNSUPPORTED, "not supported")                 \
+  X(ERR_COMM, "communication failed")                 \
+  X(ERR_TIMEOUT, "deadline passed")                   \
+  X(ERR_NON_FINITE, "non-finite value")               \
+  X(ERR_STOPPED, "stopped on request")                \
   X(ERR_INTERNAL, "internal error")
 
 typedef enum core_status {
 #define CORE_STATUS_ENUM(name, text) CORE_##name,
   CORE_STATUS_LIST(CORE_STATUS_ENUM)
 #undef CORE_STATUS_ENUM
-  CORE_STATUS_COUNT
+      CORE_STATUS_COUNT
 } core_status;
 
 #define CORE_NODISCARD __attribute__((warn_unused_result))
@@ -84,37 +84,35 @@ void core_error_set_rank(int32_t rank);
 int core_error_format(const core_error *error, bool with_frames, char *out, int64_t capacity);
 
 /* Passes a failure on, adding this function to the record. */
-#define TRY(expression)                                                          \
-  do {                                                                           \
-    core_status try_status = (expression);                                       \
-    if (try_status != CORE_OK)                                                   \
-      return core_error_trace(try_status, __func__, __FILE__, __LINE__);         \
+#define TRY(expression)                                                                           \
+  do {                                                                                            \
+    core_status try_status = (expression);                                                        \
+    if (try_status != CORE_OK) return core_error_trace(try_status, __func__, __FILE__, __LINE__); \
   } while (0)
 
 /* As TRY, but goes to `label` with the local variable `status` set. A later failure during the cleanup must
  * not overwrite the first: cleanup calls that can fail are wrapped in core_keep_first. */
-#define TRY_OUT(expression, label)                                               \
-  do {                                                                           \
-    status = (expression);                                                       \
-    if (status != CORE_OK) {                                                     \
-      (void)core_error_trace(status, __func__, __FILE__, __LINE__);              \
-      goto label;                                                                \
-    }                                                                            \
+#define TRY_OUT(expression, label)                                  \
+  do {                                                              \
+    status = (expression);                                          \
+    if (status != CORE_OK) {                                        \
+      (void)core_error_trace(status, __func__, __FILE__, __LINE__); \
+      goto label;                                                   \
+    }                                                               \
   } while (0)
 
 #define FAIL(code, ...) return core_error_begin((code), __func__, __FILE__, __LINE__, __VA_ARGS__)
 
-#define CHECK(condition, code, ...)                                              \
-  do {                                                                           \
-    if (__builtin_expect(!(condition), 0)) FAIL((code), __VA_ARGS__);            \
+#define CHECK(condition, code, ...)                                   \
+  do {                                                                \
+    if (__builtin_expect(!(condition), 0)) FAIL((code), __VA_ARGS__); \
   } while (0)
 
 /* What the program itself must guarantee. Debug builds only. */
 #ifndef NDEBUG
-#define ASSERT(condition)                                                        \
-  do {                                                                           \
-    if (__builtin_expect(!(condition), 0))                                       \
-      FAIL(CORE_ERR_INTERNAL, "assertion failed: %s", #condition);               \
+#define ASSERT(condition)                                                                               \
+  do {                                                                                                  \
+    if (__builtin_expect(!(condition), 0)) FAIL(CORE_ERR_INTERNAL, "assertion failed: %s", #condition); \
   } while (0)
 #else
 #define ASSERT(condition) ((void)0)

@@ -17,8 +17,8 @@ core_status core_stop_install(void) {
   sigemptyset(&action.sa_mask);
   const int signals[] = {SIGTERM, SIGUSR1, SIGINT};
   for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
-    CHECK(sigaction(signals[i], &action, NULL) == 0, CORE_ERR_INTERNAL, "cannot handle signal %d: %s", signals[i],
-          strerror(errno));
+    CHECK(sigaction(signals[i], &action, NULL) == 0, CORE_ERR_INTERNAL, "cannot handle signal %d: %s",
+          signals[i], strerror(errno));
   return CORE_OK;
 }
 

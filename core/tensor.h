@@ -9,21 +9,21 @@
 #include "core/real.h" /* CORE_REAL_DTYPE */
 
 /* name, bytes, text. Values are stored in checkpoints: append only. */
-#define CORE_DTYPE_LIST(X)                                                       \
-  X(FLOAT32, 4, "float32")                                                       \
-  X(BFLOAT16, 2, "bfloat16")                                                     \
-  X(FLOAT16, 2, "float16")                                                       \
-  X(FLOAT64, 8, "float64")                                                       \
-  X(INT32, 4, "int32")                                                           \
-  X(INT64, 8, "int64")                                                           \
-  X(UINT64, 8, "uint64")                                                         \
+#define CORE_DTYPE_LIST(X)   \
+  X(FLOAT32, 4, "float32")   \
+  X(BFLOAT16, 2, "bfloat16") \
+  X(FLOAT16, 2, "float16")   \
+  X(FLOAT64, 8, "float64")   \
+  X(INT32, 4, "int32")       \
+  X(INT64, 8, "int64")       \
+  X(UINT64, 8, "uint64")     \
   X(UINT8, 1, "uint8")
 
 typedef enum core_dtype {
 #define CORE_DTYPE_ENUM(name, bytes, text) CORE_##name,
   CORE_DTYPE_LIST(CORE_DTYPE_ENUM)
 #undef CORE_DTYPE_ENUM
-  CORE_DTYPE_COUNT
+      CORE_DTYPE_COUNT
 } core_dtype;
 
 enum { CORE_MAX_RANK = 4 };

@@ -1,5 +1,5 @@
-/* The benchmarks behind `antiphon bench`. Each prints what it measured and the ratio that the design sets a bar for.
- * Collective over the world. */
+/* The benchmarks behind `antiphon bench`. Each prints what it measured and the ratio that the design sets a
+ * bar for. Collective over the world. */
 #ifndef LAUNCH_BENCH_H
 #define LAUNCH_BENCH_H
 

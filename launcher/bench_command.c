@@ -8,7 +8,8 @@
 static const struct {
   const char *name;
   core_status (*run)(comm_world *world, const launch_arguments *arguments);
-} benches[] = {{"step", launch_bench_step}, {"data", launch_bench_data}, {"checkpoint", launch_bench_checkpoint}};
+} benches[] = {
+    {"step", launch_bench_step}, {"data", launch_bench_data}, {"checkpoint", launch_bench_checkpoint}};
 
 static core_status dispatch(comm_world *world, const launch_arguments *arguments) {
   for (size_t i = 0; i < sizeof benches / sizeof *benches; i++)
@@ -16,7 +17,8 @@ static core_status dispatch(comm_world *world, const launch_arguments *arguments
       TRY(benches[i].run(world, arguments));
       return CORE_OK;
     }
-  FAIL(CORE_ERR_USAGE, "there is no benchmark '%s'; there are step, data and checkpoint", arguments->positional[0]);
+  FAIL(CORE_ERR_USAGE, "there is no benchmark '%s'; there are step, data and checkpoint",
+       arguments->positional[0]);
 }
 
 static int run(const launch_command *command, int argc, char **argv) {
@@ -44,7 +46,8 @@ const launch_command launch_bench_command = {
     "usage: antiphon bench step [--set key=value]...\n"
     "       antiphon bench data DIRECTORY [--split NAME]\n"
     "       antiphon bench checkpoint DIRECTORY\n\n"
-    "step        tokens/s of a training step on made-up latents, and the ratio of its time to that of its matrix\n"
+    "step        tokens/s of a training step on made-up latents, and the ratio of its time to that of its "
+    "matrix\n"
     "            products alone; the model can be changed with --set model.width=1024 and so on\n"
     "data        streaming a latent set against reading and decompressing it with the same threads\n"
     "checkpoint  saving and loading in DIRECTORY against zstd -3 of the same bytes\n",

@@ -1,6 +1,6 @@
-/* antiphon bench step: the time of a whole training step against the time of its own matrix products alone. The
- * products of one step are recorded (forms and sizes), then repeated on buffers of their own, each by the fastest library at
- * hand: oneDNN, and OpenBLAS where it is installed. */
+/* antiphon bench step: the time of a whole training step against the time of its own matrix products alone.
+ * The products of one step are recorded (forms and sizes), then repeated on buffers of their own, each by the
+ * fastest library at hand: oneDNN, and OpenBLAS where it is installed. */
 #include <dlfcn.h>
 #include <math.h>
 #include <stdio.h>
@@ -79,7 +79,8 @@ typedef struct product {
   int64_t row[CORE_MAX_EXPERTS + 1];
 } product;
 
-/* The table's functions carry no context of ours, so the record is a file-level variable; one thread runs a bench. */
+/* The table's functions carry no context of ours, so the record is a file-level variable; one thread runs a
+ * bench. */
 static struct {
   const kern_ops *ops;
   product *list;
@@ -95,8 +96,8 @@ static void note(kern_form form, core_tensor a, core_tensor c, int64_t groups, c
   for (int64_t g = 0; g <= groups && groups > 0; g++) p->row[g] = row[g];
 }
 
-static core_status recorded_gemm(kern_context *context, kern_form form, core_tensor a, core_tensor b, kern_write write,
-                                 core_tensor c) {
+static core_status recorded_gemm(kern_context *context, kern_form form, core_tensor a, core_tensor b,
+                                 kern_write write, core_tensor c) {
   note(form, a, c, 0, NULL);
   return record.ops->gemm(context, form, a, b, write, c);
 }
@@ -109,8 +110,8 @@ static core_status recorded_grouped(kern_context *context, kern_form form, const
 
 /* ---- repeating it ---- */
 
-typedef void (*blas_gemm)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
-                          const float *b, int ldb, float beta, float *c, int ldc);
+typedef void (*blas_gemm)(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a,
+                          int lda, const float *b, int ldb, float beta, float *c, int ldc);
 
 typedef struct replay {
   train_env *env;
@@ -119,8 +120,10 @@ typedef struct replay {
 } replay;
 
 static core_status by_table(const replay *r, const product *p, int64_t m, int64_t k) {
-  core_tensor a = p->form == KERN_TN ? core_tensor_2(r->a, CORE_REAL_DTYPE, k, m) : core_tensor_2(r->a, CORE_REAL_DTYPE, m, k);
-  core_tensor b = p->form == KERN_NT ? core_tensor_2(r->b, CORE_REAL_DTYPE, p->n, k) : core_tensor_2(r->b, CORE_REAL_DTYPE, k, p->n);
+  core_tensor a = p->form == KERN_TN ? core_tensor_2(r->a, CORE_REAL_DTYPE, k, m)
+                                     : core_tensor_2(r->a, CORE_REAL_DTYPE, m, k);
+  core_tensor b = p->form == KERN_NT ? core_tensor_2(r->b, CORE_REAL_DTYPE, p->n, k)
+                                     : core_tensor_2(r->b, CORE_REAL_DTYPE, k, p->n);
   kern_write write = p->form == KERN_TN ? KERN_ADD : KERN_SET;
   KERN(r->env, gemm, p->form, a, b, write, core_tensor_2(r->c, CORE_REAL_DTYPE, m, p->n));
   return CORE_OK;
@@ -131,8 +134,8 @@ static core_status by_blas(const replay *r, const product *p, int64_t m, int64_t
   bool ta = p->form == KERN_TN, tb = p->form == KERN_NT;
 #ifndef ANTIPHON_DOUBLE
   if (m > 0 && k > 0)
-    r->blas(ROW_MAJOR, ta ? YES : NO, tb ? YES : NO, (int)m, (int)p->n, (int)k, 1, r->a, (int)(ta ? m : k), r->b,
-            (int)(tb ? k : p->n), ta ? 1 : 0, r->c, (int)p->n);
+    r->blas(ROW_MAJOR, ta ? YES : NO, tb ? YES : NO, (int)m, (int)p->n, (int)k, 1, r->a, (int)(ta ? m : k),
+            r->b, (int)(tb ? k : p->n), ta ? 1 : 0, r->c, (int)p->n);
 #else
   (void)ta, (void)tb, (void)r, (void)p, (void)m, (void)k;
 #endif
@@ -194,7 +197,8 @@ static int by_value(const void *a, const void *b) {
 }
 
 /* Median time of a step, on the slowest rank. */
-static core_status time_steps(train_session *session, const data_batch *batch, double *median, train_report *report) {
+static core_status time_steps(train_session *session, const data_batch *batch, double *median,
+                              train_report *report) {
   double seconds[STEPS];
   for (int i = 0; i < WARM_UP + STEPS; i++) {
     memset(session->env.seconds, 0, sizeof session->env.seconds);
@@ -236,11 +240,13 @@ static void print_result(const train_session *session, const train_report *repor
   for (int32_t m = 0; m < session->env.layout.modalities; m++) tokens += report->tokens[m];
   printf("width %lld, %lld layers, %lld experts, top %lld, %s; %lld tokens a step; %d ranks of %d threads\n",
          (long long)session->model->C, (long long)session->model->L,
-         (long long)session->env.settings->model.moe.experts, (long long)session->env.settings->model.moe.choose,
-         session->env.settings->model.moe.dispatch == TRAIN_CAPACITY ? "capacity" : "dropless", (long long)tokens,
-         session->env.layout.ranks, session->env.ops->context_threads(session->env.kern));
+         (long long)session->env.settings->model.moe.experts,
+         (long long)session->env.settings->model.moe.choose,
+         session->env.settings->model.moe.dispatch == TRAIN_CAPACITY ? "capacity" : "dropless",
+         (long long)tokens, session->env.layout.ranks, session->env.ops->context_threads(session->env.kern));
   printf("step %.2f ms (median of %d), %.1f k tokens/s\n", 1e3 * step, STEPS, (double)tokens / step / 1e3);
-  printf("its matrix products alone %.2f ms, %.1f GFLOP/s a rank (%s)\n", 1e3 * gemm, flops / gemm / 1e9, library);
+  printf("its matrix products alone %.2f ms, %.1f GFLOP/s a rank (%s)\n", 1e3 * gemm, flops / gemm / 1e9,
+         library);
   printf("step / products = %.3f\n", step / gemm);
   printf("last step, rank 0:");
   for (int i = 0; i < TRAIN_PHASE_COUNT; i++)
@@ -254,13 +260,15 @@ static core_status measure(train_session *session, data_stream *stream) {
   double step = 0, gemm = 0, flops = 0;
   TRY(comm_agree(session->env.control, data_stream_get(stream, &batch)));
   void *library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
-  replay r = {.env = &session->env, .blas = library ? (blas_gemm)(uintptr_t)dlsym(library, "cblas_sgemm") : NULL};
+  replay r = {.env = &session->env,
+              .blas = library ? (blas_gemm)(uintptr_t)dlsym(library, "cblas_sgemm") : NULL};
   core_status status = time_steps(session, batch, &step, &report);
   if (status == CORE_OK) status = record_step(session, batch);
   if (status == CORE_OK) status = time_products(&r, &gemm, &flops);
   if (status == CORE_OK) status = comm_all_reduce(session->env.world, COMM_MAX, CORE_FLOAT64, &gemm, 1);
   if (status == CORE_OK && comm_rank(session->env.world) == 0)
-    print_result(session, &report, step, gemm, flops, r.blas ? "the faster of oneDNN and OpenBLAS for each" : "oneDNN");
+    print_result(session, &report, step, gemm, flops,
+                 r.blas ? "the faster of oneDNN and OpenBLAS for each" : "oneDNN");
   free(r.a);
   free(r.b);
   free(r.c);
@@ -298,7 +306,8 @@ static core_status make_set(comm_world *world, const train_settings *settings, c
   if (comm_rank(comm_world_group(world)) == 0) {
     snprintf(root, capacity, "%s/antiphon-bench-XXXXXX", base ? base : "/tmp");
     if (!mkdtemp(root))
-      status = core_error_begin(CORE_ERR_IO, __func__, __FILE__, __LINE__, "cannot make the directory %s", root);
+      status =
+          core_error_begin(CORE_ERR_IO, __func__, __FILE__, __LINE__, "cannot make the directory %s", root);
     if (status == CORE_OK) status = write_set(root, settings->model.width);
   }
   TRY(comm_agree(comm_control_group(world), status));

@@ -13,7 +13,8 @@
 static int32_t list_modalities(const char *split, char names[CORE_MAX_MODALITIES][CORE_NAME]) {
   DIR *directory = opendir(split);
   int32_t count = 0;
-  for (struct dirent *entry; directory && (entry = readdir(directory)) != NULL && count < CORE_MAX_MODALITIES;) {
+  for (struct dirent *entry;
+       directory && (entry = readdir(directory)) != NULL && count < CORE_MAX_MODALITIES;) {
     const char *tail = strstr(entry->d_name, "-00000.h5");
     if (!tail || tail == entry->d_name || tail - entry->d_name >= CORE_NAME) continue;
     snprintf(names[count++], CORE_NAME, "%.*s", (int)(tail - entry->d_name), entry->d_name);
@@ -26,7 +27,8 @@ core_status launch_bench_data(comm_world *world, const launch_arguments *argumen
   char split[2048], names[CORE_MAX_MODALITIES][CORE_NAME];
   const char *pointers[CORE_MAX_MODALITIES];
   CHECK(comm_size(comm_world_group(world)) == 1, CORE_ERR_USAGE, "bench data is for one rank");
-  CHECK(arguments->positional_count == 2, CORE_ERR_USAGE, "usage: antiphon bench data DIRECTORY [--split NAME]");
+  CHECK(arguments->positional_count == 2, CORE_ERR_USAGE,
+        "usage: antiphon bench data DIRECTORY [--split NAME]");
   const char *name = arguments->split ? arguments->split : "train";
   snprintf(split, sizeof split, "%.1000s/%.900s", arguments->positional[1], name);
   int32_t count = list_modalities(split, names);
@@ -35,10 +37,13 @@ core_status launch_bench_data(comm_world *world, const launch_arguments *argumen
   for (int32_t threads = 1; threads <= 2; threads++) {
     data_bench_result result;
     TRY(data_bench(arguments->positional[1], name, pointers, count, threads, 3, &result));
-    printf("%d thread%s: %.1f MB stored, %.1f MB decoded; streamed at %.0f MB/s, read + decompress alone %.0f MB/s: %.3f\n",
-           threads, threads == 1 ? "" : "s", (double)result.stored_bytes / 1e6, (double)result.decoded_bytes / 1e6,
-           (double)result.decoded_bytes / 1e6 / result.stream_seconds,
-           (double)result.decoded_bytes / 1e6 / result.limit_seconds, result.limit_seconds / result.stream_seconds);
+    printf(
+        "%d thread%s: %.1f MB stored, %.1f MB decoded; streamed at %.0f MB/s, read + decompress alone %.0f "
+        "MB/s: %.3f\n",
+        threads, threads == 1 ? "" : "s", (double)result.stored_bytes / 1e6,
+        (double)result.decoded_bytes / 1e6, (double)result.decoded_bytes / 1e6 / result.stream_seconds,
+        (double)result.decoded_bytes / 1e6 / result.limit_seconds,
+        result.limit_seconds / result.stream_seconds);
   }
   return CORE_OK;
 }

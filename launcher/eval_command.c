@@ -6,13 +6,13 @@
 #include "trainer/retrieval.h"
 #include "trainer/state.h"
 
-/* The stored configuration describes training; here every rank holds all experts and takes whole samples. What the
- * user overrides comes later in the list and so wins. */
+/* The stored configuration describes training; here every rank holds all experts and takes whole samples.
+ * What the user overrides comes later in the list and so wins. */
 static void add_defaults(launch_arguments *arguments, char batch[64], int32_t ranks) {
   launch_arguments given = *arguments;
   snprintf(batch, 64, "optimizer.batch=%d", ranks);
-  const char *defaults[] = {"parallel.experts=1", "parallel.placement=shared", "optimizer.accumulate=1", batch,
-                            "model.moe.dispatch=dropless"};
+  const char *defaults[] = {"parallel.experts=1", "parallel.placement=shared", "optimizer.accumulate=1",
+                            batch, "model.moe.dispatch=dropless"};
   int32_t count = sizeof defaults / sizeof *defaults;
   for (int32_t i = 0; i < count; i++) arguments->override[i] = defaults[i];
   for (int32_t i = 0; i < given.override_count && count + i < LAUNCH_MOST_OVERRIDES; i++)
@@ -31,7 +31,8 @@ static core_status evaluate(train_session *session, ckpt_reader *reader, int64_t
   session->env.step = step;
   if (status == CORE_OK) status = train_retrieval_run(session, result);
   if (status == CORE_OK && comm_rank(session->env.world) == 0) {
-    printf("%s, step %lld, %lld samples\n", ckpt_reader_path(reader), (long long)step, (long long)result->samples);
+    printf("%s, step %lld, %lld samples\n", ckpt_reader_path(reader), (long long)step,
+           (long long)result->samples);
     train_retrieval_print(result, session->env.settings, stdout);
   }
   free(result);
@@ -102,7 +103,8 @@ static int run(const launch_command *command, int argc, char **argv) {
     return LAUNCH_DONE;
   }
   if (status == CORE_OK && arguments.positional_count < 1)
-    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__, "usage: antiphon eval CHECKPOINT [DATA]");
+    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__,
+                              "usage: antiphon eval CHECKPOINT [DATA]");
   if (status == CORE_OK) status = comm_start(NULL, &world);
   if (status != CORE_OK) return launch_report(status, false, 0);
   int32_t rank = comm_rank(comm_world_group(world));
@@ -118,5 +120,6 @@ const launch_command launch_eval_command = {
     "usage: antiphon eval CHECKPOINT [DATA] [--split NAME] [--set key=value]...\n\n"
     "CHECKPOINT is a step-NNNNNNNN directory or a run directory (its newest sound checkpoint).\n"
     "DATA is a directory of splits; left out, the one the run was trained on.\n"
-    "Noise is off and no token is dropped, whatever training used. Prints R@1, R@5 and R@10 next to chance.\n",
+    "Noise is off and no token is dropped, whatever training used. Prints R@1, R@5 and R@10 next to "
+    "chance.\n",
     run};

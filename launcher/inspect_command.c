@@ -1,4 +1,5 @@
-/* antiphon inspect, antiphon check: what a shard, a set, a checkpoint or a configuration holds, and whether it is sound. */
+/* antiphon inspect, antiphon check: what a shard, a set, a checkpoint or a configuration holds, and whether
+ * it is sound. */
 #include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,7 +34,6 @@ static core_status look_at_config(const char *path, bool deep) {
 }
 
 static core_status look(const char *path, bool deep);
-
 
 /* Shards, checkpoints and directories in it, by name. */
 static core_status look_at_directory(const char *path, bool deep) {
@@ -83,19 +83,22 @@ static int run(const launch_command *command, int argc, char **argv) {
     return LAUNCH_DONE;
   }
   if (status == CORE_OK && arguments.positional_count != 1)
-    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__, "usage: antiphon %s PATH", command->name);
+    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__, "usage: antiphon %s PATH",
+                              command->name);
   if (status == CORE_OK) status = look(arguments.positional[0], strcmp(command->name, "check") == 0);
   return launch_report(status, false, 0);
 }
 
 const launch_command launch_inspect_command = {
     "inspect", "says what a shard, a set, a checkpoint or a configuration holds",
-    "usage: antiphon inspect PATH\n\nPATH: a latent shard (.h5), a directory of shards, a checkpoint, a run directory, or a "
+    "usage: antiphon inspect PATH\n\nPATH: a latent shard (.h5), a directory of shards, a checkpoint, a run "
+    "directory, or a "
     "configuration\n(.yaml: printed with all defaults).\n",
     run};
 
 const launch_command launch_check_command = {
     "check", "says whether it is sound: every block, every value",
-    "usage: antiphon check PATH\n\nReads all of a latent shard, a directory of shards, a checkpoint, a run directory or a "
+    "usage: antiphon check PATH\n\nReads all of a latent shard, a directory of shards, a checkpoint, a run "
+    "directory or a "
     "configuration and\nverifies it. Exit status 0: sound; 1: not, and why.\n",
     run};

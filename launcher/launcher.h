@@ -16,8 +16,8 @@ typedef struct launch_command {
   int (*run)(const struct launch_command *command, int argc, char **argv);
 } launch_command;
 
-extern const launch_command launch_train_command, launch_eval_command, launch_inspect_command, launch_check_command,
-    launch_bench_command;
+extern const launch_command launch_train_command, launch_eval_command, launch_inspect_command,
+    launch_check_command, launch_bench_command;
 
 /* Arguments of a subcommand, parsed. */
 typedef struct launch_arguments {
@@ -29,13 +29,14 @@ typedef struct launch_arguments {
   bool help;
 } launch_arguments;
 
-/* Reads options every subcommand knows (--help, --set, --resume, --split). ERR_USAGE for anything else beginning with '-',
- * and for too many positional arguments. */
+/* Reads options every subcommand knows (--help, --set, --resume, --split). ERR_USAGE for anything else
+ * beginning with '-', and for too many positional arguments. */
 CORE_NODISCARD core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out);
-/* Prints the record for a person: the message, then what to do; frames with ANTIPHON_TRACE=1. Rank 0 speaks for all when
- * `agreed`. Returns the exit status. */
+/* Prints the record for a person: the message, then what to do; frames with ANTIPHON_TRACE=1. Rank 0 speaks
+ * for all when `agreed`. Returns the exit status. */
 int launch_report(core_status status, bool agreed, int32_t rank);
-/* Loads a configuration on every rank and agrees that it is the same one. text: NULL to read `path`. Collective. */
+/* Loads a configuration on every rank and agrees that it is the same one. text: NULL to read `path`.
+ * Collective. */
 CORE_NODISCARD core_status launch_config(comm_world *world, const char *path, const char *text,
                                          const launch_arguments *arguments, core_config **out);
 

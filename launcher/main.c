@@ -8,15 +8,17 @@
 #include "launcher/launcher.h"
 #include "trainer/settings.h"
 
-static const launch_command *const commands[] = {&launch_train_command, &launch_eval_command, &launch_inspect_command,
-                                                 &launch_check_command, &launch_bench_command};
+static const launch_command *const commands[] = {&launch_train_command, &launch_eval_command,
+                                                 &launch_inspect_command, &launch_check_command,
+                                                 &launch_bench_command};
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
 core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out) {
   memset(out, 0, sizeof *out);
   for (int i = 1; i < argc; i++) {
     const char *word = argv[i];
-    bool takes_value = strcmp(word, "--set") == 0 || strcmp(word, "--resume") == 0 || strcmp(word, "--split") == 0;
+    bool takes_value =
+        strcmp(word, "--set") == 0 || strcmp(word, "--resume") == 0 || strcmp(word, "--split") == 0;
     if (takes_value) {
       CHECK(i + 1 < argc, CORE_ERR_USAGE, "%s needs a value", word);
       const char *value = argv[++i];
@@ -48,12 +50,12 @@ int launch_report(core_status status, bool agreed, int32_t rank) {
   return status == CORE_ERR_STOPPED ? LAUNCH_STOPPED : LAUNCH_FAILED;
 }
 
-core_status launch_config(comm_world *world, const char *path, const char *text, const launch_arguments *arguments,
-                          core_config **out) {
+core_status launch_config(comm_world *world, const char *path, const char *text,
+                          const launch_arguments *arguments, core_config **out) {
   comm_group *control = comm_control_group(world);
   *out = NULL;
-  core_status status =
-      core_config_load(train_settings_spec(), path, text, arguments->override, arguments->override_count, out);
+  core_status status = core_config_load(train_settings_spec(), path, text, arguments->override,
+                                        arguments->override_count, out);
   TRY(comm_agree(control, status));
   const char *merged = core_config_text(*out);
   TRY(comm_agree_value(control, "the configuration", core_hash(merged, strlen(merged), 0)));
@@ -61,15 +63,19 @@ core_status launch_config(comm_world *world, const char *path, const char *text,
 }
 
 static void print_help(FILE *out) {
-  fprintf(out,
-          "antiphon %s: trains multimodal mixture-of-experts models on latents of frozen encoders\n\n"
-          "usage: antiphon COMMAND [ARGUMENTS]      (under mpirun or srun for more than one rank)\n\ncommands:\n",
-          ANTIPHON_VERSION);
+  fprintf(
+      out,
+      "antiphon %s: trains multimodal mixture-of-experts models on latents of frozen encoders\n\n"
+      "usage: antiphon COMMAND [ARGUMENTS]      (under mpirun or srun for more than one rank)\n\ncommands:\n",
+      ANTIPHON_VERSION);
   for (int i = 0; i < COMMANDS; i++) fprintf(out, "  %-10s %s\n", commands[i]->name, commands[i]->summary);
-  fprintf(out,
-          "\n`antiphon COMMAND --help` tells more.\n\nexit status:\n  0   done\n  1   failed; the reason is on standard "
-          "error\n  2   wrong command line\n  75  stopped on request (SIGTERM, SIGUSR1, SIGINT); run the same command "
-          "again to go on\n\nenvironment:\n  ANTIPHON_TRACE=1   errors show the functions they passed through\n");
+  fprintf(
+      out,
+      "\n`antiphon COMMAND --help` tells more.\n\nexit status:\n  0   done\n  1   failed; the reason is on "
+      "standard "
+      "error\n  2   wrong command line\n  75  stopped on request (SIGTERM, SIGUSR1, SIGINT); run the same "
+      "command "
+      "again to go on\n\nenvironment:\n  ANTIPHON_TRACE=1   errors show the functions they passed through\n");
 }
 
 int main(int argc, char **argv) {

@@ -24,7 +24,8 @@ static int run(const launch_command *command, int argc, char **argv) {
     return LAUNCH_DONE;
   }
   if (status == CORE_OK && arguments.positional_count != 1)
-    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__, "usage: antiphon train CONFIG [OPTIONS]");
+    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__,
+                              "usage: antiphon train CONFIG [OPTIONS]");
   if (status != CORE_OK) return launch_report(status, false, 0);
   status = comm_start(NULL, &world);
   if (status != CORE_OK) return launch_report(status, false, 0);

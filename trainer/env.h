@@ -29,8 +29,8 @@ typedef struct train_env {
   kern_context *kern;
   comm_world *comm;
   comm_group *world, *control;
-  comm_group *expert;  /* the e ranks that hold all experts together */
-  comm_group *replica; /* the G ranks that hold copies of this rank's experts */
+  comm_group *expert;                        /* the e ranks that hold all experts together */
+  comm_group *replica;                       /* the G ranks that hold copies of this rank's experts */
   comm_group *modality[CORE_MAX_MODALITIES]; /* NULL where this rank does not hold the modality */
   train_layout layout;
   int64_t step;
@@ -56,8 +56,8 @@ static inline core_tensor train_none(void) {
   return core_tensor_1(NULL, CORE_REAL_DTYPE, 0);
 }
 /* A matrix from an arena. */
-CORE_NODISCARD static inline core_status train_take(core_arena *arena, core_dtype dtype, int64_t rows, int64_t columns,
-                                                    core_tensor *out) {
+CORE_NODISCARD static inline core_status train_take(core_arena *arena, core_dtype dtype, int64_t rows,
+                                                    int64_t columns, core_tensor *out) {
   *out = core_tensor_2(NULL, dtype, rows, columns);
   TRY(core_arena_take(arena, rows * columns, core_dtype_size(dtype), &out->data));
   return CORE_OK;

@@ -39,15 +39,18 @@ static core_status place_by_settings(const core_config *config, train_layout *la
   for (int32_t m = 0; m < layout->modalities; m++) {
     int64_t count = settings->data.modalities[m].ranks;
     if (count == 0)
-      return core_config_refuse(config, "data.modalities", "give `ranks` for every modality or for none; '%s' has none",
+      return core_config_refuse(config, "data.modalities",
+                                "give `ranks` for every modality or for none; '%s' has none",
                                 settings->data.modalities[m].name);
     layout->slot_first[m] = (int32_t)(first % layout->expert_ranks);
     layout->slot_count[m] = (int32_t)count;
     first += count;
   }
   if (first != layout->expert_ranks)
-    return core_config_refuse(config, "data.modalities", "the `ranks` of all modalities must add up to the %d of an "
-                              "expert group, not %lld", layout->expert_ranks, (long long)first);
+    return core_config_refuse(config, "data.modalities",
+                              "the `ranks` of all modalities must add up to the %d of an "
+                              "expert group, not %lld",
+                              layout->expert_ranks, (long long)first);
   return CORE_OK;
 }
 
@@ -66,7 +69,8 @@ core_status train_layout_make(const core_config *config, int32_t ranks, int32_t 
   out->micro_batches = settings->optimizer.accumulate;
   out->block = out->batch / (out->micro_batches * out->groups);
   out->partitioned = settings->parallel.placement == TRAIN_PARTITIONED;
-  CHECK(out->expert_ranks <= 1024, CORE_ERR_CONFIG, "an expert group of %d ranks; at most 1024", out->expert_ranks);
+  CHECK(out->expert_ranks <= 1024, CORE_ERR_CONFIG, "an expert group of %d ranks; at most 1024",
+        out->expert_ranks);
   bool chosen = false;
   for (int32_t m = 0; m < out->modalities; m++) {
     out->slot_count[m] = out->expert_ranks; /* shared */
@@ -118,14 +122,16 @@ bool train_layout_holds(const train_layout *layout, int32_t rank, int32_t m) {
   return place >= 0 && place < layout->slot_count[m];
 }
 
-void train_layout_describe(const train_layout *layout, const train_settings *settings, char *out, int64_t capacity) {
+void train_layout_describe(const train_layout *layout, const train_settings *settings, char *out,
+                           int64_t capacity) {
   int used = snprintf(out, (size_t)capacity, "%d rank%s, %d expert group%s of %d, %s", layout->ranks,
                       layout->ranks == 1 ? "" : "s", layout->groups, layout->groups == 1 ? "" : "s",
                       layout->expert_ranks, layout->partitioned ? "partitioned:" : "shared");
   for (int32_t m = 0; layout->partitioned && m < layout->modalities && used < capacity; m++) {
     int32_t first = layout->slot_first[m], last = first + layout->slot_count[m] - 1;
     const char *name = settings->data.modalities[m].name;
-    used += first == last ? snprintf(out + used, (size_t)(capacity - used), " %s on slot %d;", name, first)
-                          : snprintf(out + used, (size_t)(capacity - used), " %s on slots %d-%d;", name, first, last);
+    used += first == last
+                ? snprintf(out + used, (size_t)(capacity - used), " %s on slot %d;", name, first)
+                : snprintf(out + used, (size_t)(capacity - used), " %s on slots %d-%d;", name, first, last);
   }
 }

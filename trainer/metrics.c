@@ -48,7 +48,8 @@ static core_status finish_line(train_metrics *w) {
   close_with(w, '}');
   w->line[w->used - 1] = '\n';
   size_t written = fwrite(w->line, 1, w->used, w->file);
-  CHECK(written == w->used && fflush(w->file) == 0, CORE_ERR_IO, "cannot write %s: %s", w->path, strerror(errno));
+  CHECK(written == w->used && fflush(w->file) == 0, CORE_ERR_IO, "cannot write %s: %s", w->path,
+        strerror(errno));
   return CORE_OK;
 }
 
@@ -156,11 +157,11 @@ static void put_layers(train_metrics *w) {
   close_with(w, ']');
 }
 
-core_status train_metrics_step(train_metrics *w, const train_report *report, const train_contrastive *contrastive,
-                               const data_position *position) {
+core_status train_metrics_step(train_metrics *w, const train_report *report,
+                               const train_contrastive *contrastive, const data_position *position) {
   w->used = 0;
-  put(w, "{\"step\":%" PRId64 ",\"epoch\":%" PRId64 ",\"consumed\":%" PRId64 ",", report->step, position->epoch,
-      position->consumed);
+  put(w, "{\"step\":%" PRId64 ",\"epoch\":%" PRId64 ",\"consumed\":%" PRId64 ",", report->step,
+      position->epoch, position->consumed);
   put_losses(w, report, contrastive);
   put_speed(w, report);
   put_layers(w);
@@ -180,8 +181,10 @@ core_status train_metrics_evaluation(train_metrics *w, int64_t step, const train
   for (int32_t a = 0; a < w->model->env->layout.modalities; a++)
     for (int32_t b = 0; b < w->model->env->layout.modalities; b++) {
       if (result->queries[a][b] == 0) continue;
-      put(w, "\"%s:%s\":{\"queries\":%" PRId64 ",", modality_name(w, a), modality_name(w, b), result->queries[a][b]);
-      for (int32_t k = 0; k < TRAIN_RECALLS; k++) put_number(w, names[k], train_retrieval_recall(result, a, b, k));
+      put(w, "\"%s:%s\":{\"queries\":%" PRId64 ",", modality_name(w, a), modality_name(w, b),
+          result->queries[a][b]);
+      for (int32_t k = 0; k < TRAIN_RECALLS; k++)
+        put_number(w, names[k], train_retrieval_recall(result, a, b, k));
       put_number(w, "chance_r1", result->chance[a][b][0]);
       close_with(w, '}');
     }
@@ -211,19 +214,22 @@ static core_status cut_after(const char *path, int64_t step) {
   return CORE_OK;
 }
 
-core_status train_metrics_open(const char *directory, int64_t step, const train_model *model, train_metrics **out) {
+core_status train_metrics_open(const char *directory, int64_t step, const train_model *model,
+                               train_metrics **out) {
   train_metrics *w = calloc(1, sizeof *w);
   CHECK(w, CORE_ERR_MEMORY, "no memory for metrics");
   const train_moe_sums *sums = &model->sums;
   w->model = model;
-  w->capacity = 65536 + (size_t)sums->layers * (256 + (size_t)sums->experts * 24 +
-                                                (size_t)sums->modalities * (512 + (size_t)sums->experts * 48));
+  w->capacity =
+      65536 + (size_t)sums->layers * (256 + (size_t)sums->experts * 24 +
+                                      (size_t)sums->modalities * (512 + (size_t)sums->experts * 48));
   w->line = malloc(w->capacity);
   snprintf(w->path, sizeof w->path, "%s/metrics.jsonl", directory);
   core_status status = w->line ? cut_after(w->path, step) : CORE_ERR_MEMORY;
   if (status == CORE_OK) w->file = fopen(w->path, "ae");
   if (status == CORE_OK && !w->file)
-    status = core_error_begin(CORE_ERR_IO, __func__, __FILE__, __LINE__, "cannot open %s: %s", w->path, strerror(errno));
+    status = core_error_begin(CORE_ERR_IO, __func__, __FILE__, __LINE__, "cannot open %s: %s", w->path,
+                              strerror(errno));
   if (status != CORE_OK) {
     train_metrics_close(w);
     return core_error_trace(status, __func__, __FILE__, __LINE__);

@@ -63,7 +63,8 @@ static core_status update(train_model *model, train_parameter *p, double rate, d
                       .correction1 = 1 - pow(s->optimizer.beta1, (double)p->steps),
                       .correction2 = 1 - pow(s->optimizer.beta2, (double)p->steps),
                       .gradient_scale = scale};
-  KERN(model->env, adamw, &adamw, flat(set->gradient, p), flat(set->value, p), flat(set->m, p), flat(set->v, p));
+  KERN(model->env, adamw, &adamw, flat(set->gradient, p), flat(set->value, p), flat(set->m, p),
+       flat(set->v, p));
   return CORE_OK;
 }
 

@@ -55,7 +55,9 @@ core_status train_parameters_plan(train_parameters *set, core_arena *arena, bool
 
 static void initialise(const train_parameter *parameter, uint64_t seed, core_real *value) {
   uint64_t stream = core_random_stream(CORE_RANDOM_INIT, core_hash_text(parameter->name), 0);
-  double fixed = parameter->init == TRAIN_INIT_ZERO ? 0 : parameter->init == TRAIN_INIT_ONE ? 1 : parameter->init_value;
+  double fixed = parameter->init == TRAIN_INIT_ZERO  ? 0
+                 : parameter->init == TRAIN_INIT_ONE ? 1
+                                                     : parameter->init_value;
   for (int64_t i = 0; i < parameter->count; i++)
     value[i] = parameter->init == TRAIN_INIT_NORMAL
                    ? (core_real)(parameter->init_value * core_random_normal(seed, stream, (uint64_t)i))

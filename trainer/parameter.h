@@ -1,8 +1,9 @@
 /* Parameters: named tensors, laid out flat so that each set that is reduced together is one range.
  *
- * Models declare parameters first (name, shape, scope, initial values), then the set is placed: value, gradient and
- * both Adam moments in four equal flat arrays, ordered by scope. Parameters declared one after another in one
- * scope lie one after another, without gaps, so that the matrices of a layer's experts form one [E, n, k] block. */
+ * Models declare parameters first (name, shape, scope, initial values), then the set is placed: value,
+ * gradient and both Adam moments in four equal flat arrays, ordered by scope. Parameters declared one after
+ * another in one scope lie one after another, without gaps, so that the matrices of a layer's experts form
+ * one [E, n, k] block. */
 #ifndef TRAIN_PARAMETER_H
 #define TRAIN_PARAMETER_H
 
@@ -18,7 +19,12 @@ typedef enum train_scope {
   TRAIN_SCOPE_MODALITY, /* the ranks that hold modality m */
 } train_scope;
 
-typedef enum train_init { TRAIN_INIT_ZERO, TRAIN_INIT_ONE, TRAIN_INIT_NORMAL, TRAIN_INIT_CONSTANT } train_init;
+typedef enum train_init {
+  TRAIN_INIT_ZERO,
+  TRAIN_INIT_ONE,
+  TRAIN_INIT_NORMAL,
+  TRAIN_INIT_CONSTANT
+} train_init;
 
 typedef struct train_parameter {
   char name[CORE_NAME]; /* global: an expert by its global number */
@@ -37,9 +43,9 @@ typedef struct train_parameter {
 typedef struct train_parameters {
   train_parameter *list;
   int32_t count, capacity;
-  int64_t total;                                                    /* elements */
-  int64_t scope_first[2 + CORE_MAX_MODALITIES + 1];                 /* world, expert, modality 0.. */
-  core_real *value, *gradient, *m, *v;                              /* [total] */
+  int64_t total;                                    /* elements */
+  int64_t scope_first[2 + CORE_MAX_MODALITIES + 1]; /* world, expert, modality 0.. */
+  core_real *value, *gradient, *m, *v;              /* [total] */
 } train_parameters;
 
 /* Declares a parameter; *index is its number in the set. */

@@ -71,7 +71,8 @@ static core_status take_batch(train_session *session, gallery *g, const data_bat
     size_t bytes = (size_t)((range.hi - range.lo) * g->Z) * sizeof(core_real);
     core_real *rows = g->z[m] + first * g->Z;
     memcpy(g->present[m] + first, batch->present + m * batch->samples, (size_t)batch->samples);
-    if (bytes > 0) TRY(env->ops->device->copy(rows + range.lo * g->Z, session->model->head[m].z.data, bytes, NULL));
+    if (bytes > 0)
+      TRY(env->ops->device->copy(rows + range.lo * g->Z, session->model->head[m].z.data, bytes, NULL));
     TRY(train_share_rows(env, &layout, m, rows, g->Z * (int64_t)sizeof(core_real), g->send, g->recv));
   }
   return CORE_OK;
@@ -124,12 +125,14 @@ static bool same(const gallery *g, int64_t i, int64_t j) {
 /* Probability that none of p positives is among the first k of n in random order. */
 static double chance_of_miss(int64_t n, int64_t p, int64_t k) {
   double miss = 1;
-  for (int64_t i = 0; i < k; i++) miss *= n - i > 0 && n - p - i > 0 ? (double)(n - p - i) / (double)(n - i) : 0;
+  for (int64_t i = 0; i < k; i++)
+    miss *= n - i > 0 && n - p - i > 0 ? (double)(n - p - i) / (double)(n - i) : 0;
   return miss;
 }
 
 /* Ranks one query: its best positive against everything else, ties against it. */
-static void rank_query(const gallery *g, int32_t a, int32_t b, int64_t i, const core_real *score, train_retrieval *out) {
+static void rank_query(const gallery *g, int32_t a, int32_t b, int64_t i, const core_real *score,
+                       train_retrieval *out) {
   int64_t positives = 0, above = 0, items = 0;
   core_real best = 0;
   for (int64_t j = 0; j < g->samples; j++) {
@@ -147,7 +150,8 @@ static void rank_query(const gallery *g, int32_t a, int32_t b, int64_t i, const 
   }
 }
 
-static core_status rank_direction(train_session *session, gallery *g, int32_t a, int32_t b, train_retrieval *out) {
+static core_status rank_direction(train_session *session, gallery *g, int32_t a, int32_t b,
+                                  train_retrieval *out) {
   train_env *env = &session->env;
   int64_t first = g->samples * env->layout.rank / env->layout.ranks;
   int64_t last = g->samples * (env->layout.rank + 1) / env->layout.ranks;
@@ -199,7 +203,8 @@ core_status train_retrieval_run(train_session *session, train_retrieval *out) {
   int64_t cells = (int64_t)sums->layers * sums->modalities;
   comm_group *world = session->env.world;
   if (status == CORE_OK)
-    status = comm_all_reduce(world, COMM_SUM, CORE_FLOAT64, sums->value, cells * train_moe_value_stride(sums));
+    status =
+        comm_all_reduce(world, COMM_SUM, CORE_FLOAT64, sums->value, cells * train_moe_value_stride(sums));
   if (status == CORE_OK)
     status = comm_all_reduce(world, COMM_SUM, CORE_INT64, sums->count, cells * train_moe_count_stride(sums));
   out->samples = g.samples;
@@ -233,8 +238,10 @@ void train_retrieval_print(const train_retrieval *result, const train_settings *
     for (unsigned b = 0; b < settings->data.modalities_count; b++) {
       char name[2 * CORE_NAME];
       if (result->queries[a][b] == 0) continue;
-      snprintf(name, sizeof name, "%s -> %s", settings->data.modalities[a].name, settings->data.modalities[b].name);
-      fprintf(out, "%-24s %8lld %8lld", name, (long long)result->queries[a][b], (long long)result->gallery[b]);
+      snprintf(name, sizeof name, "%s -> %s", settings->data.modalities[a].name,
+               settings->data.modalities[b].name);
+      fprintf(out, "%-24s %8lld %8lld", name, (long long)result->queries[a][b],
+              (long long)result->gallery[b]);
       for (int k = 0; k < TRAIN_RECALLS; k++)
         fprintf(out, " %7.2f%%", 100 * train_retrieval_recall(result, (int32_t)a, (int32_t)b, k));
       fprintf(out, " %8.2f%% %6.2f%% %6.2f%%\n", 100 * result->chance[a][b][0], 100 * result->chance[a][b][1],

@@ -1,5 +1,6 @@
-/* Outline: open the session, take the run directory, resume or start, loop. Ranks agree once a step, when their batch
- * is ready: on errors, on the request to stop, and on whether the checkpoint in progress is written everywhere. */
+/* Outline: open the session, take the run directory, resume or start, loop. Ranks agree once a step, when
+ * their batch is ready: on errors, on the request to stop, and on whether the checkpoint in progress is
+ * written everywhere. */
 #include "trainer/run.h"
 
 #include <errno.h>
@@ -30,8 +31,8 @@ typedef struct run {
   int lock;
   data_stream *stream;
   data_position position;
-  int64_t saved_step;     /* step of the newest checkpoint begun, -1 none */
-  int64_t failures;       /* non-finite steps in a row */
+  int64_t saved_step; /* step of the newest checkpoint begun, -1 none */
+  int64_t failures;   /* non-finite steps in a row */
   train_state_tensors tensors;
   ckpt_writer *writer;
   train_metrics *metrics; /* rank 0 */
@@ -50,7 +51,8 @@ static core_status take_directory(run *r) {
   snprintf(path, sizeof path, "%s/lock", r->directory);
   TRY(core_file_open(path, O_RDWR | O_CREAT, &r->lock));
   if (flock(r->lock, LOCK_EX | LOCK_NB) != 0)
-    FAIL(CORE_ERR_IO, "another process is running in %s (its lock is held); wait for it or choose another run.directory",
+    FAIL(CORE_ERR_IO,
+         "another process is running in %s (its lock is held); wait for it or choose another run.directory",
          r->directory);
   snprintf(path, sizeof path, "%s/log.txt", r->directory);
   TRY(core_log_open(path));
@@ -73,7 +75,8 @@ static core_status prepare_directory(run *r) {
 static core_status check_meta(const run *r, const train_state_meta *meta, const char *path) {
   uint64_t now = data_set_fingerprint(r->session->training);
   CHECK(meta->fingerprint == now, CORE_ERR_MISMATCH,
-        "the training shards are not those of the checkpoint %s (fingerprint %016llx, now %016llx): the place in the "
+        "the training shards are not those of the checkpoint %s (fingerprint %016llx, now %016llx): the "
+        "place in the "
         "data would mean nothing",
         path, (unsigned long long)meta->fingerprint, (unsigned long long)now);
   if (meta->config && strcmp(meta->config, core_config_text(r->env->config)) != 0)
@@ -90,8 +93,9 @@ static core_status load(run *r, ckpt_reader *reader) {
   TRY(ckpt_reader_load(reader, r->tensors.list, r->tensors.count));
   r->env->step = meta.step;
   r->position = meta.position;
-  LOG_INFO("resumed at step %lld from %s (written by %lld ranks, expert-parallel size %lld)", (long long)meta.step,
-           ckpt_reader_path(reader), (long long)meta.ranks, (long long)meta.expert_ranks);
+  LOG_INFO("resumed at step %lld from %s (written by %lld ranks, expert-parallel size %lld)",
+           (long long)meta.step, ckpt_reader_path(reader), (long long)meta.ranks,
+           (long long)meta.expert_ranks);
   return CORE_OK;
 }
 
@@ -104,7 +108,8 @@ static core_status start_or_resume(run *r, const char *resume) {
     TRY(ckpt_reader_open(r->env->control, resume, &reader));
   if (reader && never) {
     ckpt_reader_close(reader);
-    FAIL(CORE_ERR_ARGUMENT, "%s already holds checkpoints; use --resume auto, or another run.directory", r->checkpoints);
+    FAIL(CORE_ERR_ARGUMENT, "%s already holds checkpoints; use --resume auto, or another run.directory",
+         r->checkpoints);
   }
   if (!reader) {
     TRY(train_session_standardise(r->session));
@@ -179,8 +184,8 @@ static core_status evaluate(run *r, bool table) {
   CHECK(result, CORE_ERR_MEMORY, "no memory for the evaluation");
   core_status status = train_retrieval_run(r->session, result);
   if (status == CORE_OK) {
-    LOG_INFO("step %lld: mean R@1 on %s %.2f %% (%.1f s)", (long long)r->env->step, r->settings->data.validation,
-             100 * train_retrieval_mean(result), result->seconds);
+    LOG_INFO("step %lld: mean R@1 on %s %.2f %% (%.1f s)", (long long)r->env->step,
+             r->settings->data.validation, 100 * train_retrieval_mean(result), result->seconds);
     if (r->metrics) {
       status = train_metrics_evaluation(r->metrics, r->env->step, result);
       if (table) train_retrieval_print(result, r->settings, stdout);
@@ -201,7 +206,8 @@ typedef struct agreement {
 
 static core_status agree(run *r, core_status status, agreement *out) {
   bool stopped = core_stop_requested() || status == CORE_ERR_STOPPED;
-  int64_t flags[3] = {status != CORE_OK && status != CORE_ERR_STOPPED, stopped, !ckpt_writer_ready(r->writer)};
+  int64_t flags[3] = {status != CORE_OK && status != CORE_ERR_STOPPED, stopped,
+                      !ckpt_writer_ready(r->writer)};
   TRY(comm_all_reduce(r->env->control, COMM_MAX, CORE_INT64, flags, 3));
   if (flags[0]) TRY(comm_agree(r->env->control, status == CORE_ERR_STOPPED ? CORE_OK : status));
   out->stop = flags[1];
@@ -218,7 +224,8 @@ static void show_progress(run *r, const train_report *report) {
                                        : 0.9 * r->rate_tokens + 0.1 * (double)tokens / report->wall;
   double left = done > 0 ? elapsed / (double)done * (double)(s->run.steps - report->step) : 0;
   char line[256];
-  snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3g  rate %.3g  %.1fk tokens/s  wait %.1f %%  ETA %d:%02d",
+  snprintf(line, sizeof line,
+           "step %lld/%lld  loss %.4f  norm %.3g  rate %.3g  %.1fk tokens/s  wait %.1f %%  ETA %d:%02d",
            (long long)report->step, (long long)s->run.steps, report->loss, report->norm, report->rate,
            r->rate_tokens / 1000, 100 * report->seconds[TRAIN_PHASE_DATA] / report->wall, (int)left / 60,
            (int)left % 60);
@@ -234,13 +241,15 @@ static void show_progress(run *r, const train_report *report) {
 static core_status judge(run *r, const train_report *report) {
   r->failures = report->skipped ? r->failures + 1 : 0;
   if (!report->skipped) return CORE_OK;
-  bool stop = r->settings->run.non_finite == TRAIN_NON_FINITE_STOP || r->failures >= r->settings->run.failures;
+  bool stop =
+      r->settings->run.non_finite == TRAIN_NON_FINITE_STOP || r->failures >= r->settings->run.failures;
   CHECK(!stop, CORE_ERR_NON_FINITE,
-        "step %lld: loss %g, gradient norm %g; nothing was updated (%lld such steps in a row). The last checkpoint "
+        "step %lld: loss %g, gradient norm %g; nothing was updated (%lld such steps in a row). The last "
+        "checkpoint "
         "holds the state before",
         (long long)report->step, report->loss, report->norm, (long long)r->failures);
-  LOG_WARNING("step %lld: loss %g, gradient norm %g: the step is skipped", (long long)report->step, report->loss,
-              report->norm);
+  LOG_WARNING("step %lld: loss %g, gradient norm %g: the step is skipped", (long long)report->step,
+              report->loss, report->norm);
   return CORE_OK;
 }
 
@@ -251,7 +260,8 @@ static core_status after_step(run *r, const train_report *report) {
   return CORE_OK;
 }
 
-/* One step with a batch in hand. A failure here is local and in the middle of collectives: it ends the job. */
+/* One step with a batch in hand. A failure here is local and in the middle of collectives: it ends the job.
+ */
 static core_status do_step(run *r, data_batch *batch, double started) {
   train_env *env = r->env;
   train_report report = {0};
@@ -278,7 +288,8 @@ static core_status save_and_evaluate_when_due(run *r) {
     if (ckpt_writer_busy(r->writer)) warn_save(r, commit_save(r));
     warn_save(r, begin_save(r));
   }
-  if (s->evaluate.interval > 0 && step % s->evaluate.interval == 0 && step < s->run.steps) TRY(evaluate(r, false));
+  if (s->evaluate.interval > 0 && step % s->evaluate.interval == 0 && step < s->run.steps)
+    TRY(evaluate(r, false));
   return CORE_OK;
 }
 
@@ -321,21 +332,24 @@ static core_status describe(run *r) {
   int64_t bytes = ckpt_writer_bytes(r->writer) + data_stream_bytes(r->stream);
   LOG_INFO("%s; %s backend, %d threads a rank, transport %s", layout, r->env->ops->name,
            r->env->ops->context_threads(r->env->kern), comm_transport_name(r->env->world));
-  LOG_INFO("%.2f M parameters, %.2f M active; %lld training samples, %lld held out", (double)counts.total / 1e6,
-           (double)counts.active / 1e6, (long long)data_set_samples(r->session->training),
+  LOG_INFO("%.2f M parameters, %.2f M active; %lld training samples, %lld held out",
+           (double)counts.total / 1e6, (double)counts.active / 1e6,
+           (long long)data_set_samples(r->session->training),
            (long long)(r->session->evaluation ? data_set_samples(r->session->evaluation) : 0));
-  LOG_INFO("planned memory of rank 0: %.1f MiB (parameters and optimizer %.1f, activations %.1f, objective %.1f, "
-           "kernels %.1f, data and checkpoint %.1f)",
-           (double)(memory.total + (size_t)bytes) / 1048576, (double)memory.parameters / 1048576,
-           (double)memory.activations / 1048576, (double)memory.objective / 1048576,
-           (double)memory.kernels / 1048576, (double)bytes / 1048576);
+  LOG_INFO(
+      "planned memory of rank 0: %.1f MiB (parameters and optimizer %.1f, activations %.1f, objective %.1f, "
+      "kernels %.1f, data and checkpoint %.1f)",
+      (double)(memory.total + (size_t)bytes) / 1048576, (double)memory.parameters / 1048576,
+      (double)memory.activations / 1048576, (double)memory.objective / 1048576,
+      (double)memory.kernels / 1048576, (double)bytes / 1048576);
   return CORE_OK;
 }
 
 static core_status open_local(run *r) {
   if (comm_rank(r->env->world) == 0)
     TRY(train_metrics_open(r->directory, r->env->step, r->session->model, &r->metrics));
-  TRY(train_session_stream(r->session, r->session->training, &r->env->layout, &r->position, true, &r->stream));
+  TRY(train_session_stream(r->session, r->session->training, &r->env->layout, &r->position, true,
+                           &r->stream));
   return CORE_OK;
 }
 
@@ -370,13 +384,15 @@ static core_status open_run(run *r, const train_run_options *options) {
 static core_status end_run(run *r, train_outcome *outcome) {
   TRY(save_now(r));
   if (*outcome == TRAIN_STOPPED) {
-    LOG_INFO("stopped on request at step %lld; the state is saved, start again to go on", (long long)r->env->step);
+    LOG_INFO("stopped on request at step %lld; the state is saved, start again to go on",
+             (long long)r->env->step);
     return CORE_OK;
   }
   if (r->settings->evaluate.at_end) {
     core_status status = evaluate(r, true);
     if (status == CORE_ERR_STOPPED) *outcome = TRAIN_STOPPED;
-    if (status != CORE_OK && status != CORE_ERR_STOPPED) return core_error_trace(status, __func__, __FILE__, __LINE__);
+    if (status != CORE_OK && status != CORE_ERR_STOPPED)
+      return core_error_trace(status, __func__, __FILE__, __LINE__);
   }
   return CORE_OK;
 }
@@ -384,8 +400,9 @@ static core_status end_run(run *r, train_outcome *outcome) {
 static void report_memory(const run *r) {
   struct rusage usage;
   if (getrusage(RUSAGE_SELF, &usage) == 0)
-    LOG_INFO("done: %lld steps in %.1f s; peak memory of rank 0: %.1f MiB", (long long)(r->env->step - r->first_step),
-             core_clock_now() - r->started, (double)usage.ru_maxrss / 1024);
+    LOG_INFO("done: %lld steps in %.1f s; peak memory of rank 0: %.1f MiB",
+             (long long)(r->env->step - r->first_step), core_clock_now() - r->started,
+             (double)usage.ru_maxrss / 1024);
 }
 
 static void close_run(run *r) {

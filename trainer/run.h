@@ -17,8 +17,9 @@ typedef enum train_outcome {
   TRAIN_STOPPED   /* on request: a checkpoint holds the state, the run can be resumed */
 } train_outcome;
 
-/* Runs to the end, to a request to stop, or to an error, which is the same on every rank. A failure in the middle of a
- * step, when other ranks wait for this one, ends the whole job (comm_fail_stop). Collective over the world. */
+/* Runs to the end, to a request to stop, or to an error, which is the same on every rank. A failure in the
+ * middle of a step, when other ranks wait for this one, ends the whole job (comm_fail_stop). Collective over
+ * the world. */
 CORE_NODISCARD core_status train_run(const train_run_options *options, train_outcome *outcome);
 
 #endif

@@ -22,10 +22,12 @@ static core_status open_set(train_session *session, const char *path, const char
     const data_modality_info *info = data_set_modality(*out, m);
     char key[160];
     snprintf(key, sizeof key, "data.modalities.%.96s.length", names[m]);
-    if (s->data.modalities[m].positions == TRAIN_POSITIONS_LEARNED && info->longest > s->data.modalities[m].length)
-      return core_config_refuse(session->env.config, key,
-                                "the longest sample of %s/%s has %lld tokens, so at least that many positions are needed",
-                                path, split, (long long)info->longest);
+    if (s->data.modalities[m].positions == TRAIN_POSITIONS_LEARNED &&
+        info->longest > s->data.modalities[m].length)
+      return core_config_refuse(
+          session->env.config, key,
+          "the longest sample of %s/%s has %lld tokens, so at least that many positions are needed", path,
+          split, (long long)info->longest);
   }
   return CORE_OK;
 }
@@ -45,7 +47,8 @@ static core_status open_data_local(train_session *session, const train_session_o
   const char *path = options->data_path ? options->data_path : s->data.path;
   TRY(kern_select(s->run.device, &session->env.ops));
   if (options->training_split) TRY(open_set(session, path, options->training_split, &session->training));
-  if (options->evaluation_split) TRY(open_set(session, path, options->evaluation_split, &session->evaluation));
+  if (options->evaluation_split)
+    TRY(open_set(session, path, options->evaluation_split, &session->evaluation));
   TRY(check_widths(session));
   return CORE_OK;
 }
@@ -56,7 +59,8 @@ static core_status open_data(train_session *session, const train_session_options
   if (session->training)
     TRY(comm_agree_value(control, "the list of training shards", data_set_fingerprint(session->training)));
   if (session->evaluation)
-    TRY(comm_agree_value(control, "the list of evaluation shards", data_set_fingerprint(session->evaluation)));
+    TRY(comm_agree_value(control, "the list of evaluation shards",
+                         data_set_fingerprint(session->evaluation)));
   return CORE_OK;
 }
 
@@ -66,7 +70,8 @@ static const data_set *any_set(const train_session *session) {
 
 /* ---- layout and groups ---- */
 
-/* Multiply-adds of one sample of modality m: the trunk per token (the experts a token passes included) and the connector. */
+/* Multiply-adds of one sample of modality m: the trunk per token (the experts a token passes included) and
+ * the connector. */
 static double sample_cost(const train_session *session, int32_t m) {
   const train_settings *s = session->env.settings;
   const data_modality_info *info = data_set_modality(any_set(session), m);
@@ -79,7 +84,8 @@ static double sample_cost(const train_session *session, int32_t m) {
 static core_status make_layout(train_session *session) {
   train_env *env = &session->env;
   double cost[CORE_MAX_MODALITIES];
-  for (unsigned m = 0; m < env->settings->data.modalities_count; m++) cost[m] = sample_cost(session, (int32_t)m);
+  for (unsigned m = 0; m < env->settings->data.modalities_count; m++)
+    cost[m] = sample_cost(session, (int32_t)m);
   TRY(train_layout_make(env->config, comm_size(env->world), comm_rank(env->world), cost, &env->layout));
   session->evaluation_layout = train_layout_with_batch(&env->layout, env->settings->evaluate.batch, 1);
   return CORE_OK;
@@ -110,7 +116,8 @@ static void add_limits(const data_set *set, const train_layout *layout, int32_t 
   if (!set) return;
   int64_t own = train_layout_most_samples(layout, layout->rank, m), rows = 0;
   for (int32_t slot = 0; slot < layout->expert_ranks; slot++)
-    rows += data_set_most_rows(set, m, train_layout_most_samples(layout, layout->group * layout->expert_ranks + slot, m));
+    rows += data_set_most_rows(
+        set, m, train_layout_most_samples(layout, layout->group * layout->expert_ranks + slot, m));
   limits->segments[m] = larger(limits->segments[m], own);
   limits->tokens[m] = larger(limits->tokens[m], data_set_most_rows(set, m, own));
   *group_rows = larger(*group_rows, rows);
@@ -128,7 +135,8 @@ static train_model_limits find_limits(const train_session *session) {
     limits.group_tokens += group_rows;
     own += limits.tokens[m];
   }
-  double share = (double)(limits.group_tokens * K) / env->layout.expert_ranks * env->settings->model.moe.buffer;
+  double share =
+      (double)(limits.group_tokens * K) / env->layout.expert_ranks * env->settings->model.moe.buffer;
   int64_t most = limits.group_tokens * K, rows = (int64_t)share + 1;
   limits.expert_rows = env->layout.expert_ranks == 1 ? own * K : rows < most ? rows : most > 0 ? most : 1;
   return limits;
@@ -139,14 +147,16 @@ static int32_t threads_of(const train_env *env) {
   long online = sysconf(_SC_NPROCESSORS_ONLN);
   int mine = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : (int)online;
   int threads = (int)env->settings->run.threads;
-  if (threads == 0) threads = mine >= online ? mine / comm_local_size(env->comm) : mine; /* bound: all its own */
+  if (threads == 0)
+    threads = mine >= online ? mine / comm_local_size(env->comm) : mine; /* bound: all its own */
   return threads > 0 ? threads : 1;
 }
 
 static kern_limits kernel_limits(const train_session *session, const train_model_limits *limits) {
   const train_model *model = session->model;
   const train_settings *s = session->env.settings;
-  int64_t F = larger(model->F, s->model.moe.hidden), width = larger(model->C, 2 * F * (s->model.dense ? s->model.moe.choose : 1));
+  int64_t F = larger(model->F, s->model.moe.hidden),
+          width = larger(model->C, 2 * F * (s->model.dense ? s->model.moe.choose : 1));
   kern_limits k = {.experts = s->model.moe.experts, .heads = model->H, .threads = threads_of(&session->env)};
   width = larger(width, (model->H + 2 * model->G) * model->A);
   width = larger(width, larger(model->Z, s->evaluate.batch));
@@ -245,7 +255,8 @@ static core_status measure(train_session *session, int32_t m, double *shift, dou
   return CORE_OK;
 }
 
-static void take_standardisation(train_session *session, int32_t m, const double *shift, const double *scale) {
+static void take_standardisation(train_session *session, int32_t m, const double *shift,
+                                 const double *scale) {
   train_connector_layer *layer = &session->model->connector[m];
   core_real *to_shift = layer->shift.data, *to_scale = layer->scale.data;
   if (!to_shift) return;
@@ -296,7 +307,8 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
   data_range *range = calloc((size_t)cells, sizeof *range);
   CHECK(range, CORE_ERR_MEMORY, "no memory for %lld ranges", (long long)cells);
   for (int64_t i = 0; i < cells; i++)
-    range[i] = train_layout_range(layout, layout->rank, (int32_t)(i % layout->modalities), i / layout->modalities);
+    range[i] =
+        train_layout_range(layout, layout->rank, (int32_t)(i % layout->modalities), i / layout->modalities);
   data_stream_options options = {.order = {s->run.seed, training ? s->data.shuffle : 0},
                                  .start = *start,
                                  .batch = layout->batch,

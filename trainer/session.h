@@ -11,8 +11,8 @@ typedef struct train_session_options {
   const core_config *config; /* outlives the session */
   comm_world *comm;
   train_purpose purpose;
-  const char *data_path;       /* NULL: data.path of the configuration */
-  const char *training_split;  /* NULL: none is opened */
+  const char *data_path;        /* NULL: data.path of the configuration */
+  const char *training_split;   /* NULL: none is opened */
   const char *evaluation_split; /* NULL: none */
 } train_session_options;
 
@@ -21,7 +21,7 @@ typedef struct train_session {
   train_purpose purpose;
   data_set *training, *evaluation; /* NULL where not opened */
   train_model *model;
-  train_stepper stepper;           /* training only */
+  train_stepper stepper; /* training only */
   train_layout evaluation_layout;
   core_arena *parameters, *activations, *objective;
 } train_session;
@@ -30,7 +30,8 @@ typedef struct train_session {
 CORE_NODISCARD core_status train_session_open(const train_session_options *options, train_session **out);
 void train_session_close(train_session *session);
 
-/* Measures mean and deviation of the training latents and makes them the connectors' standardisation. Collective. */
+/* Measures mean and deviation of the training latents and makes them the connectors' standardisation.
+ * Collective. */
 CORE_NODISCARD core_status train_session_standardise(train_session *session);
 
 /* Planned memory of this rank in bytes. */
@@ -40,10 +41,12 @@ typedef struct train_memory {
 train_memory train_session_memory(const train_session *session);
 
 /* Opens a stream of batches for this rank's share. */
-CORE_NODISCARD core_status train_session_stream(train_session *session, data_set *set, const train_layout *layout,
-                                                const data_position *start, bool training, data_stream **out);
+CORE_NODISCARD core_status train_session_stream(train_session *session, data_set *set,
+                                                const train_layout *layout, const data_position *start,
+                                                bool training, data_stream **out);
 
-/* Distinct parameters over all ranks, and those without the experts that a token does not pass. Collective. */
+/* Distinct parameters over all ranks, and those without the experts that a token does not pass. Collective.
+ */
 typedef struct train_counts {
   int64_t total, active;
 } train_counts;

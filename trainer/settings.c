@@ -9,57 +9,62 @@
 #include "kernels/kernels.h" /* kern_gate */
 
 #define NEEDED CYAML_FLAG_DEFAULT
-#define TEXT(key, structure, member) CYAML_FIELD_STRING_PTR(key, CYAML_FLAG_POINTER, structure, member, 0, 1024)
+#define TEXT(key, structure, member) \
+  CYAML_FIELD_STRING_PTR(key, CYAML_FLAG_POINTER, structure, member, 0, 1024)
 #define WORD(key, structure, member, words) \
   CYAML_FIELD_ENUM(key, CYAML_FLAG_STRICT, structure, member, words, CYAML_ARRAY_LEN(words))
 /* The nested structures of train_settings have no names of their own. */
 #define PART(member) __typeof__(((train_settings *)0)->member)
 
-static const cyaml_strval_t connector_words[] = {{"linear", TRAIN_CONNECTOR_LINEAR}, {"mlp", TRAIN_CONNECTOR_MLP}};
+static const cyaml_strval_t connector_words[] = {{"linear", TRAIN_CONNECTOR_LINEAR},
+                                                 {"mlp", TRAIN_CONNECTOR_MLP}};
 static const cyaml_strval_t position_words[] = {
     {"none", TRAIN_POSITIONS_NONE}, {"learned", TRAIN_POSITIONS_LEARNED}, {"rope", TRAIN_POSITIONS_ROPE}};
 static const cyaml_strval_t normalize_words[] = {
     {"none", TRAIN_NORMALIZE_NONE}, {"standard", TRAIN_NORMALIZE_STANDARD}, {"rms", TRAIN_NORMALIZE_RMS}};
 static const cyaml_strval_t activation_words[] = {
     {"swiglu", TRAIN_SWIGLU}, {"gelu", TRAIN_GELU}, {"gelu_tanh", TRAIN_GELU_TANH}};
-static const cyaml_strval_t gate_words[] = {{"softmax", KERN_GATE_SOFTMAX}, {"renormalised", KERN_GATE_RENORMALISED}};
+static const cyaml_strval_t gate_words[] = {{"softmax", KERN_GATE_SOFTMAX},
+                                            {"renormalised", KERN_GATE_RENORMALISED}};
 static const cyaml_strval_t dispatch_words[] = {{"dropless", TRAIN_DROPLESS}, {"capacity", TRAIN_CAPACITY}};
-static const cyaml_strval_t priority_words[] = {{"gate", TRAIN_PRIORITY_GATE}, {"order", TRAIN_PRIORITY_ORDER}};
-static const cyaml_strval_t placement_words[] = {{"shared", TRAIN_SHARED}, {"partitioned", TRAIN_PARTITIONED}};
+static const cyaml_strval_t priority_words[] = {{"gate", TRAIN_PRIORITY_GATE},
+                                                {"order", TRAIN_PRIORITY_ORDER}};
+static const cyaml_strval_t placement_words[] = {{"shared", TRAIN_SHARED},
+                                                 {"partitioned", TRAIN_PARTITIONED}};
 static const cyaml_strval_t rate_words[] = {
     {"constant", TRAIN_RATE_CONSTANT}, {"cosine", TRAIN_RATE_COSINE}, {"rsqrt", TRAIN_RATE_RSQRT}};
-static const cyaml_strval_t non_finite_words[] = {{"stop", TRAIN_NON_FINITE_STOP}, {"skip", TRAIN_NON_FINITE_SKIP}};
+static const cyaml_strval_t non_finite_words[] = {{"stop", TRAIN_NON_FINITE_STOP},
+                                                  {"skip", TRAIN_NON_FINITE_SKIP}};
 
 #define M train_modality_settings
-static const cyaml_schema_field_t modality_fields[] = {
-    TEXT("name", M, name),
-    WORD("connector", M, connector, connector_words),
-    CYAML_FIELD_INT("hidden", NEEDED, M, hidden),
-    WORD("positions", M, positions, position_words),
-    CYAML_FIELD_INT("length", NEEDED, M, length),
-    WORD("normalize", M, normalize, normalize_words),
-    CYAML_FIELD_FLOAT("local", NEEDED, M, local),
-    CYAML_FIELD_FLOAT("global", NEEDED, M, global),
-    CYAML_FIELD_FLOAT("experts", NEEDED, M, experts),
-    CYAML_FIELD_INT("ranks", NEEDED, M, ranks),
-    CYAML_FIELD_END};
+static const cyaml_schema_field_t modality_fields[] = {TEXT("name", M, name),
+                                                       WORD("connector", M, connector, connector_words),
+                                                       CYAML_FIELD_INT("hidden", NEEDED, M, hidden),
+                                                       WORD("positions", M, positions, position_words),
+                                                       CYAML_FIELD_INT("length", NEEDED, M, length),
+                                                       WORD("normalize", M, normalize, normalize_words),
+                                                       CYAML_FIELD_FLOAT("local", NEEDED, M, local),
+                                                       CYAML_FIELD_FLOAT("global", NEEDED, M, global),
+                                                       CYAML_FIELD_FLOAT("experts", NEEDED, M, experts),
+                                                       CYAML_FIELD_INT("ranks", NEEDED, M, ranks),
+                                                       CYAML_FIELD_END};
 #undef M
 static const cyaml_schema_value_t modality_value = {
     CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, train_modality_settings, modality_fields)};
-static const cyaml_schema_value_t pair_value = {CYAML_VALUE_STRING(CYAML_FLAG_POINTER, char *, 0, 2 * CORE_NAME)};
+static const cyaml_schema_value_t pair_value = {
+    CYAML_VALUE_STRING(CYAML_FLAG_POINTER, char *, 0, 2 * CORE_NAME)};
 
 typedef PART(run) run_part;
-static const cyaml_schema_field_t run_fields[] = {
-    TEXT("directory", run_part, directory),
-    CYAML_FIELD_UINT("seed", NEEDED, run_part, seed),
-    CYAML_FIELD_INT("steps", NEEDED, run_part, steps),
-    TEXT("device", run_part, device),
-    CYAML_FIELD_INT("threads", NEEDED, run_part, threads),
-    CYAML_FIELD_INT("log", NEEDED, run_part, log),
-    CYAML_FIELD_FLOAT("deadline", NEEDED, run_part, deadline),
-    WORD("non_finite", run_part, non_finite, non_finite_words),
-    CYAML_FIELD_INT("failures", NEEDED, run_part, failures),
-    CYAML_FIELD_END};
+static const cyaml_schema_field_t run_fields[] = {TEXT("directory", run_part, directory),
+                                                  CYAML_FIELD_UINT("seed", NEEDED, run_part, seed),
+                                                  CYAML_FIELD_INT("steps", NEEDED, run_part, steps),
+                                                  TEXT("device", run_part, device),
+                                                  CYAML_FIELD_INT("threads", NEEDED, run_part, threads),
+                                                  CYAML_FIELD_INT("log", NEEDED, run_part, log),
+                                                  CYAML_FIELD_FLOAT("deadline", NEEDED, run_part, deadline),
+                                                  WORD("non_finite", run_part, non_finite, non_finite_words),
+                                                  CYAML_FIELD_INT("failures", NEEDED, run_part, failures),
+                                                  CYAML_FIELD_END};
 
 typedef PART(data) data_part_settings;
 static const cyaml_schema_field_t data_fields[] = {
@@ -149,8 +154,8 @@ static const cyaml_schema_field_t checkpoint_fields[] = {
 typedef PART(evaluate) evaluate_part;
 static const cyaml_schema_field_t evaluate_fields[] = {
     CYAML_FIELD_INT("interval", NEEDED, evaluate_part, interval),
-    CYAML_FIELD_INT("batch", NEEDED, evaluate_part, batch),
-    CORE_FIELD_BOOL("at_end", evaluate_part, at_end), CYAML_FIELD_END};
+    CYAML_FIELD_INT("batch", NEEDED, evaluate_part, batch), CORE_FIELD_BOOL("at_end", evaluate_part, at_end),
+    CYAML_FIELD_END};
 
 static const cyaml_schema_field_t top_fields[] = {
     CYAML_FIELD_MAPPING("run", NEEDED, train_settings, run, run_fields),
@@ -162,7 +167,8 @@ static const cyaml_schema_field_t top_fields[] = {
     CYAML_FIELD_MAPPING("checkpoint", NEEDED, train_settings, checkpoint, checkpoint_fields),
     CYAML_FIELD_MAPPING("evaluate", NEEDED, train_settings, evaluate, evaluate_fields),
     CYAML_FIELD_END};
-static const cyaml_schema_value_t top_value = {CYAML_VALUE_MAPPING(CYAML_FLAG_POINTER, train_settings, top_fields)};
+static const cyaml_schema_value_t top_value = {
+    CYAML_VALUE_MAPPING(CYAML_FLAG_POINTER, train_settings, top_fields)};
 
 /* What a file may leave out. data.path, data.modalities, model.width, layers and heads have no default. */
 static const char defaults[] =
@@ -270,7 +276,8 @@ static core_status check_bounds(const core_config *config, const bound *list, si
   for (size_t i = 0; i < count; i++) {
     const bound *b = &list[i];
     if (!(b->value >= b->low && b->value <= b->high))
-      return core_config_refuse(config, b->key, "expected %.10g to %.10g, got %.10g", b->low, b->high, b->value);
+      return core_config_refuse(config, b->key, "expected %.10g to %.10g, got %.10g", b->low, b->high,
+                                b->value);
   }
   return CORE_OK;
 }
@@ -336,8 +343,10 @@ static core_status check_sizes(const core_config *config, const train_settings *
 static core_status check_modality(const core_config *config, const train_settings *s, unsigned m) {
   const train_modality_settings *modality = &s->data.modalities[m];
   char key[8][160];
-  static const char *const names[] = {"hidden", "length", "local", "global", "experts", "ranks", "name", "positions"};
-  for (int i = 0; i < 8; i++) snprintf(key[i], sizeof key[i], "data.modalities.%.96s.%s", modality->name, names[i]);
+  static const char *const names[] = {"hidden",  "length", "local", "global",
+                                      "experts", "ranks",  "name",  "positions"};
+  for (int i = 0; i < 8; i++)
+    snprintf(key[i], sizeof key[i], "data.modalities.%.96s.%s", modality->name, names[i]);
   const bound list[] = {
       {key[0], (double)modality->hidden, 0, large},
       {key[1], (double)modality->length, 1, large},
@@ -347,16 +356,19 @@ static core_status check_modality(const core_config *config, const train_setting
       {key[5], (double)modality->ranks, 0, (double)s->parallel.experts},
   };
   size_t length = strlen(modality->name);
-  if (length == 0 || length > 48 || strpbrk(modality->name, "/.: \t") || (modality->name[0] >= '0' && modality->name[0] <= '9'))
-    return core_config_refuse(config, "data.modalities",
-                              "a modality's name is 1 to 48 characters, without blank, point, colon and slash, not beginning "
-                              "with a digit; got '%s'",
-                              modality->name);
+  if (length == 0 || length > 48 || strpbrk(modality->name, "/.: \t") ||
+      (modality->name[0] >= '0' && modality->name[0] <= '9'))
+    return core_config_refuse(
+        config, "data.modalities",
+        "a modality's name is 1 to 48 characters, without blank, point, colon and slash, not beginning "
+        "with a digit; got '%s'",
+        modality->name);
   if (train_settings_modality(s, modality->name) != (int32_t)m)
     return core_config_refuse(config, key[6], "the modality is listed twice");
   TRY(check_bounds(config, list, sizeof list / sizeof *list));
   if (modality->global > 0 && modality->experts < 1)
-    return core_config_refuse(config, key[4], "the global entropy loss needs a soft minimum of at least 1 expert");
+    return core_config_refuse(config, key[4],
+                              "the global entropy loss needs a soft minimum of at least 1 expert");
   return CORE_OK;
 }
 
@@ -364,20 +376,22 @@ static core_status check_model(const core_config *config, const train_settings *
   int64_t head_width = s->model.head_width ? s->model.head_width : s->model.width / s->model.heads;
   int64_t kv_heads = s->model.kv_heads ? s->model.kv_heads : s->model.heads;
   if (!s->model.head_width && s->model.width % s->model.heads != 0)
-    return core_config_refuse(config, "model.heads", "%lld heads do not divide the width %lld (or give head_width)",
+    return core_config_refuse(config, "model.heads",
+                              "%lld heads do not divide the width %lld (or give head_width)",
                               (long long)s->model.heads, (long long)s->model.width);
   if (s->model.heads % kv_heads != 0)
-    return core_config_refuse(config, "model.kv_heads", "%lld must divide the %lld heads", (long long)kv_heads,
-                              (long long)s->model.heads);
+    return core_config_refuse(config, "model.kv_heads", "%lld must divide the %lld heads",
+                              (long long)kv_heads, (long long)s->model.heads);
   for (unsigned m = 0; m < s->data.modalities_count; m++)
     if (s->data.modalities[m].positions == TRAIN_POSITIONS_ROPE && head_width % 2 != 0)
       return core_config_refuse(config, "model.head_width", "RoPE needs an even head width, got %lld",
                                 (long long)head_width);
   if (!train_settings_rule_valid(s->model.moe.layers, s->model.layers))
-    return core_config_refuse(config, "model.moe.layers",
-                              "expected none, all, every N, first half, second half or a list of layers below %lld, "
-                              "got '%s'",
-                              (long long)s->model.layers, s->model.moe.layers);
+    return core_config_refuse(
+        config, "model.moe.layers",
+        "expected none, all, every N, first half, second half or a list of layers below %lld, "
+        "got '%s'",
+        (long long)s->model.layers, s->model.moe.layers);
   int64_t capacity = train_settings_thousandths(s->model.moe.capacity);
   if (capacity < 1 || capacity > 1000000)
     return core_config_refuse(config, "model.moe.capacity",
@@ -392,7 +406,8 @@ static core_status check_pairs(const core_config *config, const train_settings *
     char key[64];
     snprintf(key, sizeof key, "objective.pairs.%u", i);
     if (!train_settings_pair(s, s->objective.pairs[i], pair))
-      return core_config_refuse(config, key, "expected two different modalities of this configuration as a:b, got '%s'",
+      return core_config_refuse(config, key,
+                                "expected two different modalities of this configuration as a:b, got '%s'",
                                 s->objective.pairs[i]);
   }
   if (s->objective.pairs_count == 0 && s->data.modalities_count < 2)
@@ -403,22 +418,24 @@ static core_status check_pairs(const core_config *config, const train_settings *
 static core_status check_parallel(const core_config *config, const train_settings *s, int32_t ranks) {
   int64_t e = s->parallel.experts, batch = s->optimizer.batch, micro = s->optimizer.accumulate;
   if (e < 1 || ranks % e != 0)
-    return core_config_refuse(config, "parallel.experts", "the expert-parallel size %lld must divide the %d ranks",
-                              (long long)e, ranks);
+    return core_config_refuse(config, "parallel.experts",
+                              "the expert-parallel size %lld must divide the %d ranks", (long long)e, ranks);
   if (!s->model.dense && s->model.moe.experts % e != 0)
-    return core_config_refuse(config, "model.moe.experts", "%lld experts cannot be spread evenly over %lld ranks",
+    return core_config_refuse(config, "model.moe.experts",
+                              "%lld experts cannot be spread evenly over %lld ranks",
                               (long long)s->model.moe.experts, (long long)e);
   int64_t parts = s->parallel.placement == TRAIN_SHARED ? ranks : ranks / e;
   if (batch % (micro * parts) != 0)
     return core_config_refuse(config, "optimizer.batch",
-                              "%lld samples must divide evenly into %lld micro-batches of %lld %s", (long long)batch,
-                              (long long)micro, (long long)parts,
+                              "%lld samples must divide evenly into %lld micro-batches of %lld %s",
+                              (long long)batch, (long long)micro, (long long)parts,
                               s->parallel.placement == TRAIN_SHARED ? "ranks" : "expert groups");
   if (s->model.moe.dispatch == TRAIN_CAPACITY && batch / micro / parts % s->model.moe.group_samples != 0)
-    return core_config_refuse(config, "model.moe.group_samples",
-                              "a routing group of %lld samples must divide the %lld samples of a micro-batch on a %s",
-                              (long long)s->model.moe.group_samples, (long long)(batch / micro / parts),
-                              s->parallel.placement == TRAIN_SHARED ? "rank" : "group of ranks");
+    return core_config_refuse(
+        config, "model.moe.group_samples",
+        "a routing group of %lld samples must divide the %lld samples of a micro-batch on a %s",
+        (long long)s->model.moe.group_samples, (long long)(batch / micro / parts),
+        s->parallel.placement == TRAIN_SHARED ? "rank" : "group of ranks");
   return CORE_OK;
 }
 

@@ -7,8 +7,16 @@
 #include "core/status.h"
 
 typedef enum train_connector { TRAIN_CONNECTOR_LINEAR, TRAIN_CONNECTOR_MLP } train_connector;
-typedef enum train_positions { TRAIN_POSITIONS_NONE, TRAIN_POSITIONS_LEARNED, TRAIN_POSITIONS_ROPE } train_positions;
-typedef enum train_normalize { TRAIN_NORMALIZE_NONE, TRAIN_NORMALIZE_STANDARD, TRAIN_NORMALIZE_RMS } train_normalize;
+typedef enum train_positions {
+  TRAIN_POSITIONS_NONE,
+  TRAIN_POSITIONS_LEARNED,
+  TRAIN_POSITIONS_ROPE
+} train_positions;
+typedef enum train_normalize {
+  TRAIN_NORMALIZE_NONE,
+  TRAIN_NORMALIZE_STANDARD,
+  TRAIN_NORMALIZE_RMS
+} train_normalize;
 typedef enum train_activation { TRAIN_SWIGLU, TRAIN_GELU, TRAIN_GELU_TANH } train_activation;
 typedef enum train_dispatch { TRAIN_DROPLESS, TRAIN_CAPACITY } train_dispatch;
 typedef enum train_priority { TRAIN_PRIORITY_GATE, TRAIN_PRIORITY_ORDER } train_priority;
@@ -17,16 +25,16 @@ typedef enum train_rate_kind { TRAIN_RATE_CONSTANT, TRAIN_RATE_COSINE, TRAIN_RAT
 typedef enum train_non_finite { TRAIN_NON_FINITE_STOP, TRAIN_NON_FINITE_SKIP } train_non_finite;
 
 typedef struct train_modality_settings {
-  char *name;      /* as in the shards' file names */
-  int connector;   /* train_connector: latents -> trunk */
-  int64_t hidden;  /* of an mlp connector; 0: the trunk's width */
-  int positions;   /* train_positions */
-  int64_t length;  /* rows of the learned table */
-  int normalize;   /* train_normalize: latents before the connector */
-  double local;    /* weight of the local entropy loss */
-  double global;   /* weight of the global entropy loss */
-  double experts;  /* S_m, the soft minimum of experts; 0: no global loss */
-  int64_t ranks;   /* of each expert group, with placement partitioned; 0: by cost */
+  char *name;     /* as in the shards' file names */
+  int connector;  /* train_connector: latents -> trunk */
+  int64_t hidden; /* of an mlp connector; 0: the trunk's width */
+  int positions;  /* train_positions */
+  int64_t length; /* rows of the learned table */
+  int normalize;  /* train_normalize: latents before the connector */
+  double local;   /* weight of the local entropy loss */
+  double global;  /* weight of the global entropy loss */
+  double experts; /* S_m, the soft minimum of experts; 0: no global loss */
+  int64_t ranks;  /* of each expert group, with placement partitioned; 0: by cost */
 } train_modality_settings;
 
 typedef struct train_settings {
@@ -34,20 +42,20 @@ typedef struct train_settings {
     char *directory;
     uint64_t seed;
     int64_t steps;
-    char *device;      /* auto, cpu, cuda */
-    int64_t threads;   /* of a rank; 0: the host's cores divided among its ranks */
-    int64_t log;       /* steps between log lines */
-    double deadline;   /* seconds that a rank waits for another */
-    int non_finite;    /* train_non_finite */
-    int64_t failures;  /* non-finite steps in a row that are skipped before the run stops */
+    char *device;     /* auto, cpu, cuda */
+    int64_t threads;  /* of a rank; 0: the host's cores divided among its ranks */
+    int64_t log;      /* steps between log lines */
+    double deadline;  /* seconds that a rank waits for another */
+    int non_finite;   /* train_non_finite */
+    int64_t failures; /* non-finite steps in a row that are skipped before the run stops */
   } run;
   struct {
-    char *path;       /* directory of the splits */
+    char *path; /* directory of the splits */
     char *train, *validation;
-    int64_t shuffle;  /* samples of the shuffle buffer; 0: file order */
-    int64_t threads;  /* that decompress */
-    int64_t queue;    /* batches read ahead */
-    int64_t cache;    /* MiB of decompressed chunks */
+    int64_t shuffle; /* samples of the shuffle buffer; 0: file order */
+    int64_t threads; /* that decompress */
+    int64_t queue;   /* batches read ahead */
+    int64_t cache;   /* MiB of decompressed chunks */
     train_modality_settings *modalities;
     unsigned modalities_count;
   } data;
@@ -55,7 +63,7 @@ typedef struct train_settings {
     int64_t width, layers, heads, kv_heads, head_width, hidden, embedding;
     int activation; /* train_activation of every feed-forward */
     double norm_epsilon, rope_base;
-    int dense;      /* replace each MoE layer by a dense one of equal FLOPs per token */
+    int dense; /* replace each MoE layer by a dense one of equal FLOPs per token */
     struct {
       char *layers; /* none, all, every 2, first half, second half, or a list "1,3" */
       int64_t experts, choose;
@@ -64,9 +72,10 @@ typedef struct train_settings {
       int dispatch;   /* train_dispatch */
       char *capacity; /* factor, at most three decimals */
       int64_t group_samples;
-      int priority;   /* train_priority */
-      double noise;   /* router noise in units of 1 / experts */
-      double buffer;  /* expert buffers in units of the balanced share; what exceeds them takes another round */
+      int priority; /* train_priority */
+      double noise; /* router noise in units of 1 / experts */
+      double
+          buffer; /* expert buffers in units of the balanced share; what exceeds them takes another round */
     } moe;
   } model;
   struct {
@@ -81,7 +90,7 @@ typedef struct train_settings {
   } parallel;
   struct {
     int64_t batch, accumulate;
-    int schedule;    /* train_rate_kind */
+    int schedule;                  /* train_rate_kind */
     double rate, min_rate, warmup; /* warm-up below 1: share of the steps, rounded up */
     double timescale, cooldown;    /* rsqrt */
     double weight_decay, beta1, beta2, epsilon, clip;
@@ -104,7 +113,8 @@ CORE_NODISCARD core_status train_settings_check(const core_config *config, int32
 
 /* Decimal with at most three places -> thousandths ("1.05" -> 1050); -1 if it is not one. */
 int64_t train_settings_thousandths(const char *text);
-/* Whether layer l of `layers` is an MoE layer by the rule; the rule must be valid (train_settings_rule_valid). */
+/* Whether layer l of `layers` is an MoE layer by the rule; the rule must be valid
+ * (train_settings_rule_valid). */
 bool train_settings_moe_layer(const char *rule, int64_t layers, int64_t l);
 bool train_settings_rule_valid(const char *rule, int64_t layers);
 /* "a:b" -> indices of two different modalities; false if it is not that. */

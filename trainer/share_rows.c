@@ -4,8 +4,8 @@ int64_t train_share_pieces(const train_layout *layout) {
   return (int64_t)layout->ranks * layout->micro_batches;
 }
 
-core_status train_share_rows(train_env *env, const train_layout *layout, int32_t m, void *rows, int64_t row_bytes,
-                             comm_piece *send, comm_piece *recv) {
+core_status train_share_rows(train_env *env, const train_layout *layout, int32_t m, void *rows,
+                             int64_t row_bytes, comm_piece *send, comm_piece *recv) {
   if (layout->ranks == 1) return CORE_OK;
   int32_t sends = 0, recvs = 0;
   for (int32_t r = 0; r < layout->ranks; r++) {
@@ -16,7 +16,8 @@ core_status train_share_rows(train_env *env, const train_layout *layout, int32_t
       if (own.hi > own.lo)
         send[sends++] = (comm_piece){r, (char *)rows + own.lo * row_bytes, (own.hi - own.lo) * row_bytes};
       if (other.hi > other.lo)
-        recv[recvs++] = (comm_piece){r, (char *)rows + other.lo * row_bytes, (other.hi - other.lo) * row_bytes};
+        recv[recvs++] =
+            (comm_piece){r, (char *)rows + other.lo * row_bytes, (other.hi - other.lo) * row_bytes};
     }
   }
   TRY(comm_exchange(env->world, send, sends, recv, recvs));

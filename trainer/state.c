@@ -78,7 +78,8 @@ core_status train_state_list(const train_model *model, bool training, train_stat
     add_steps(model, out, p);
   }
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
-    if (train_layout_holds(&model->env->layout, model->env->layout.rank, m)) add_standardisation(model, out, m);
+    if (train_layout_holds(&model->env->layout, model->env->layout.rank, m))
+      add_standardisation(model, out, m);
   return CORE_OK;
 }
 
@@ -127,8 +128,10 @@ core_status train_state_meta_read(const char *json, train_state_meta *out) {
   const char *config = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, "config"));
   const char *print = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, "fingerprint"));
   bool good = config && print && get_integer(object, "step", &out->step) &&
-              get_integer(object, "stage", &out->position.stage) && get_integer(object, "epoch", &out->position.epoch) &&
-              get_integer(object, "consumed", &out->position.consumed) && get_integer(object, "ranks", &out->ranks) &&
+              get_integer(object, "stage", &out->position.stage) &&
+              get_integer(object, "epoch", &out->position.epoch) &&
+              get_integer(object, "consumed", &out->position.consumed) &&
+              get_integer(object, "ranks", &out->ranks) &&
               get_integer(object, "expert_ranks", &out->expert_ranks);
   if (good) {
     out->fingerprint = strtoull(print, NULL, 16);

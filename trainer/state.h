@@ -1,5 +1,5 @@
-/* What a checkpoint holds of a run, and back: parameters, Adam's moments and step counts, the standardisation of
- * the latents, and as meta data the configuration, the position in the data and the step. */
+/* What a checkpoint holds of a run, and back: parameters, Adam's moments and step counts, the standardisation
+ * of the latents, and as meta data the configuration, the position in the data and the step. */
 #ifndef TRAIN_STATE_H
 #define TRAIN_STATE_H
 
@@ -13,9 +13,10 @@ typedef struct train_state_tensors {
   char (*names)[CORE_NAME];
 } train_state_tensors;
 
-/* Lists the model's tensors; training: optimizer state too. Each range is owned by exactly one of the ranks that hold it, spread
- * over the ranks. Free with train_state_free. */
-CORE_NODISCARD core_status train_state_list(const train_model *model, bool training, train_state_tensors *out);
+/* Lists the model's tensors; training: optimizer state too. Each range is owned by exactly one of the ranks
+ * that hold it, spread over the ranks. Free with train_state_free. */
+CORE_NODISCARD core_status train_state_list(const train_model *model, bool training,
+                                            train_state_tensors *out);
 void train_state_free(train_state_tensors *tensors);
 
 /* Meta data of a checkpoint. */
@@ -24,7 +25,7 @@ typedef struct train_state_meta {
   data_position position;
   uint64_t fingerprint; /* of the training shards */
   int64_t ranks, expert_ranks;
-  char *config;         /* YAML, malloc'ed by train_state_meta_read */
+  char *config; /* YAML, malloc'ed by train_state_meta_read */
 } train_state_meta;
 
 /* JSON text, malloc'ed. */

@@ -1,8 +1,8 @@
-/* Outline of train_stepper_gradients. Losses need the whole global batch: contrastive denominators all embeddings, router losses all sums. With
- * one micro-batch: forward, losses, backward. With several: a first forward pass over all of them collects
- * embeddings and sums, the losses are formed once, and a second forward pass, equal bit for bit, feeds each
- * backward (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"). So the
- * accumulated gradient is that of the whole batch. */
+/* Outline of train_stepper_gradients. Losses need the whole global batch: contrastive denominators all
+ * embeddings, router losses all sums. With one micro-batch: forward, losses, backward. With several: a first
+ * forward pass over all of them collects embeddings and sums, the losses are formed once, and a second
+ * forward pass, equal bit for bit, feeds each backward (Gao et al. 2021, "Scaling deep contrastive learning
+ * batch size under memory limited setup"). So the accumulated gradient is that of the whole batch. */
 #include "trainer/step.h"
 
 #include <math.h>
@@ -70,7 +70,8 @@ static core_status forward_pass(train_stepper *stepper, const data_batch *batch)
   return CORE_OK;
 }
 
-static core_status backward_pass(train_stepper *stepper, const data_batch *batch, double *mark, double *exchanged) {
+static core_status backward_pass(train_stepper *stepper, const data_batch *batch, double *mark,
+                                 double *exchanged) {
   train_env *env = stepper->env;
   for (int64_t micro = 0; micro < env->layout.micro_batches; micro++) {
     if (env->layout.micro_batches > 1) {
@@ -128,7 +129,8 @@ core_status train_stepper_gradients(train_stepper *stepper, const data_batch *ba
   fill_losses(stepper, report);
   charge(env, TRAIN_PHASE_LOSS, &mark, &exchanged);
   TRY(backward_pass(stepper, batch, &mark, &exchanged));
-  core_real *d_log_scale = train_parameter_gradient(&stepper->model->parameters, stepper->model->log_scale).data;
+  core_real *d_log_scale =
+      train_parameter_gradient(&stepper->model->parameters, stepper->model->log_scale).data;
   *d_log_scale += (core_real)(stepper->contrastive.d_scale * report->scale);
   comm_note(env->comm, env->step, -1, "gradient reduction");
   TRY(train_optimizer_reduce(stepper->model));
@@ -144,7 +146,8 @@ core_status train_stepper_run(train_stepper *stepper, const data_batch *batch, t
   double mark = core_clock_now();
   report->step = env->step + 1;
   report->rate = train_rate(s, env->step, s->run.steps);
-  report->clip = s->optimizer.clip > 0 && report->norm > s->optimizer.clip ? s->optimizer.clip / report->norm : 1;
+  report->clip =
+      s->optimizer.clip > 0 && report->norm > s->optimizer.clip ? s->optimizer.clip / report->norm : 1;
   /* loss and norm come out of reductions that give equal bits everywhere, so all ranks decide alike */
   report->skipped = !isfinite(report->loss) || !isfinite(report->norm);
   if (!report->skipped) TRY(train_optimizer_update(stepper->model, report->rate, report->clip));

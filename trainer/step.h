@@ -7,13 +7,13 @@
 /* What a step did; sums and counts over all ranks are in the model's `sums`. Equal on all ranks except the
  * times, which are this rank's. */
 typedef struct train_report {
-  int64_t step;                                /* number of the step, from 1 */
-  double loss;                                 /* what was differentiated: contrastive + router losses */
-  double contrastive, pair[TRAIN_MAX_PAIRS];   /* mean over pairs; of each pair */
+  int64_t step;                              /* number of the step, from 1 */
+  double loss;                               /* what was differentiated: contrastive + router losses */
+  double contrastive, pair[TRAIN_MAX_PAIRS]; /* mean over pairs; of each pair */
   train_router_loss router;
-  double scale;                                /* 1 / temperature used */
-  double rate, norm, clip;                     /* clip: factor on gradients, 1 = none */
-  bool skipped;                                /* non-finite: nothing was updated */
+  double scale;                                                    /* 1 / temperature used */
+  double rate, norm, clip;                                         /* clip: factor on gradients, 1 = none */
+  bool skipped;                                                    /* non-finite: nothing was updated */
   int64_t tokens[CORE_MAX_MODALITIES], items[CORE_MAX_MODALITIES]; /* global */
   double seconds[TRAIN_PHASE_COUNT], wall;
 } train_report;
@@ -31,12 +31,14 @@ typedef struct train_stepper {
 
 CORE_NODISCARD core_status train_stepper_make(train_env *env, train_model *model, train_stepper *out);
 CORE_NODISCARD core_status train_stepper_plan(train_stepper *stepper, core_arena *arena);
-/* Gradients of one global batch, summed over ranks, are left in the model; nothing is updated. Fills everything of the report but
- * rate, clip, skipped, wall. env->step numbers the noise. Collective over the world. */
+/* Gradients of one global batch, summed over ranks, are left in the model; nothing is updated. Fills
+ * everything of the report but rate, clip, skipped, wall. env->step numbers the noise. Collective over the
+ * world. */
 CORE_NODISCARD core_status train_stepper_gradients(train_stepper *stepper, const data_batch *batch,
                                                    train_report *report);
 /* The whole step: gradients, then the update with the rate of env->step, skipped where a value is not finite.
  * Collective over the world. */
-CORE_NODISCARD core_status train_stepper_run(train_stepper *stepper, const data_batch *batch, train_report *report);
+CORE_NODISCARD core_status train_stepper_run(train_stepper *stepper, const data_batch *batch,
+                                             train_report *report);
 
 #endif

@@ -44,15 +44,17 @@ core_status train_block_plan(train_model *model, int32_t layer, core_arena *aren
 static core_status norm_forward(train_model *model, train_norm *norm, core_tensor x, core_tensor *out) {
   train_env *env = model->env;
   *out = train_rows(norm->out, x.shape[0]);
-  KERN(env, rmsnorm_fwd, x, train_parameter_value(&model->parameters, norm->weight), env->settings->model.norm_epsilon,
-       *out, train_rows(norm->inv, x.shape[0]));
+  KERN(env, rmsnorm_fwd, x, train_parameter_value(&model->parameters, norm->weight),
+       env->settings->model.norm_epsilon, *out, train_rows(norm->inv, x.shape[0]));
   return CORE_OK;
 }
 
-static core_status norm_backward(train_model *model, train_norm *norm, core_tensor dy, core_tensor x, core_tensor dx) {
+static core_status norm_backward(train_model *model, train_norm *norm, core_tensor dy, core_tensor x,
+                                 core_tensor dx) {
   train_env *env = model->env;
   KERN(env, rmsnorm_bwd, dy, x, train_parameter_value(&model->parameters, norm->weight),
-       train_rows(norm->inv, x.shape[0]), KERN_ADD, dx, train_parameter_gradient(&model->parameters, norm->weight));
+       train_rows(norm->inv, x.shape[0]), KERN_ADD, dx,
+       train_parameter_gradient(&model->parameters, norm->weight));
   return CORE_OK;
 }
 
@@ -65,7 +67,8 @@ static core_status copy(train_model *model, core_tensor from, core_tensor to) {
 
 core_status train_block_forward(train_model *model, int32_t layer, core_tensor x, train_mode mode) {
   train_block *block = &model->block[layer];
-  core_tensor normed, middle = train_rows(block->middle, x.shape[0]), output = train_rows(block->output, x.shape[0]);
+  core_tensor normed, middle = train_rows(block->middle, x.shape[0]),
+                      output = train_rows(block->output, x.shape[0]);
   TRY(norm_forward(model, &block->attention_norm, x, &normed));
   TRY(copy(model, x, middle));
   TRY(train_attention_forward(model, block, normed, middle));
@@ -78,8 +81,8 @@ core_status train_block_forward(train_model *model, int32_t layer, core_tensor x
   return CORE_OK;
 }
 
-core_status train_block_backward(train_model *model, int32_t layer, core_tensor x, const kern_router_weights *router,
-                                 core_tensor dx) {
+core_status train_block_backward(train_model *model, int32_t layer, core_tensor x,
+                                 const kern_router_weights *router, core_tensor dx) {
   train_block *block = &model->block[layer];
   int64_t T = x.shape[0];
   core_tensor dn = train_rows(model->d_norm, T), middle = train_rows(block->middle, T);

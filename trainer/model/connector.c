@@ -32,7 +32,8 @@ core_status train_connector_declare(train_model *model, int32_t m) {
   TRY(train_declare(model, matrix(m, first, D), &layer->first, "connector.%s.first.weight", settings->name));
   TRY(train_declare(model, bias(m, first), &layer->first_bias, "connector.%s.first.bias", settings->name));
   if (mlp) {
-    TRY(train_declare(model, matrix(m, C, first), &layer->second, "connector.%s.second.weight", settings->name));
+    TRY(train_declare(model, matrix(m, C, first), &layer->second, "connector.%s.second.weight",
+                      settings->name));
     TRY(train_declare(model, bias(m, C), &layer->second_bias, "connector.%s.second.bias", settings->name));
   }
   if (settings->positions == TRAIN_POSITIONS_LEARNED) {
@@ -99,6 +100,7 @@ core_status train_connector_backward(train_model *model, int32_t m, core_tensor 
     KERN(env, gelu_bwd, KERN_GELU_ERF, first, before, KERN_SET, first);
   }
   KERN(env, bias_bwd, first, train_parameter_gradient(p, layer->first_bias));
-  KERN(env, gemm, KERN_TN, first, train_rows(layer->input, T), KERN_ADD, train_parameter_gradient(p, layer->first));
+  KERN(env, gemm, KERN_TN, first, train_rows(layer->input, T), KERN_ADD,
+       train_parameter_gradient(p, layer->first));
   return CORE_OK;
 }

@@ -1,5 +1,5 @@
-/* Dense feed-forward: y += act(x W1^T) W2^T, act SwiGLU (Shazeer 2020; W1 = [gate; up]) or GELU. As the baseline of an MoE
- * layer (model.dense) its hidden width is K times an expert's: equal FLOPs per token. */
+/* Dense feed-forward: y += act(x W1^T) W2^T, act SwiGLU (Shazeer 2020; W1 = [gate; up]) or GELU. As the
+ * baseline of an MoE layer (model.dense) its hidden width is K times an expert's: equal FLOPs per token. */
 #include <math.h>
 
 #include "trainer/model/tower.h"
@@ -56,7 +56,8 @@ core_status train_feed_forward_declare(train_model *model, train_block *block) {
 
 core_status train_feed_forward_plan(train_model *model, train_block *block, core_arena *arena) {
   int64_t F = hidden_width(model, block);
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, F * train_activation_columns(model), &block->dense.hidden));
+  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, F * train_activation_columns(model),
+                 &block->dense.hidden));
   TRY(train_take(arena, CORE_REAL_DTYPE, model->T, F, &block->dense.active));
   return CORE_OK;
 }
@@ -64,7 +65,8 @@ core_status train_feed_forward_plan(train_model *model, train_block *block, core
 core_status train_feed_forward_forward(train_model *model, train_block *block, core_tensor x, core_tensor y) {
   train_env *env = model->env;
   train_parameters *p = &model->parameters;
-  core_tensor hidden = train_rows(block->dense.hidden, x.shape[0]), active = train_rows(block->dense.active, x.shape[0]);
+  core_tensor hidden = train_rows(block->dense.hidden, x.shape[0]),
+              active = train_rows(block->dense.active, x.shape[0]);
   KERN(env, gemm, KERN_NT, x, train_parameter_value(p, block->dense.in), KERN_SET, hidden);
   TRY(train_activate(model, hidden, active));
   KERN(env, gemm, KERN_NT, active, train_parameter_value(p, block->dense.out), KERN_ADD, y);

@@ -10,9 +10,10 @@
 struct train_model;
 struct train_items;
 
-/* Sums over tokens that losses and health figures are made of, per MoE layer and modality; additive over ranks and
- * micro-batches. value: [layers][M][3 + 2E] = tokens, z, entropy, prob[E], load[E]; count: [layers][M][2E + 2] =
- * choices per expert before drops [E], after drops [E], tokens with a kept choice, tokens. */
+/* Sums over tokens that losses and health figures are made of, per MoE layer and modality; additive over
+ * ranks and micro-batches. value: [layers][M][3 + 2E] = tokens, z, entropy, prob[E], load[E]; count:
+ * [layers][M][2E + 2] = choices per expert before drops [E], after drops [E], tokens with a kept choice,
+ * tokens. */
 typedef struct train_moe_sums {
   int32_t layers, modalities;
   int64_t experts;
@@ -32,14 +33,14 @@ static inline int64_t *train_moe_counts(const train_moe_sums *sums, int64_t laye
   return sums->count + (layer * sums->modalities + m) * train_moe_count_stride(sums);
 }
 
-/* Where each row of one dispatch goes. Rows to send are sorted by global expert; a receiver's stream is sorted by its
- * expert, then by sending rank. A stream longer than the buffer is taken in rounds. */
+/* Where each row of one dispatch goes. Rows to send are sorted by global expert; a receiver's stream is
+ * sorted by its expert, then by sending rank. A stream longer than the buffer is taken in rounds. */
 typedef struct train_dispatch_state {
-  int64_t sent;     /* rows this rank sends */
-  int64_t *counts;  /* [e][E] rows of every rank for every expert */
-  int64_t rounds;   /* equal on all ranks of the expert group, at least 1 */
-  int64_t *group;   /* [E_local + 1] row limits of the local experts in the current round */
-  int64_t rows;     /* rows of the current round */
+  int64_t sent;    /* rows this rank sends */
+  int64_t *counts; /* [e][E] rows of every rank for every expert */
+  int64_t rounds;  /* equal on all ranks of the expert group, at least 1 */
+  int64_t *group;  /* [E_local + 1] row limits of the local experts in the current round */
+  int64_t rows;    /* rows of the current round */
 } train_dispatch_state;
 
 typedef struct train_moe {
@@ -55,17 +56,17 @@ typedef struct train_moe {
   core_tensor received;          /* [R, C] expert inputs of the last round */
   core_tensor hidden, active;    /* [R, 2F], [R, F] of the last round */
   train_dispatch_state dispatch;
-  bool noise, drops;             /* in the last forward pass */
+  bool noise, drops; /* in the last forward pass */
 } train_moe;
 
 /* Shared by all MoE layers. */
 typedef struct train_moe_scratch {
-  int64_t expert_rows;                   /* R */
-  core_tensor send_x, send_dy, send_dx;  /* [T K, C] */
-  core_tensor recv_y, recv_dx;           /* [R, C] */
-  core_tensor d_hidden, d_active;        /* [R, 2F], [R, F] */
-  core_tensor d_gate, d_logits;          /* [T, K], [T, E] */
-  comm_piece *send, *recv;               /* [E] */
+  int64_t expert_rows;                  /* R */
+  core_tensor send_x, send_dy, send_dx; /* [T K, C] */
+  core_tensor recv_y, recv_dx;          /* [R, C] */
+  core_tensor d_hidden, d_active;       /* [R, 2F], [R, F] */
+  core_tensor d_gate, d_logits;         /* [T, K], [T, E] */
+  comm_piece *send, *recv;              /* [E] */
   /* capacity: records of the tokens of one expert group */
   struct train_capacity_record *own, *all; /* [T], [tokens of the expert group] */
   int32_t *order, *ranked, *spare;         /* [tokens of the expert group] */
@@ -76,8 +77,10 @@ core_status train_moe_declare(struct train_model *model, int32_t layer);
 core_status train_moe_plan(struct train_model *model, train_moe *moe, core_arena *arena);
 core_status train_moe_scratch_plan(struct train_model *model, core_arena *arena);
 /* y += MoE(x). mode as train_mode. Collective over the expert group. */
-core_status train_moe_forward(struct train_model *model, train_moe *moe, core_tensor x, int mode, core_tensor y);
-/* dx = gradient by x. dy: gradient of the output. weights: [M] derivatives by this layer's sums. Collective. */
+core_status train_moe_forward(struct train_model *model, train_moe *moe, core_tensor x, int mode,
+                              core_tensor y);
+/* dx = gradient by x. dy: gradient of the output. weights: [M] derivatives by this layer's sums. Collective.
+ */
 core_status train_moe_backward(struct train_model *model, train_moe *moe, core_tensor x, core_tensor dy,
                                const kern_router_weights *weights, core_tensor dx);
 
@@ -92,7 +95,8 @@ core_status train_dispatch_return(struct train_model *model, train_moe *moe, int
                                   core_tensor to);
 
 core_status train_capacity_plan(struct train_model *model, core_arena *arena);
-/* moe_capacity.c: fills moe->keep for the current items. Collective over the expert group when partitioned. */
+/* moe_capacity.c: fills moe->keep for the current items. Collective over the expert group when partitioned.
+ */
 core_status train_capacity_keep(struct train_model *model, train_moe *moe);
 
 #endif

@@ -1,10 +1,10 @@
-/* Capacity (METHODS section 1): per routing group of `group_samples` consecutive samples with S tokens each expert keeps at
- * most ceil(S K C / E) choices, in thousandths to stay exact. Buffers are filled by first choices before second, and
- * within a choice by the largest gate, descending, ties by the lower token (Batch Priority Routing, Riquelme
- * et al. 2021), or by token order alone.
+/* Capacity (METHODS section 1): per routing group of `group_samples` consecutive samples with S tokens each
+ * expert keeps at most ceil(S K C / E) choices, in thousandths to stay exact. Buffers are filled by first
+ * choices before second, and within a choice by the largest gate, descending, ties by the lower token (Batch
+ * Priority Routing, Riquelme et al. 2021), or by token order alone.
  *
- * The order of tokens is sample, modality, position. When modalities are partitioned, a group's tokens lie on several
- * ranks of the expert group; all gather all records and each decides for the whole group, alike. */
+ * The order of tokens is sample, modality, position. When modalities are partitioned, a group's tokens lie on
+ * several ranks of the expert group; all gather all records and each decides for the whole group, alike. */
 #include <string.h>
 
 #include "core/clock.h"
@@ -12,10 +12,10 @@
 
 /* One token's claim. */
 typedef struct train_capacity_record {
-  uint64_t key;                     /* global place: sample, modality, position in order */
-  core_real priority;               /* its largest gate probability */
-  int32_t row;                      /* at its rank */
-  int32_t slot;                     /* of the rank */
+  uint64_t key;       /* global place: sample, modality, position in order */
+  core_real priority; /* its largest gate probability */
+  int32_t row;        /* at its rank */
+  int32_t slot;       /* of the rank */
   int32_t choice[CORE_MAX_CHOICES];
 } train_capacity_record;
 
@@ -67,8 +67,9 @@ static core_status gather_records(train_model *model, int64_t *count) {
     total += bytes[r];
     bytes[r] *= (int64_t)sizeof *s->own;
   }
-  CHECK(total <= model->limits.group_tokens, CORE_ERR_INTERNAL, "%lld tokens in an expert group; %lld were planned",
-        (long long)total, (long long)model->limits.group_tokens);
+  CHECK(total <= model->limits.group_tokens, CORE_ERR_INTERNAL,
+        "%lld tokens in an expert group; %lld were planned", (long long)total,
+        (long long)model->limits.group_tokens);
   TRY(comm_all_gather(env->expert, s->own, bytes, s->all));
   env->seconds[TRAIN_PHASE_EXCHANGE] += core_clock_now() - start;
   *count = total;
@@ -89,7 +90,8 @@ static void sort_indices(const train_capacity_record *record, int32_t *index, in
                          bool (*before)(const train_capacity_record *, const train_capacity_record *)) {
   for (int64_t width = 1; width < n; width *= 2) {
     for (int64_t lo = 0; lo < n; lo += 2 * width) {
-      int64_t mid = lo + width < n ? lo + width : n, hi = lo + 2 * width < n ? lo + 2 * width : n, a = lo, b = mid;
+      int64_t mid = lo + width < n ? lo + width : n, hi = lo + 2 * width < n ? lo + 2 * width : n, a = lo,
+              b = mid;
       for (int64_t i = lo; i < hi; i++) {
         bool second = a >= mid || (b < hi && before(&record[index[b]], &record[index[a]]));
         spare[i] = second ? index[b++] : index[a++];

@@ -14,7 +14,8 @@ typedef struct shape {
 static shape shape_of(const train_model *model, const train_moe *moe) {
   const train_env *env = model->env;
   int64_t E = env->settings->model.moe.experts;
-  return (shape){E, E / env->layout.expert_ranks, env->layout.expert_ranks, env->layout.slot, moe->dispatch.counts};
+  return (shape){E, E / env->layout.expert_ranks, env->layout.expert_ranks, env->layout.slot,
+                 moe->dispatch.counts};
 }
 
 /* Rows that all ranks together send to expert j. */
@@ -66,9 +67,10 @@ void train_dispatch_round(train_model *model, train_moe *moe, int64_t round) {
   d->rows = d->group[s.local];
 }
 
-/* Pieces of one round between this rank's rows, sorted by expert, and the experts' streams. `width` bytes a row. */
-static int32_t pieces_at_sender(const train_model *model, const shape *s, int64_t round, char *rows, int64_t width,
-                                comm_piece *out) {
+/* Pieces of one round between this rank's rows, sorted by expert, and the experts' streams. `width` bytes a
+ * row. */
+static int32_t pieces_at_sender(const train_model *model, const shape *s, int64_t round, char *rows,
+                                int64_t width, comm_piece *out) {
   int64_t first = round * model->limits.expert_rows, last = first + model->limits.expert_rows, own = 0;
   int32_t n = 0;
   for (int32_t r = 0; r < s->e; r++) {
@@ -85,21 +87,22 @@ static int32_t pieces_at_sender(const train_model *model, const shape *s, int64_
   return n;
 }
 
-static int32_t pieces_at_expert(const train_model *model, const shape *s, int64_t round, char *rows, int64_t width,
-                                comm_piece *out) {
+static int32_t pieces_at_expert(const train_model *model, const shape *s, int64_t round, char *rows,
+                                int64_t width, comm_piece *out) {
   int64_t first = round * model->limits.expert_rows, last = first + model->limits.expert_rows, stream = 0;
   int32_t n = 0;
   for (int64_t j = s->slot * s->local; j < (s->slot + 1) * s->local; j++)
     for (int32_t r = 0; r < s->e; r++) {
-      int64_t count = s->counts[r * s->E + j], lo = clamp(stream, first, last), hi = clamp(stream + count, first, last);
+      int64_t count = s->counts[r * s->E + j], lo = clamp(stream, first, last),
+              hi = clamp(stream + count, first, last);
       if (hi > lo) out[n++] = (comm_piece){r, rows + (lo - first) * width, (hi - lo) * width};
       stream += count;
     }
   return n;
 }
 
-static core_status move(train_model *model, train_moe *moe, int64_t round, core_tensor sender, core_tensor expert,
-                        bool forward) {
+static core_status move(train_model *model, train_moe *moe, int64_t round, core_tensor sender,
+                        core_tensor expert, bool forward) {
   train_env *env = model->env;
   train_moe_scratch *scratch = &model->moe_scratch;
   shape s = shape_of(model, moe);
@@ -119,12 +122,14 @@ static core_status move(train_model *model, train_moe *moe, int64_t round, core_
   return CORE_OK;
 }
 
-core_status train_dispatch_send(train_model *model, train_moe *moe, int64_t round, core_tensor from, core_tensor to) {
+core_status train_dispatch_send(train_model *model, train_moe *moe, int64_t round, core_tensor from,
+                                core_tensor to) {
   TRY(move(model, moe, round, from, to, true));
   return CORE_OK;
 }
 
-core_status train_dispatch_return(train_model *model, train_moe *moe, int64_t round, core_tensor from, core_tensor to) {
+core_status train_dispatch_return(train_model *model, train_moe *moe, int64_t round, core_tensor from,
+                                  core_tensor to) {
   TRY(move(model, moe, round, to, from, false));
   return CORE_OK;
 }

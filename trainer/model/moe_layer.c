@@ -1,10 +1,11 @@
 /* Mixture of experts (METHODS sections 0 and 1; Mustafa et al. 2022; Riquelme et al. 2021):
- *   l = W_g x, noise in training: l~ = l + N(0, noise / E);  chosen = the K largest l~;  gate = softmax(l~) of the chosen
- *   (or renormalised over them);  y += sum over the chosen and kept of gate_e FFN_e(x)
- * Forward: router -> keep -> plan -> gather -> all-to-all -> experts -> all-to-all -> combine. Backward mirrors it.
+ *   l = W_g x, noise in training: l~ = l + N(0, noise / E);  chosen = the K largest l~;  gate = softmax(l~)
+ * of the chosen (or renormalised over them);  y += sum over the chosen and kept of gate_e FFN_e(x) Forward:
+ * router -> keep -> plan -> gather -> all-to-all -> experts -> all-to-all -> combine. Backward mirrors it.
  *
- * Expert buffers have R rows. Where more arrive, the stream is taken in rounds; only the last round's activations
- * stay, the others are sent and computed again in backward. Imbalance costs time, never memory. */
+ * Expert buffers have R rows. Where more arrive, the stream is taken in rounds; only the last round's
+ * activations stay, the others are sent and computed again in backward. Imbalance costs time, never memory.
+ */
 #include <math.h>
 #include <string.h>
 
@@ -20,7 +21,8 @@ static int64_t expert_hidden(const train_model *model) {
   return hidden ? hidden : model->F;
 }
 
-/* All first matrices of the local experts, then all second ones, so that each kind is one [E_local, n, k] block. */
+/* All first matrices of the local experts, then all second ones, so that each kind is one [E_local, n, k]
+ * block. */
 static core_status declare_experts(train_model *model, train_moe *moe, int32_t layer) {
   int64_t F = expert_hidden(model), C = model->C, count = local_experts(model);
   int64_t first = model->env->layout.slot * count;
@@ -51,10 +53,11 @@ core_status train_moe_declare(train_model *model, int32_t layer) {
   train_moe *moe = &model->block[layer].moe;
   moe->index = model->moe_layers++;
   moe->router_bias = -1;
-  train_parameter router = {.rank = 2,
-                            .shape = {model->env->settings->model.moe.experts, model->C},
-                            .init = TRAIN_INIT_NORMAL,
-                            .init_value = 0.02}; /* not zero: the entropy losses have no gradient at uniform */
+  train_parameter router = {
+      .rank = 2,
+      .shape = {model->env->settings->model.moe.experts, model->C},
+      .init = TRAIN_INIT_NORMAL,
+      .init_value = 0.02}; /* not zero: the entropy losses have no gradient at uniform */
   TRY(train_declare(model, router, &moe->router, "blocks.%d.router.weight", layer));
   TRY(declare_experts(model, moe, layer));
   return CORE_OK;
@@ -98,7 +101,8 @@ core_status train_moe_scratch_plan(train_model *model, core_arena *arena) {
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? rows : 0, model->C, &s->send_dx));
   TRY(train_take(arena, CORE_REAL_DTYPE, alone ? 0 : R, model->C, &s->recv_y));
   TRY(train_take(arena, CORE_REAL_DTYPE, alone || !training ? 0 : R, model->C, &s->recv_dx));
-  TRY(train_take(arena, CORE_REAL_DTYPE, training ? R : 0, F * train_activation_columns(model), &s->d_hidden));
+  TRY(train_take(arena, CORE_REAL_DTYPE, training ? R : 0, F * train_activation_columns(model),
+                 &s->d_hidden));
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? R : 0, F, &s->d_active));
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, K, &s->d_gate));
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, E, &s->d_logits));
@@ -175,8 +179,8 @@ static core_status add_sums(train_model *model, train_moe *moe, core_tensor x) {
     double *value = train_moe_values(&model->sums, moe->index, m);
     kern_router_sums part = {value[0], value[1], value[2], value + 3, value + 3 + model->sums.experts};
     KERN(env, router_sums, of_modality(model, m, moe->logits), of_modality(model, m, moe->prob),
-         of_modality(model, m, noisy_logits(moe, T)), of_modality(model, m, moe->choice), noise_deviation(model, moe),
-         &part);
+         of_modality(model, m, noisy_logits(moe, T)), of_modality(model, m, moe->choice),
+         noise_deviation(model, moe), &part);
     value[0] = part.tokens;
     value[1] = part.z;
     value[2] = part.entropy;
@@ -197,8 +201,8 @@ static core_tensor weights_out(const train_model *model, const train_moe *moe) {
 static core_status experts_inner(train_model *model, train_moe *moe) {
   train_env *env = model->env;
   int64_t n = moe->dispatch.rows;
-  KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->received, n), weights_in(model, moe), KERN_SET,
-       train_rows(moe->hidden, n));
+  KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->received, n), weights_in(model, moe),
+       KERN_SET, train_rows(moe->hidden, n));
   TRY(train_activate(model, train_rows(moe->hidden, n), train_rows(moe->active, n)));
   return CORE_OK;
 }
@@ -221,8 +225,8 @@ static core_status experts_forward(train_model *model, train_moe *moe, core_tens
     TRY(send_inputs(model, moe, round, round == 0 ? x : train_none()));
     TRY(experts_inner(model, moe));
     int64_t n = moe->dispatch.rows;
-    KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->active, n), weights_out(model, moe), KERN_SET,
-         train_rows(out, n));
+    KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->active, n), weights_out(model, moe),
+         KERN_SET, train_rows(out, n));
     TRY(train_dispatch_return(model, moe, round, out, moe->returned));
   }
   return CORE_OK;
@@ -245,8 +249,10 @@ core_status train_moe_forward(train_model *model, train_moe *moe, core_tensor x,
 
 /* ---- backward ---- */
 
-/* Gradients of one round; the round's inputs and activations are in place. dy, dx: [rows, C] at the experts. */
-static core_status experts_round_backward(train_model *model, train_moe *moe, core_tensor dy, core_tensor dx) {
+/* Gradients of one round; the round's inputs and activations are in place. dy, dx: [rows, C] at the experts.
+ */
+static core_status experts_round_backward(train_model *model, train_moe *moe, core_tensor dy,
+                                          core_tensor dx) {
   train_env *env = model->env;
   train_moe_scratch *s = &model->moe_scratch;
   train_parameters *p = &model->parameters;
@@ -281,14 +287,15 @@ static core_status experts_backward(train_model *model, train_moe *moe, core_ten
   return CORE_OK;
 }
 
-static core_status router_backward(train_model *model, train_moe *moe, core_tensor x, const kern_router_weights *weights,
-                                   core_tensor dx) {
+static core_status router_backward(train_model *model, train_moe *moe, core_tensor x,
+                                   const kern_router_weights *weights, core_tensor dx) {
   train_env *env = model->env;
   train_parameters *p = &model->parameters;
   int64_t T = x.shape[0];
   core_tensor d_logits = train_rows(model->moe_scratch.d_logits, T);
-  KERN(env, router_gate_bwd, (kern_gate)env->settings->model.moe.gate, train_rows(model->moe_scratch.d_gate, T),
-       noisy_prob(moe, T), train_rows(moe->choice, T), train_rows(moe->gate, T), KERN_SET, d_logits);
+  KERN(env, router_gate_bwd, (kern_gate)env->settings->model.moe.gate,
+       train_rows(model->moe_scratch.d_gate, T), noisy_prob(moe, T), train_rows(moe->choice, T),
+       train_rows(moe->gate, T), KERN_SET, d_logits);
   for (int32_t m = 0; m < env->layout.modalities; m++) {
     kern_router_weights part = weights[m];
     part.sigma = noise_deviation(model, moe);

@@ -49,9 +49,11 @@ core_status train_head_backward(train_model *model, int32_t m) {
   core_tensor pooled = items_of(model, m, model->pooled), d_pooled = items_of(model, m, model->d_pooled);
   int64_t n = pooled.shape[0];
   core_tensor d_raw = train_rows(head->raw, n); /* raw is not needed any more */
-  KERN(env, l2norm_bwd, train_rows(head->gradient, n), train_rows(head->z, n), train_rows(head->norm, n), KERN_SET,
-       d_raw);
-  KERN(env, gemm, KERN_TN, d_raw, pooled, KERN_ADD, train_parameter_gradient(&model->parameters, head->weight));
-  KERN(env, gemm, KERN_NN, d_raw, train_parameter_value(&model->parameters, head->weight), KERN_SET, d_pooled);
+  KERN(env, l2norm_bwd, train_rows(head->gradient, n), train_rows(head->z, n), train_rows(head->norm, n),
+       KERN_SET, d_raw);
+  KERN(env, gemm, KERN_TN, d_raw, pooled, KERN_ADD,
+       train_parameter_gradient(&model->parameters, head->weight));
+  KERN(env, gemm, KERN_NN, d_raw, train_parameter_value(&model->parameters, head->weight), KERN_SET,
+       d_pooled);
   return CORE_OK;
 }

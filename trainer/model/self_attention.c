@@ -1,5 +1,6 @@
-/* Self-attention inside each item: [q | k | v] = x W^T, rotated where positions are RoPE, mixed, y += mixed O^T.
- * Matrices start at N(0, 1/sqrt(fan in)); O is divided by sqrt(2 L), so that the residual stream keeps its size. */
+/* Self-attention inside each item: [q | k | v] = x W^T, rotated where positions are RoPE, mixed, y += mixed
+ * O^T. Matrices start at N(0, 1/sqrt(fan in)); O is divided by sqrt(2 L), so that the residual stream keeps
+ * its size. */
 #include <math.h>
 
 #include "trainer/model/tower.h"

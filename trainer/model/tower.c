@@ -6,7 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-core_status train_declare(train_model *model, train_parameter parameter, int32_t *index, const char *format, ...) {
+core_status train_declare(train_model *model, train_parameter parameter, int32_t *index, const char *format,
+                          ...) {
   va_list arguments;
   va_start(arguments, format);
   int length = vsnprintf(parameter.name, sizeof parameter.name, format, arguments);
@@ -186,9 +187,9 @@ core_status train_model_take(train_model *model, const data_batch *batch, int64_
     const data_part *part = &batch->part[micro * M + m];
     int64_t count = part->hi - part->lo, rows = count > 0 ? part->offset[count] : 0;
     CHECK(count <= model->limits.segments[m] && rows <= model->limits.tokens[m], CORE_ERR_INTERNAL,
-          "a micro-batch has %lld items and %lld tokens of '%s'; %lld and %lld were planned", (long long)count,
-          (long long)rows, env->settings->data.modalities[m].name, (long long)model->limits.segments[m],
-          (long long)model->limits.tokens[m]);
+          "a micro-batch has %lld items and %lld tokens of '%s'; %lld and %lld were planned",
+          (long long)count, (long long)rows, env->settings->data.modalities[m].name,
+          (long long)model->limits.segments[m], (long long)model->limits.tokens[m]);
     take_part(model, part, m);
   }
   items->segments = items->segment_first[M];
@@ -249,7 +250,8 @@ core_status train_model_backward(train_model *model, const kern_router_weights *
   for (int32_t l = (int32_t)model->L - 1; l >= 0; l--) {
     comm_note(env->comm, env->step, l, "backward");
     const train_block *block = &model->block[l];
-    const kern_router_weights *weights = block->has_moe ? router + block->moe.index * env->layout.modalities : NULL;
+    const kern_router_weights *weights =
+        block->has_moe ? router + block->moe.index * env->layout.modalities : NULL;
     TRY(train_block_backward(model, l, block_input(model, l), weights, dx));
   }
   comm_note(env->comm, env->step, -1, "connectors backward");

@@ -1,11 +1,12 @@
-/* The tower: connectors, blocks, pooled heads. Packed tokens of all modalities in one matrix; inside a rank they lie by modality, then
- * sample, then position, so that a modality is one range of rows. Order that has a meaning (ties, capacity, noise) comes from keys that name the
- * global place of a token, never from the row.
+/* The tower: connectors, blocks, pooled heads. Packed tokens of all modalities in one matrix; inside a rank
+ * they lie by modality, then sample, then position, so that a modality is one range of rows. Order that has a
+ * meaning (ties, capacity, noise) comes from keys that name the global place of a token, never from the row.
  *
- *   latents_m -> standardize -> connector_m (+ positions) -> blocks -> RMSNorm -> mean over each item -> head_m -> L2 norm
+ *   latents_m -> standardize -> connector_m (+ positions) -> blocks -> RMSNorm -> mean over each item ->
+ * head_m -> L2 norm
  *
- * Reading order: tower.c, connector.c, block.c, self_attention.c, feed_forward.c, moe_layer.c, moe_dispatch.c,
- * moe_capacity.c, pooled_head.c. */
+ * Reading order: tower.c, connector.c, block.c, self_attention.c, feed_forward.c, moe_layer.c,
+ * moe_dispatch.c, moe_capacity.c, pooled_head.c. */
 #ifndef TRAIN_TOWER_H
 #define TRAIN_TOWER_H
 
@@ -15,29 +16,30 @@
 
 /* The items of one micro-batch on this rank. */
 typedef struct train_items {
-  int64_t tokens, segments;                    /* T, S */
-  int64_t *offset;                             /* [S + 1] rows, host */
-  int64_t row_first[CORE_MAX_MODALITIES + 1];  /* modality m: rows [row_first[m], row_first[m + 1]) */
+  int64_t tokens, segments;                   /* T, S */
+  int64_t *offset;                            /* [S + 1] rows, host */
+  int64_t row_first[CORE_MAX_MODALITIES + 1]; /* modality m: rows [row_first[m], row_first[m + 1]) */
   int64_t segment_first[CORE_MAX_MODALITIES + 1];
-  const int64_t *part_offset[CORE_MAX_MODALITIES]; /* of m's items, counted from m's first row; lent by the batch */
-  int64_t sample_first[CORE_MAX_MODALITIES];   /* place in the global batch of the first segment of m */
-  core_tensor position;                        /* int32 [T] for RoPE; 0 where a modality has none */
-  core_tensor key;                             /* uint64 [T] global place: (sample M + m) 2^24 + position */
-  core_tensor latent[CORE_MAX_MODALITIES];     /* lent by the batch, stored dtype [T_m, D_m] */
+  const int64_t
+      *part_offset[CORE_MAX_MODALITIES];     /* of m's items, counted from m's first row; lent by the batch */
+  int64_t sample_first[CORE_MAX_MODALITIES]; /* place in the global batch of the first segment of m */
+  core_tensor position;                      /* int32 [T] for RoPE; 0 where a modality has none */
+  core_tensor key;                           /* uint64 [T] global place: (sample M + m) 2^24 + position */
+  core_tensor latent[CORE_MAX_MODALITIES];   /* lent by the batch, stored dtype [T_m, D_m] */
 } train_items;
 
 typedef struct train_norm {
-  int32_t weight; /* parameter */
+  int32_t weight;       /* parameter */
   core_tensor out, inv; /* [T, C], [T] */
 } train_norm;
 
 typedef struct train_attention_layer {
-  int32_t qkv, out;           /* parameters [(H + 2G) A, C], [C, H A] */
+  int32_t qkv, out;                 /* parameters [(H + 2G) A, C], [C, H A] */
   core_tensor qkv_rows, mixed, lse; /* [T, (H + 2G) A], [T, H A], [T, H] */
 } train_attention_layer;
 
 typedef struct train_feed_forward {
-  int32_t in, out; /* parameters [2F or F, C], [C, F] */
+  int32_t in, out;            /* parameters [2F or F, C], [C, F] */
   core_tensor hidden, active; /* [T, 2F or F], [T, F] */
 } train_feed_forward;
 
@@ -53,9 +55,9 @@ typedef struct train_block {
 
 typedef struct train_connector_layer {
   int32_t first, first_bias, second, second_bias, position; /* parameters, -1 absent */
-  int64_t width, hidden;                                     /* D, hidden of an mlp */
-  core_tensor shift, scale;            /* standardisation, core_real [D]; checkpointed */
-  core_tensor input, before, active;   /* [T_m, D], [T_m, hidden] x 2 */
+  int64_t width, hidden;                                    /* D, hidden of an mlp */
+  core_tensor shift, scale;                                 /* standardisation, core_real [D]; checkpointed */
+  core_tensor input, before, active;                        /* [T_m, D], [T_m, hidden] x 2 */
 } train_connector_layer;
 
 typedef struct train_head {
@@ -105,14 +107,14 @@ void train_model_destroy(train_model *model);
 CORE_NODISCARD core_status train_model_take(train_model *model, const data_batch *batch, int64_t micro);
 /* How a forward pass is meant. */
 typedef enum train_mode {
-  TRAIN_MODE_TRAIN, /* noise, capacity; sums are added to model->sums */
-  TRAIN_MODE_AGAIN, /* the same numbers, sums not added: second pass of accumulation */
+  TRAIN_MODE_TRAIN,    /* noise, capacity; sums are added to model->sums */
+  TRAIN_MODE_AGAIN,    /* the same numbers, sums not added: second pass of accumulation */
   TRAIN_MODE_EVALUATE, /* no noise, dropless; sums are added */
 } train_mode;
 /* items -> head[m].z. Collective over the expert group. */
 CORE_NODISCARD core_status train_model_forward(train_model *model, train_mode mode);
-/* head[m].gradient (d loss / d z) -> parameter gradients, accumulated. router: [moe_layers][M] derivatives of the loss by the sums.
- * Collective over the expert group. After TRAIN or AGAIN of the same items. */
+/* head[m].gradient (d loss / d z) -> parameter gradients, accumulated. router: [moe_layers][M] derivatives of
+ * the loss by the sums. Collective over the expert group. After TRAIN or AGAIN of the same items. */
 CORE_NODISCARD core_status train_model_backward(train_model *model, const kern_router_weights *router);
 
 /* ---- parts, in the order of the pass; each file documents its mathematics ---- */
@@ -126,8 +128,8 @@ core_status train_block_declare(train_model *model, int32_t layer);
 core_status train_block_plan(train_model *model, int32_t layer, core_arena *arena);
 core_status train_block_forward(train_model *model, int32_t layer, core_tensor x, train_mode mode);
 /* dx: gradient of the block's output on entry, of its input on return. x: the block's input. */
-core_status train_block_backward(train_model *model, int32_t layer, core_tensor x, const kern_router_weights *router,
-                                 core_tensor dx);
+core_status train_block_backward(train_model *model, int32_t layer, core_tensor x,
+                                 const kern_router_weights *router, core_tensor dx);
 
 core_status train_attention_declare(train_model *model, train_block *block);
 core_status train_attention_plan(train_model *model, train_block *block, core_arena *arena);
@@ -142,7 +144,8 @@ core_status train_feed_forward_backward(train_model *model, train_block *block, 
                                         core_tensor dx);
 /* hidden -> active by the configured activation, and back (d_hidden set). */
 core_status train_activate(train_model *model, core_tensor hidden, core_tensor active);
-core_status train_activate_backward(train_model *model, core_tensor d_active, core_tensor hidden, core_tensor d_hidden);
+core_status train_activate_backward(train_model *model, core_tensor d_active, core_tensor hidden,
+                                    core_tensor d_hidden);
 /* 2 for gated activations: columns of `hidden` per column of `active`. */
 int64_t train_activation_columns(const train_model *model);
 
@@ -152,7 +155,7 @@ core_status train_head_forward(train_model *model, int32_t m);
 core_status train_head_backward(train_model *model, int32_t m);
 
 /* Adds a parameter by printf-like name. */
-core_status train_declare(train_model *model, train_parameter parameter, int32_t *index, const char *format, ...)
-    CORE_PRINTF(4, 5);
+core_status train_declare(train_model *model, train_parameter parameter, int32_t *index, const char *format,
+                          ...) CORE_PRINTF(4, 5);
 
 #endif

@@ -1,6 +1,6 @@
-/* Outline: every rank gets all embeddings; each computes, for its own rows, the softmax denominators of every direction
- * they take part in; the denominators go round; then each rank has all it needs for the exact gradient of its own rows
- * and nothing has to be summed. Logits exist one block of rows at a time. */
+/* Outline: every rank gets all embeddings; each computes, for its own rows, the softmax denominators of every
+ * direction they take part in; the denominators go round; then each rank has all it needs for the exact
+ * gradient of its own rows and nothing has to be summed. Logits exist one block of rows at a time. */
 #include <math.h>
 #include <string.h>
 
@@ -16,8 +16,8 @@ core_status train_contrastive_make(train_env *env, int64_t width, train_contrast
   out->block = out->B < 256 ? out->B : 256;
   for (unsigned i = 0; i < s->objective.pairs_count; i++, out->pairs++) {
     int32_t pair[2] = {0, 0};
-    CHECK(train_settings_pair(s, s->objective.pairs[i], pair), CORE_ERR_CONFIG, "'%s' is not a pair of modalities",
-          s->objective.pairs[i]);
+    CHECK(train_settings_pair(s, s->objective.pairs[i], pair), CORE_ERR_CONFIG,
+          "'%s' is not a pair of modalities", s->objective.pairs[i]);
     out->first[i] = pair[0];
     out->second[i] = pair[1];
   }
@@ -62,7 +62,8 @@ core_status train_contrastive_get(const train_contrastive *loss, train_model *mo
     data_range range = train_layout_range(&env->layout, env->layout.rank, m, micro);
     size_t bytes = (size_t)((range.hi - range.lo) * loss->Z) * sizeof(core_real);
     if (bytes > 0)
-      TRY(env->ops->device->copy(model->head[m].gradient.data, loss->gradient[m] + range.lo * loss->Z, bytes, NULL));
+      TRY(env->ops->device->copy(model->head[m].gradient.data, loss->gradient[m] + range.lo * loss->Z, bytes,
+                                 NULL));
   }
   return CORE_OK;
 }
@@ -86,7 +87,8 @@ static core_real *line(core_real *base, const train_contrastive *loss, int32_t p
   return base + (2 * pair + direction) * loss->B;
 }
 
-static kern_contrastive describe(train_contrastive *loss, const data_batch *batch, const rows *r, double scale) {
+static kern_contrastive describe(train_contrastive *loss, const data_batch *batch, const rows *r,
+                                 double scale) {
   for (int64_t i = 0; i < r->n; i++) loss->own[i] = r->lo + i;
   return (kern_contrastive){.scale = scale,
                             .own = loss->own,
@@ -101,12 +103,14 @@ static core_status cosines(train_contrastive *loss, const rows *r) {
   return CORE_OK;
 }
 
-static core_status denominators(train_contrastive *loss, const data_batch *batch, const rows *r, double scale) {
+static core_status denominators(train_contrastive *loss, const data_batch *batch, const rows *r,
+                                double scale) {
   kern_contrastive op = describe(loss, batch, r, scale);
   core_real *lse = line(loss->lse, loss, r->pair, r->direction) + r->lo;
   core_real *positive = line(loss->positive, loss, r->pair, r->direction) + r->lo;
   TRY(cosines(loss, r));
-  KERN(loss->env, contrastive_fwd, &op, matrix(loss->cosine, r->n, loss->B), vector(lse, r->n), vector(positive, r->n));
+  KERN(loss->env, contrastive_fwd, &op, matrix(loss->cosine, r->n, loss->B), vector(lse, r->n),
+       vector(positive, r->n));
   for (int64_t i = 0; i < r->n; i++) loss->loss[r->pair] += 0.5 * ((double)lse[i] - (double)positive[i]);
   return CORE_OK;
 }
@@ -128,7 +132,8 @@ static core_status gradients(train_contrastive *loss, const data_batch *batch, c
 typedef core_status (*rows_work)(train_contrastive *, const data_batch *, const rows *, double);
 
 /* Every block of this rank's rows, in both directions of every pair. */
-static core_status for_own_rows(train_contrastive *loss, const data_batch *batch, double scale, rows_work work) {
+static core_status for_own_rows(train_contrastive *loss, const data_batch *batch, double scale,
+                                rows_work work) {
   const train_layout *layout = &loss->env->layout;
   for (int32_t d = 0; d < 2 * loss->pairs; d++) {
     rows r = {.pair = d / 2, .direction = d % 2};
@@ -147,7 +152,8 @@ static core_status for_own_rows(train_contrastive *loss, const data_batch *batch
 
 static void find_valid(train_contrastive *loss, const data_batch *batch) {
   for (int32_t p = 0; p < loss->pairs; p++) {
-    const uint8_t *a = batch->present + loss->first[p] * loss->B, *b = batch->present + loss->second[p] * loss->B;
+    const uint8_t *a = batch->present + loss->first[p] * loss->B,
+                  *b = batch->present + loss->second[p] * loss->B;
     loss->count[p] = 0;
     for (int64_t j = 0; j < loss->B; j++) {
       uint8_t both = a[j] && b[j];
@@ -161,8 +167,8 @@ static void find_valid(train_contrastive *loss, const data_batch *batch) {
 static core_status share_denominators(train_contrastive *loss) {
   for (int32_t d = 0; d < 2 * loss->pairs; d++) {
     int32_t query = d % 2 ? loss->second[d / 2] : loss->first[d / 2];
-    TRY(train_share_rows(loss->env, &loss->env->layout, query, loss->lse + d * loss->B, sizeof(core_real), loss->send,
-                         loss->recv));
+    TRY(train_share_rows(loss->env, &loss->env->layout, query, loss->lse + d * loss->B, sizeof(core_real),
+                         loss->send, loss->recv));
   }
   return CORE_OK;
 }

@@ -1,5 +1,5 @@
-/* Objectives: functions of the tower's outputs and of the router's sums, with their derivatives. All normalised by global
- * counts, so that gradients are only summed over ranks and micro-batches. */
+/* Objectives: functions of the tower's outputs and of the router's sums, with their derivatives. All
+ * normalised by global counts, so that gradients are only summed over ranks and micro-batches. */
 #ifndef TRAIN_OBJECTIVE_H
 #define TRAIN_OBJECTIVE_H
 
@@ -11,31 +11,36 @@ enum { TRAIN_MAX_PAIRS = CORE_MAX_MODALITIES * (CORE_MAX_MODALITIES - 1) / 2 + 2
 /* Contrastive loss over the global batch (METHODS section 1; Radford et al. 2021):
  *   L = 1/P sum over pairs (a, b) of 1/n sum over samples j that have both of
  *       1/2 (lse_k s<a_j, b_k> - s<a_j, b_j>) + 1/2 (lse_k s<a_k, b_j> - s<a_j, b_j>)
- * s = 1 / temperature. Samples of equal label or id are masked from both softmaxes. An empty pair counts 0. */
+ * s = 1 / temperature. Samples of equal label or id are masked from both softmaxes. An empty pair counts 0.
+ */
 typedef struct train_contrastive {
   train_env *env;
   int32_t pairs;
   int32_t first[TRAIN_MAX_PAIRS], second[TRAIN_MAX_PAIRS]; /* modalities */
-  int64_t B, Z, block;                   /* global batch, width, rows of a block of logits */
+  int64_t B, Z, block;                      /* global batch, width, rows of a block of logits */
   core_real *z[CORE_MAX_MODALITIES];        /* [B, Z] of all ranks */
   core_real *gradient[CORE_MAX_MODALITIES]; /* [B, Z], own rows */
-  core_real *lse, *positive;             /* [2 pairs][B] per direction */
-  core_real *cosine;                     /* [block, B] */
-  int64_t *own;                          /* [block] */
-  uint8_t *valid;                        /* [pairs][B] */
-  int64_t count[TRAIN_MAX_PAIRS];        /* samples that have both, global */
-  double loss[TRAIN_MAX_PAIRS];          /* this rank's part of sum (..), not yet divided */
-  double d_scale;                        /* this rank's part of dL/ds */
+  core_real *lse, *positive;                /* [2 pairs][B] per direction */
+  core_real *cosine;                        /* [block, B] */
+  int64_t *own;                             /* [block] */
+  uint8_t *valid;                           /* [pairs][B] */
+  int64_t count[TRAIN_MAX_PAIRS];           /* samples that have both, global */
+  double loss[TRAIN_MAX_PAIRS];             /* this rank's part of sum (..), not yet divided */
+  double d_scale;                           /* this rank's part of dL/ds */
   comm_piece *send, *recv;
 } train_contrastive;
 
 CORE_NODISCARD core_status train_contrastive_make(train_env *env, int64_t width, train_contrastive *out);
 CORE_NODISCARD core_status train_contrastive_plan(train_contrastive *loss, core_arena *arena);
-/* Takes the embeddings of a forward pass of micro-batch `micro`; gives their gradients for its backward pass. */
-CORE_NODISCARD core_status train_contrastive_put(train_contrastive *loss, const train_model *model, int64_t micro);
-CORE_NODISCARD core_status train_contrastive_get(const train_contrastive *loss, train_model *model, int64_t micro);
+/* Takes the embeddings of a forward pass of micro-batch `micro`; gives their gradients for its backward pass.
+ */
+CORE_NODISCARD core_status train_contrastive_put(train_contrastive *loss, const train_model *model,
+                                                 int64_t micro);
+CORE_NODISCARD core_status train_contrastive_get(const train_contrastive *loss, train_model *model,
+                                                 int64_t micro);
 /* Loss parts, gradients of own rows and of the scale, from all put embeddings. Collective over the world. */
-CORE_NODISCARD core_status train_contrastive_evaluate(train_contrastive *loss, const data_batch *batch, double scale);
+CORE_NODISCARD core_status train_contrastive_evaluate(train_contrastive *loss, const data_batch *batch,
+                                                      double scale);
 /* The loss from parts that have been summed over ranks. */
 double train_contrastive_total(const train_contrastive *loss, const double *summed);
 
@@ -53,10 +58,11 @@ typedef struct train_router_objective {
   int32_t layers;
 } train_router_objective;
 
-CORE_NODISCARD core_status train_router_plan(train_router_objective *objective, const train_env *env, int32_t layers,
-                                             core_arena *arena);
+CORE_NODISCARD core_status train_router_plan(train_router_objective *objective, const train_env *env,
+                                             int32_t layers, core_arena *arena);
 /* Losses and their derivatives from sums over all ranks and micro-batches. Local. */
-void train_router_evaluate(train_router_objective *objective, const train_moe_sums *sums, train_router_loss *out);
+void train_router_evaluate(train_router_objective *objective, const train_moe_sums *sums,
+                           train_router_loss *out);
 /* H of a distribution given by unnormalised values; natural log. */
 double train_entropy(const double *values, int64_t count);
 

@@ -3,7 +3,8 @@
 
 #include "trainer/objective/objective.h"
 
-static const double smallest_share = 1e-30; /* keeps log finite; such an expert's gradient is multiplied by p = 0 */
+static const double smallest_share =
+    1e-30; /* keeps log finite; such an expert's gradient is multiplied by p = 0 */
 
 core_status train_router_plan(train_router_objective *objective, const train_env *env, int32_t layers,
                               core_arena *arena) {
@@ -42,7 +43,8 @@ static void joint_losses(train_router_objective *objective, const train_moe_sums
                          train_router_loss *out) {
   const train_settings *s = objective->env->settings;
   int64_t M = sums->modalities, E = sums->experts;
-  double prob[CORE_MAX_EXPERTS] = {0}, load[CORE_MAX_EXPERTS] = {0}, d_prob[CORE_MAX_EXPERTS] = {0}, tokens = 0, z = 0;
+  double prob[CORE_MAX_EXPERTS] = {0}, load[CORE_MAX_EXPERTS] = {0}, d_prob[CORE_MAX_EXPERTS] = {0},
+         tokens = 0, z = 0;
   double *d_load = objective->load + layer * E;
   for (int64_t m = 0; m < M; m++) {
     const double *value = train_moe_values(sums, layer, m);
@@ -61,13 +63,14 @@ static void joint_losses(train_router_objective *objective, const train_moe_sums
     kern_router_weights *weights = &objective->weights[layer * M + m];
     double *target = objective->prob + (layer * M + m) * E;
     memcpy(target, d_prob, (size_t)E * sizeof *target);
-    *weights = (kern_router_weights){.z = tokens > 0 ? s->objective.z / tokens : 0, .prob = target, .load = d_load};
+    *weights =
+        (kern_router_weights){.z = tokens > 0 ? s->objective.z / tokens : 0, .prob = target, .load = d_load};
   }
 }
 
 /* Entropy losses of one layer and modality. */
-static void entropy_losses(train_router_objective *objective, const train_moe_sums *sums, int32_t layer, int32_t m,
-                           train_router_loss *out) {
+static void entropy_losses(train_router_objective *objective, const train_moe_sums *sums, int32_t layer,
+                           int32_t m, train_router_loss *out) {
   const train_modality_settings *s = &objective->env->settings->data.modalities[m];
   const double *value = train_moe_values(sums, layer, m);
   int64_t cell = layer * sums->modalities + m, E = sums->experts;
@@ -81,11 +84,13 @@ static void entropy_losses(train_router_objective *objective, const train_moe_su
   out->global += s->global * missing;
   for (int64_t e = 0; e < E; e++) {
     double share = value[3 + e] / tokens;
-    objective->prob[cell * E + e] += s->global * (log(share > smallest_share ? share : smallest_share) + 1) / tokens;
+    objective->prob[cell * E + e] +=
+        s->global * (log(share > smallest_share ? share : smallest_share) + 1) / tokens;
   }
 }
 
-void train_router_evaluate(train_router_objective *objective, const train_moe_sums *sums, train_router_loss *out) {
+void train_router_evaluate(train_router_objective *objective, const train_moe_sums *sums,
+                           train_router_loss *out) {
   memset(out, 0, sizeof *out);
   for (int32_t layer = 0; layer < objective->layers; layer++) {
     joint_losses(objective, sums, layer, out);
