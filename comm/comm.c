@@ -34,7 +34,7 @@ core_status comm_group_allocate_priv(comm_world *world, const comm_transport *tr
   return CORE_OK;
 }
 
-static void group_destroy(comm_group *group) {
+static void group_free(comm_group *group) {
   if (group->transport->group_destroy) group->transport->group_destroy(group);
   free(group->world_rank);
   free(group->list);
@@ -49,17 +49,19 @@ static core_status start_alone(comm_world *world) {
   return CORE_OK;
 }
 
-static core_status start(comm_world *world) {
+static core_status start(comm_world *world, bool alone) {
   int32_t tasks = 0;
-  bool launched = comm_mpi_launched_priv(&tasks);
+  bool launched = !alone && comm_mpi_launched_priv(&tasks);
   CHECK(launched || tasks <= 1, CORE_ERR_COMM,
         "srun started %d tasks without PMIx, so they cannot find one another; use `srun --mpi=pmix`", tasks);
   if (launched)
     TRY(comm_mpi_start_priv(world));
   else
     TRY(start_alone(world));
-  core_error_set_rank(world->rank);
-  core_log_set_rank(world->rank);
+  if (!alone) {
+    core_error_set_rank(world->rank);
+    core_log_set_rank(world->rank);
+  }
   return CORE_OK;
 }
 
@@ -69,7 +71,7 @@ core_status comm_start(const comm_options *options, comm_world **out) {
   world->phase = "start";
   world->layer = -1;
   core_status status = comm_configure(world, options);
-  if (status == CORE_OK) status = start(world);
+  if (status == CORE_OK) status = start(world, options && options->alone);
   if (status != CORE_OK) {
     comm_finish(world);
     return core_error_trace(status, __func__, __FILE__, __LINE__);
@@ -89,7 +91,7 @@ core_status comm_configure(comm_world *world, const comm_options *options) {
 
 void comm_finish(comm_world *world) {
   if (!world) return;
-  for (int32_t i = 0; i < world->group_count; i++) group_destroy(world->group[i]);
+  for (int32_t i = 0; i < world->group_count; i++) group_free(world->group[i]);
   if (world->mpi) comm_mpi_finish_priv(world);
   free(world);
 }
@@ -172,6 +174,16 @@ core_status comm_group_create(comm_world *world, int32_t color, const char *name
   else if (color >= 0)
     TRY(comm_group_allocate_priv(world, &comm_transport_self_priv, name, 0, 1, out));
   return CORE_OK;
+}
+
+void comm_group_destroy(comm_group *group) {
+  if (!group) return;
+  comm_world *world = group->world;
+  int32_t kept = 0;
+  for (int32_t i = 0; i < world->group_count; i++)
+    if (world->group[i] != group) world->group[kept++] = world->group[i];
+  world->group_count = kept;
+  group_free(group);
 }
 
 void comm_note(comm_world *world, int64_t step, int32_t layer, const char *phase) {

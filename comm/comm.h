@@ -22,6 +22,7 @@ typedef struct comm_group comm_group;
 typedef struct comm_options {
   double deadline;       /* seconds that any wait may take; 0: 600 */
   const char *directory; /* where error.<rank>.json goes; NULL: none */
+  bool alone;            /* comm_start only: a world of this process by itself, even under mpirun */
 } comm_options;
 
 /* Starts MPI when the process was launched by mpirun or srun (or MPI is already running); otherwise a world
@@ -49,6 +50,9 @@ const char *comm_transport_name(const comm_group *group);
  */
 CORE_NODISCARD core_status comm_group_create(comm_world *world, int32_t color, const char *name,
                                              comm_group **out);
+
+/* Frees a group before the world ends. NULL is allowed. Collective over the group. */
+void comm_group_destroy(comm_group *group);
 
 /* What the trainer is doing, for the watchdog's report: "step 12, layer 3, dispatch". layer < 0: none.
  * `phase` must be a string literal. Local, a few stores. */

@@ -235,6 +235,9 @@ void train_session_close(train_session *session) {
   core_arena_destroy(session->parameters);
   core_arena_destroy(session->activations);
   core_arena_destroy(session->objective);
+  comm_group_destroy(session->env.expert);
+  comm_group_destroy(session->env.replica);
+  for (int32_t m = 0; m < CORE_MAX_MODALITIES; m++) comm_group_destroy(session->env.modality[m]);
   if (session->env.kern) session->env.ops->context_destroy(session->env.kern);
   free(session);
 }

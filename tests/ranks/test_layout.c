@@ -1,0 +1,369 @@
+/* Layout invariance: the law that loss, gradients, norm, routed counts and consumed samples of a step do not depend on
+ * ranks, expert-parallel size, placement or accumulation.
+ *
+ * Every rank first computes the reference by itself, in a world of one process, and then takes part in the same steps
+ * on the layout under test. Integers must agree exactly, except for near-ties, which are counted in the reference, printed, and
+ * must be rare (a case with more than one in a thousand tokens is a bad case and fails). */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "tests/support/test_set.h"
+#include "trainer/session.h"
+
+enum { STEPS = 3, SAMPLES = 64, MOST_MODALITIES = 3 };
+
+/* Relative to the size of the tensor or number. float32: sums of a few thousand terms in another order. */
+#ifdef ANTIPHON_DOUBLE
+static const double loss_tolerance = 1e-12, gradient_tolerance = 1e-9, parameter_tolerance = 1e-6;
+#else
+static const double loss_tolerance = 2e-6, gradient_tolerance = 2e-4, parameter_tolerance = 2e-2;
+#endif
+
+static comm_world *job, *alone; /* all ranks; this process by itself */
+static int failures;
+
+static const char base[] =
+    "run: {directory: unused, seed: 7, steps: 20, threads: 1, deadline: 60}\n"
+    "data:\n"
+    "  path: unused\n"
+    "  shuffle: 40\n"
+    "  modalities:\n"
+    "    - {name: image, length: 8, local: 0.05, global: 0.1, experts: 3}\n"
+    "    - {name: text, length: 12, connector: mlp, hidden: 24, global: 0.05, experts: 4}\n"
+    "    - {name: speech, positions: rope, length: 12, normalize: rms, local: 0.02}\n"
+    "model: {width: 32, layers: 3, heads: 4, kv_heads: 2, hidden: 48, embedding: 16,\n"
+    "        moe: {layers: every 2, experts: 4, choose: 1, group_samples: 2, buffer: 0.4}}\n"
+    "optimizer: {batch: 16, rate: 0.01, warmup: 2, clip: 0.5}\n";
+
+typedef struct layout_case {
+  const char *name;
+  const char *data;        /* which set */
+  const char *settings[6]; /* --set of the case, kept over all layouts */
+  bool hot;                /* the router is made to send everything to expert 0 */
+} layout_case;
+
+static const layout_case cases[] = {
+    {"dropless top-1", "plain", {NULL}, false},
+    {"dropless top-2 renormalised",
+     "plain",
+     {"model.moe.choose=2", "model.moe.gate=renormalised", "model.activation=gelu", NULL},
+     false},
+    {"capacity by gate",
+     "plain",
+     {"model.moe.dispatch=capacity", "model.moe.capacity=1.05", "model.moe.choose=2", NULL},
+     false},
+    {"capacity by order",
+     "plain",
+     {"model.moe.dispatch=capacity", "model.moe.capacity=0.7", "model.moe.priority=order", "model.moe.noise=0", NULL},
+     false},
+    {"hot expert", "plain", {"model.moe.noise=0", NULL}, true},
+    {"ranks without tokens, a batch without speech", "holes", {NULL}, false},
+    {"capacity with holes", "holes", {"model.moe.dispatch=capacity", NULL}, false},
+    {"dense", "plain", {"model.dense=true", NULL}, false},
+};
+
+static int64_t plain_rows(int64_t sample, int32_t m) {
+  static const int64_t base_rows[3] = {4, 7, 9};
+  return sample % 11 == (int64_t)m + 3 ? 0 : base_rows[m] - sample % 4;
+}
+
+/* Runs of samples that have nothing at all, and long runs without speech. */
+static int64_t hole_rows(int64_t sample, int32_t m) {
+  if (sample % 16 < 8 || (m == 2 && sample < 48)) return 0;
+  return plain_rows(sample, m);
+}
+
+/* ---- one side: a session and its steps ---- */
+
+typedef struct outcome {
+  train_session *session;
+  core_config *config;
+  train_report report[STEPS];
+  uint64_t id[STEPS][16];
+  int64_t *counts[STEPS]; /* routed counts of all layers and modalities */
+  core_real *gradient;    /* of the last step, all local parameters */
+  int64_t near_ties, tokens;
+} outcome;
+
+static int64_t count_size(const train_session *session) {
+  const train_moe_sums *sums = &session->model->sums;
+  return (int64_t)sums->layers * sums->modalities * train_moe_count_stride(sums);
+}
+
+/* All logits of one expert lifted: every token chooses it. Depends on names only, so it is the same on every layout. */
+static void heat_router(train_session *session) {
+  train_model *model = session->model;
+  for (int64_t l = 0; l < model->L; l++) {
+    if (!model->block[l].has_moe) continue;
+    core_tensor weight = train_parameter_value(&model->parameters, model->block[l].moe.router);
+    core_tensor norm = train_parameter_value(&model->parameters, model->block[l].forward_norm.weight);
+    core_real *row = weight.data, *scale = norm.data;
+    for (int64_t c = 0; c < model->C; c++) {
+      scale[c] = c == 0 ? (core_real)0.01 : 1;
+      for (int64_t e = 0; e < weight.shape[0]; e++) row[e * model->C + c] = 0;
+    }
+  }
+}
+
+static core_status collect_counts(outcome *o, int step) {
+  int64_t size = count_size(o->session);
+  o->counts[step] = calloc((size_t)size + 1, sizeof(int64_t));
+  CHECK(o->counts[step], CORE_ERR_MEMORY, "no memory");
+  if (size > 0) memcpy(o->counts[step], o->session->model->sums.count, (size_t)size * sizeof(int64_t));
+  return CORE_OK;
+}
+
+/* Tokens whose K-th and next logit differ by less than 1e-5 of the logits' spread, in the last micro-batch. */
+static void count_near_ties(outcome *o) {
+  const train_model *model = o->session->model;
+  for (int64_t l = 0; l < model->L; l++) {
+    const train_moe *moe = &model->block[l].moe;
+    if (!model->block[l].has_moe) continue;
+    const core_real *logits = moe->noise ? moe->noisy.data : moe->logits.data;
+    const int32_t *choice = moe->choice.data;
+    int64_t E = moe->logits.shape[1], K = moe->choice.shape[1];
+    for (int64_t t = 0; t < model->items.tokens; t++) {
+      double last = logits[t * E + choice[t * K + K - 1]], next = -INFINITY, low = INFINITY, high = -INFINITY;
+      for (int64_t e = 0; e < E; e++) {
+        double value = logits[t * E + e];
+        bool chosen = false;
+        for (int64_t k = 0; k < K; k++) chosen = chosen || choice[t * K + k] == e;
+        if (!chosen && value > next) next = value;
+        low = fmin(low, value);
+        high = fmax(high, value);
+      }
+      o->tokens++;
+      double gap = last - next; /* an exact tie is decided by the index, on every layout alike */
+      o->near_ties += E > K && gap > 0 && gap < 1e-5 * (high - low);
+    }
+  }
+}
+
+static core_status run_steps(outcome *o, data_stream *stream) {
+  for (int step = 0; step < STEPS; step++) {
+    data_batch *batch = NULL;
+    TRY(data_stream_get(stream, &batch));
+    memcpy(o->id[step], batch->id, sizeof o->id[step]);
+    memset(o->session->env.seconds, 0, sizeof o->session->env.seconds);
+    TRY(train_stepper_run(&o->session->stepper, batch, &o->report[step]));
+    TRY(collect_counts(o, step));
+    count_near_ties(o);
+    data_stream_put(stream, batch);
+    o->session->env.step++;
+  }
+  const train_parameters *set = &o->session->model->parameters;
+  o->gradient = malloc((size_t)set->total * sizeof *o->gradient);
+  CHECK(o->gradient, CORE_ERR_MEMORY, "no memory");
+  memcpy(o->gradient, set->gradient, (size_t)set->total * sizeof *o->gradient);
+  return CORE_OK;
+}
+
+static core_status run_side(comm_world *world, const char *root, const layout_case *c, const char *const *layout,
+                            outcome *o) {
+  const char *set[16];
+  char path[600];
+  int32_t count = 0;
+  memset(o, 0, sizeof *o);
+  for (int i = 0; c->settings[i]; i++) set[count++] = c->settings[i];
+  for (int i = 0; layout[i]; i++) set[count++] = layout[i];
+  snprintf(path, sizeof path, "%s/%s", root, c->data);
+  TRY(core_config_load(train_settings_spec(), "the harness", base, set, count, &o->config));
+  train_session_options options = {.config = o->config,
+                                   .comm = world,
+                                   .purpose = TRAIN_PURPOSE_TRAIN,
+                                   .data_path = path,
+                                   .training_split = "train"};
+  TRY(train_session_open(&options, &o->session));
+  TRY(train_session_standardise(o->session));
+  if (c->hot) heat_router(o->session);
+  data_stream *stream = NULL;
+  data_position start = {0, 0, 0};
+  TRY(train_session_stream(o->session, o->session->training, &o->session->env.layout, &start, true, &stream));
+  core_status status = run_steps(o, stream);
+  data_stream_close(stream);
+  return status;
+}
+
+static void free_side(outcome *o) {
+  train_session_close(o->session);
+  core_config_destroy(o->config);
+  for (int i = 0; i < STEPS; i++) free(o->counts[i]);
+  free(o->gradient);
+}
+
+/* ---- comparing ---- */
+
+static void complain(const char *what, const char *where, double got, double expected) {
+  failures++;
+  printf("FAILED on rank %d: %s, %s: %.9g, expected %.9g\n", comm_rank(comm_world_group(job)), where, what, got,
+         expected);
+}
+
+static void expect_close(const char *what, const char *where, double got, double expected, double tolerance) {
+  double size = fabs(expected) > 1e-3 ? fabs(expected) : 1e-3;
+  if (!(fabs(got - expected) <= tolerance * size)) complain(what, where, got, expected);
+}
+
+static double distance(const core_real *a, const core_real *b, int64_t n, double *size) {
+  double difference = 0;
+  *size = 0;
+  for (int64_t i = 0; i < n; i++) {
+    difference += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+    *size += (double)b[i] * (double)b[i];
+  }
+  *size = sqrt(*size);
+  return sqrt(difference);
+}
+
+static const train_parameter *find(const train_parameters *set, const char *name) {
+  for (int32_t i = 0; i < set->count; i++)
+    if (strcmp(set->list[i].name, name) == 0) return &set->list[i];
+  return NULL;
+}
+
+/* Every parameter that this rank holds, against the reference's of the same name. */
+static void compare_tensors(const outcome *got, const outcome *expected, const char *where) {
+  const train_parameters *a = &got->session->model->parameters, *b = &expected->session->model->parameters;
+  double norm = expected->report[STEPS - 1].norm, size;
+  for (int32_t i = 0; i < a->count; i++) {
+    const train_parameter *p = &a->list[i], *q = find(b, p->name);
+    char what[CORE_NAME + 32];
+    if (!q || q->count != p->count) {
+      complain(p->name, where, (double)p->count, q ? (double)q->count : -1);
+      continue;
+    }
+    snprintf(what, sizeof what, "gradient of %s", p->name);
+    double d = distance(got->gradient + p->first, expected->gradient + q->first, p->count, &size);
+    if (!(d <= gradient_tolerance * (size + 0.01 * norm))) complain(what, where, d, size);
+    snprintf(what, sizeof what, "value of %s after %d steps", p->name, STEPS);
+    d = distance(a->value + p->first, b->value + q->first, p->count, &size);
+    if (!(d <= parameter_tolerance * (size + 1e-3))) complain(what, where, d, size);
+  }
+}
+
+static void compare_counts(const outcome *got, const outcome *expected, const char *where) {
+  for (int step = 0; step < STEPS; step++) {
+    int64_t different = 0;
+    for (int64_t i = 0; i < count_size(expected->session); i++)
+      different += llabs(got->counts[step][i] - expected->counts[step][i]);
+    /* a near-tie that falls the other way moves two counts before and two after drops */
+    if (different > 4 * expected->near_ties) complain("routed counts", where, (double)different, 0);
+    if (memcmp(got->id[step], expected->id[step], sizeof got->id[step]) != 0)
+      complain("consumed samples", where, (double)got->id[step][0], (double)expected->id[step][0]);
+  }
+}
+
+static void compare(const outcome *got, const outcome *expected, const char *where) {
+  for (int step = 0; step < STEPS; step++) {
+    const train_report *a = &got->report[step], *b = &expected->report[step];
+    double grown = step == 0 ? 1 : 50; /* later steps start from parameters that differ in the last bits */
+    expect_close("loss", where, a->loss, b->loss, loss_tolerance * grown);
+    expect_close("contrastive loss", where, a->contrastive, b->contrastive, loss_tolerance * grown);
+    expect_close("importance loss", where, a->router.importance, b->router.importance, loss_tolerance * grown);
+    expect_close("load loss", where, a->router.load, b->router.load, loss_tolerance * grown);
+    expect_close("z loss", where, a->router.z, b->router.z, loss_tolerance * grown);
+    expect_close("local loss", where, a->router.local, b->router.local, loss_tolerance * grown);
+    expect_close("global loss", where, a->router.global, b->router.global, loss_tolerance * grown);
+    expect_close("gradient norm", where, a->norm, b->norm, 10 * loss_tolerance * grown);
+    for (int m = 0; m < MOST_MODALITIES; m++)
+      if (a->tokens[m] != b->tokens[m] || a->items[m] != b->items[m])
+        complain("tokens", where, (double)a->tokens[m], (double)b->tokens[m]);
+  }
+  compare_counts(got, expected, where);
+  compare_tensors(got, expected, where);
+}
+
+/* ---- crossing ---- */
+
+static core_status cross(const char *root, const layout_case *c, const outcome *reference, int e, bool partitioned,
+                         int accumulate) {
+  char experts[40], micro[40], where[256];
+  int32_t ranks = comm_size(comm_world_group(job));
+  outcome got;
+  snprintf(experts, sizeof experts, "parallel.experts=%d", e);
+  snprintf(micro, sizeof micro, "optimizer.accumulate=%d", accumulate);
+  const char *layout[] = {experts, micro, partitioned ? "parallel.placement=partitioned" : "parallel.placement=shared",
+                          NULL};
+  snprintf(where, sizeof where, "%s: %d ranks, expert-parallel %d, %s, %d micro-batches", c->name, ranks, e,
+           partitioned ? "partitioned" : "shared", accumulate);
+  TRY(run_side(job, root, c, layout, &got));
+  compare(&got, reference, where);
+  int64_t rounds = 1;
+  for (int64_t l = 0; l < got.session->model->L; l++)
+    if (got.session->model->block[l].has_moe && got.session->model->block[l].moe.dispatch.rounds > rounds)
+      rounds = got.session->model->block[l].moe.dispatch.rounds;
+  if (c->hot && e > 1 && rounds < 2) complain("rounds of a hot expert", where, (double)rounds, 2);
+  free_side(&got);
+  int64_t total = failures;
+  TRY(comm_all_reduce(comm_control_group(job), COMM_SUM, CORE_INT64, &total, 1));
+  if (comm_rank(comm_world_group(job)) == 0) printf("%-100s %s\n", where, total == 0 ? "ok" : "FAILED");
+  fflush(stdout);
+  return CORE_OK;
+}
+
+static core_status run_case(const char *root, const layout_case *c) {
+  const char *none[] = {NULL};
+  int32_t ranks = comm_size(comm_world_group(job));
+  outcome reference;
+  TRY(run_side(alone, root, c, none, &reference));
+  if (comm_rank(comm_world_group(job)) == 0)
+    printf("%s: %lld near-ties in %lld routed tokens\n", c->name, (long long)reference.near_ties,
+           (long long)reference.tokens);
+  if (reference.near_ties * 1000 > reference.tokens)
+    complain("near-ties: a bad case", c->name, (double)reference.near_ties, 0);
+  for (int e = 1; e <= ranks; e *= 2)
+    for (int partitioned = 0; partitioned < 2; partitioned++)
+      for (int accumulate = 1; accumulate <= 2; accumulate++)
+        TRY(cross(root, c, &reference, e, partitioned, accumulate));
+  free_side(&reference);
+  return CORE_OK;
+}
+
+static core_status write_sets(const char *root) {
+  char path[600];
+  test_set_options o = {.modalities = 3, .width = {20, 12, 28}, .samples = SAMPLES, .shards = 3, .labels = true};
+  o.directory = path;
+  o.first_id = 1000;
+  o.rows = plain_rows;
+  snprintf(path, sizeof path, "%s/plain/train", root);
+  TRY(test_set_write(&o));
+  o.rows = hole_rows;
+  snprintf(path, sizeof path, "%s/holes/train", root);
+  TRY(test_set_write(&o));
+  return CORE_OK;
+}
+
+static core_status run_all(char *root, size_t capacity) {
+  comm_options options = {.deadline = 60}, own = {.deadline = 60, .alone = true};
+  TRY(comm_start(&options, &job));
+  TRY(comm_start(&own, &alone));
+  core_status status = CORE_OK;
+  if (comm_rank(comm_world_group(job)) == 0) {
+    if (!mkdtemp(root)) status = CORE_ERR_IO;
+    if (status == CORE_OK) status = write_sets(root);
+  }
+  TRY(comm_agree(comm_control_group(job), status));
+  TRY(comm_broadcast(comm_control_group(job), 0, root, capacity));
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) TRY(run_case(root, &cases[i]));
+  TRY(comm_barrier(comm_control_group(job)));
+  return CORE_OK;
+}
+
+int main(void) {
+  char root[256] = "/tmp/antiphon-layout-XXXXXX", text[4096];
+  core_status status = run_all(root, sizeof root);
+  if (status != CORE_OK) {
+    core_error_format(core_error_get(), true, text, sizeof text);
+    printf("%s\n", text);
+    if (job) comm_fail_stop(job, status);
+    return 1;
+  }
+  bool first = comm_rank(comm_world_group(job)) == 0;
+  if (first) test_remove_tree(root);
+  comm_finish(alone);
+  comm_finish(job);
+  return failures > 0;
+}
