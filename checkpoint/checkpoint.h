@@ -1,0 +1,115 @@
+/* Checkpoints: named, globally indexed tensors in verified zstd files. See checkpoint/README.md for the
+ * format.
+ *
+ *   <directory>/step-00000123/          published: complete, fsynced, renamed from step-00000123.tmp
+ *     rank-00000.ckpt ...               blocks of ~1 MiB, each an independent zstd frame with checksum
+ *     manifest.json                     written last: files, sizes, checksums, tensors, meta
+ *
+ * A tensor is known by its global name, dtype and shape; a rank holds a flat range of its elements. What is
+ * saved at one layout can therefore be loaded at any other. */
+#ifndef CKPT_CHECKPOINT_H
+#define CKPT_CHECKPOINT_H
+
+#include <stdbool.h>
+#include <stdio.h>
+
+#include "comm/comm.h"
+#include "core/dims.h"
+#include "core/status.h"
+#include "core/tensor.h"
+
+/* An owned range of a tensor that begins inside it must begin at a multiple of this many elements: a cell is
+ * the unit of storage and of the content hash. */
+enum { CKPT_CELL = 1 << 18 };
+
+typedef struct ckpt_tensor {
+  const char *name; /* "parameter/blocks.1.experts.5.w_in", at most CORE_NAME - 1 bytes; borrowed */
+  core_dtype dtype;
+  int32_t rank;
+  int64_t shape[CORE_MAX_RANK]; /* of the whole tensor */
+  int64_t first, count;         /* elements this rank holds */
+  void *data;                   /* host memory, [count] */
+  bool owner;                   /* this rank writes the range (exactly one rank must); others only load it */
+} ckpt_tensor;
+
+typedef struct ckpt_options {
+  const char *directory; /* of all checkpoints; made if missing */
+  int32_t keep;          /* published checkpoints kept, >= 1; 0: 3 */
+  int32_t level;         /* zstd; 0: 1 */
+  int32_t threads;       /* that compress; 0: 1 */
+  int64_t keep_every;    /* steps divisible by this are never removed; 0: none */
+} ckpt_options;
+
+/* ---- saving ---- */
+
+typedef struct ckpt_writer ckpt_writer;
+
+/* Plans and touches the private copy (all owned bytes), makes the directory and clears what a crash left in
+ * it. Descriptions and names are copied; the data stay borrowed until the writer is destroyed. Coverage is
+ * checked: every element of every tensor is owned exactly once over all ranks, else ERR_INTERNAL; an owned
+ * range ends at the tensor's end or at a multiple of CKPT_CELL. Collective over `control`. */
+CORE_NODISCARD core_status ckpt_writer_create(comm_group *control, const ckpt_options *options,
+                                              const ckpt_tensor *tensor, int32_t count, ckpt_writer **out);
+/* Copies the owned ranges (data may change afterwards) and writes in the background. `meta` is JSON text
+ * (rank 0's is stored, verbatim). A save still in progress is finished and published first; if that fails,
+ * its error is returned and nothing is begun. A published checkpoint of the same step is replaced at the
+ * commit. Collective. */
+CORE_NODISCARD core_status ckpt_writer_begin(ckpt_writer *writer, int64_t step, const char *meta);
+/* True while a save is begun and not yet committed. Equal on all ranks. */
+bool ckpt_writer_busy(const ckpt_writer *writer);
+/* This rank's part is written and synced (or failed). Local: agree on it before ckpt_writer_commit. */
+bool ckpt_writer_ready(ckpt_writer *writer);
+/* Waits for this rank's part, agrees on the outcome, publishes, retains. On failure the temporary directory
+ * is removed, earlier checkpoints are untouched and the error is returned on all ranks: the caller may go on
+ * training and save again. Old checkpoints that cannot be removed are a warning, not an error. With keep = 1
+ * the file is read back from the disk before the older one goes. Collective. */
+CORE_NODISCARD core_status ckpt_writer_commit(ckpt_writer *writer);
+/* Seconds that ckpt_writer_begin stalled for the copy, seconds of the last background write, bytes raw and
+ * stored of the last save on this rank. */
+typedef struct ckpt_figures {
+  double stall_seconds, write_seconds;
+  int64_t raw_bytes, stored_bytes;
+} ckpt_figures;
+void ckpt_writer_figures(const ckpt_writer *writer, ckpt_figures *out);
+int64_t ckpt_writer_bytes(const ckpt_writer *writer); /* memory planned */
+/* Joins the thread; a save that was begun and not committed is abandoned (its .tmp removed). Local. */
+void ckpt_writer_destroy(ckpt_writer *writer);
+
+/* ---- loading ---- */
+
+typedef struct ckpt_reader ckpt_reader;
+
+/* Opens one published checkpoint: rank 0 reads the manifest, all check it. ERR_NOT_FOUND. Collective. */
+CORE_NODISCARD core_status ckpt_reader_open(comm_group *control, const char *path, ckpt_reader **out);
+/* Newest checkpoint under `directory` that verifies (all blocks, shared out over the ranks); says on the log
+ * which ones were passed over and why. *out = NULL when there is none at all; ERR_CORRUPT when there are some
+ * and none is sound; ERR_UNSUPPORTED when the newest is sound but of a later format: going back would lose
+ * work. Collective. */
+CORE_NODISCARD core_status ckpt_reader_newest(comm_group *control, const char *directory, ckpt_reader **out);
+const char *ckpt_reader_meta(const ckpt_reader *reader); /* JSON text, lent */
+const char *ckpt_reader_path(const ckpt_reader *reader);
+int64_t ckpt_reader_step(const ckpt_reader *reader);
+/* Fills every given range, which may begin and end anywhere. ERR_MISMATCH names the first tensor that is
+ * missing or of another dtype or shape. ERR_CORRUPT names file and block; the data are then undefined.
+ * Tensors that nobody asks for are ignored. Reads only the blocks needed, verifies each. Collective. */
+CORE_NODISCARD core_status ckpt_reader_load(ckpt_reader *reader, const ckpt_tensor *tensor, int32_t count);
+/* Looks a tensor up: its dtype and shape. ERR_NOT_FOUND. Local. */
+CORE_NODISCARD core_status ckpt_reader_find(const ckpt_reader *reader, const char *name, ckpt_tensor *out);
+/* Canonical hash over names, shapes and contents: equal whatever layout wrote it. */
+uint64_t ckpt_reader_content_hash(const ckpt_reader *reader);
+/* Threads of this rank that read, decompress and verify; 1 unless told. ERR_ARGUMENT. Local. */
+CORE_NODISCARD core_status ckpt_reader_threads(ckpt_reader *reader, int32_t threads);
+void ckpt_reader_close(ckpt_reader *reader);
+
+/* ---- inspect, check (one process) ---- */
+
+bool ckpt_is(const char *path); /* a directory with a manifest.json that names our format */
+CORE_NODISCARD core_status ckpt_describe(const char *path, FILE *out);
+/* Every block, every checksum, coverage. What was checked goes to `out`, which may be NULL. */
+CORE_NODISCARD core_status ckpt_verify(const char *path, FILE *out);
+
+/* Saves and loads about `bytes` of float32 weights and Adam moments in `directory` and prints size, rates and
+ * their ratios to `zstd -3` of the same bytes. One rank. */
+CORE_NODISCARD core_status ckpt_bench(comm_group *control, const char *directory, int64_t bytes, FILE *out);
+
+#endif
