@@ -131,7 +131,7 @@ void train_layout_describe(const train_layout *layout, const train_settings *set
     int32_t first = layout->slot_first[m], last = first + layout->slot_count[m] - 1;
     const char *name = settings->data.modalities[m].name;
     used += first == last
-                ? snprintf(out + used, (size_t)(capacity - used), " %s on slot %d;", name, first)
-                : snprintf(out + used, (size_t)(capacity - used), " %s on slots %d-%d;", name, first, last);
+                ? snprintf(out + used, (size_t)(capacity - used), "%s %s on slot %d", m ? "," : "", name, first)
+                : snprintf(out + used, (size_t)(capacity - used), "%s %s on slots %d-%d", m ? "," : "", name, first, last);
   }
 }

@@ -39,6 +39,7 @@ typedef struct run {
   double started, last_line;
   int64_t first_step;
   double waited, save_seconds; /* since the last step */
+  double process_mebibytes;    /* resident before anything was planned: libraries, MPI, open shards */
   double rate_tokens;          /* tokens per second, smoothed, for the progress line */
 } run;
 
@@ -323,6 +324,11 @@ static core_status loop(run *r, train_outcome *outcome) {
 
 /* ---- start and end ---- */
 
+static double peak_mebibytes(void) {
+  struct rusage usage;
+  return getrusage(RUSAGE_SELF, &usage) == 0 ? (double)usage.ru_maxrss / 1024 : 0;
+}
+
 static core_status describe(run *r) {
   char layout[512];
   train_memory memory = train_session_memory(r->session);
@@ -336,12 +342,11 @@ static core_status describe(run *r) {
            (double)counts.total / 1e6, (double)counts.active / 1e6,
            (long long)data_set_samples(r->session->training),
            (long long)(r->session->evaluation ? data_set_samples(r->session->evaluation) : 0));
-  LOG_INFO(
-      "planned memory of rank 0: %.1f MiB (parameters and optimizer %.1f, activations %.1f, objective %.1f, "
-      "kernels %.1f, data and checkpoint %.1f)",
-      (double)(memory.total + (size_t)bytes) / 1048576, (double)memory.parameters / 1048576,
-      (double)memory.activations / 1048576, (double)memory.objective / 1048576,
-      (double)memory.kernels / 1048576, (double)bytes / 1048576);
+  LOG_INFO("planned memory of rank 0: %.1f MiB (process %.1f, parameters and optimizer %.1f, activations %.1f, "
+           "objective %.1f, kernels %.1f, data and checkpoint %.1f)",
+           r->process_mebibytes + (double)(memory.total + (size_t)bytes) / 1048576, r->process_mebibytes,
+           (double)memory.parameters / 1048576, (double)memory.activations / 1048576,
+           (double)memory.objective / 1048576, (double)memory.kernels / 1048576, (double)bytes / 1048576);
   return CORE_OK;
 }
 
@@ -361,6 +366,7 @@ static core_status open_run(run *r, const train_run_options *options) {
                                    .purpose = TRAIN_PURPOSE_TRAIN,
                                    .training_split = s->data.train,
                                    .evaluation_split = evaluates ? s->data.validation : NULL};
+  r->process_mebibytes = peak_mebibytes();
   TRY(train_session_open(&session, &r->session));
   r->env = &r->session->env;
   r->settings = s;
@@ -397,12 +403,9 @@ static core_status end_run(run *r, train_outcome *outcome) {
   return CORE_OK;
 }
 
-static void report_memory(const run *r) {
-  struct rusage usage;
-  if (getrusage(RUSAGE_SELF, &usage) == 0)
-    LOG_INFO("done: %lld steps in %.1f s; peak memory of rank 0: %.1f MiB",
-             (long long)(r->env->step - r->first_step), core_clock_now() - r->started,
-             (double)usage.ru_maxrss / 1024);
+static void report_end(const run *r) {
+  LOG_INFO("done: %lld steps in %.1f s; peak memory of rank 0: %.1f MiB", (long long)(r->env->step - r->first_step),
+           core_clock_now() - r->started, peak_mebibytes());
 }
 
 static void close_run(run *r) {
@@ -424,7 +427,7 @@ core_status train_run(const train_run_options *options, train_outcome *outcome) 
   core_status status = open_run(r, options);
   if (status == CORE_OK) status = loop(r, outcome);
   if (status == CORE_OK) status = end_run(r, outcome);
-  if (status == CORE_OK) report_memory(r);
+  if (status == CORE_OK) report_end(r);
   core_error saved;
   core_error_save(&saved);
   close_run(r);

@@ -1,0 +1,85 @@
+/* Attention on packed segments, forward. Segments and heads are independent; each output is written once. */
+#include <omp.h> /* omp_get_thread_num */
+
+#include "attention_impl.h" /* kern_tile */
+#include "vecmath_impl.h"   /* kern_exp, kern_row_max */
+
+/* score[rows][columns] -> probabilities in place; lse strided by heads. `first` is the tile's first query. */
+KERN_CLONES static void softmax_tile(const kern_attention_job *job, int64_t first, int64_t rows,
+                                     int64_t columns, core_real *restrict lse) {
+  const core_real scale = (core_real)job->attention->scale;
+  for (int64_t i = 0; i < rows; i++) {
+    core_real *restrict score = job->score + i * job->columns;
+    const int64_t keys = kern_attention_keys(job, first + i + 1);
+    for (int64_t j = keys; j < columns; j++) score[j] = -INFINITY;
+    const core_real most = kern_row_max(score, columns);
+    core_real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < columns; j++) {
+      score[j] = kern_exp(scale * (score[j] - most));
+      sum += score[j];
+    }
+    const core_real inverse = 1 / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; j++) score[j] *= inverse;
+    lse[i * job->attention->heads] = scale * most + core_real_log(sum);
+  }
+}
+
+static void forward_tile(const kern_attention_job *job, int64_t head, int64_t first) {
+  const kern_attention *attention = job->attention;
+  const int64_t width = attention->head_width, end = first + KERN_QUERY_ROWS;
+  const int64_t last = end < job->length ? end : job->length, rows = last - first;
+  const int64_t keys = kern_attention_keys(job, last), columns = kern_round_lanes(keys);
+  const core_real *qkv = job->qkv + job->begin * job->row;
+  const kern_tile scores = {.a = qkv + first * job->row + head * width,
+                            .a_row = job->row,
+                            .a_inner = 1,
+                            .b = job->keys,
+                            .b_row = job->columns,
+                            .c = job->score,
+                            .c_row = job->columns,
+                            .m = rows,
+                            .n = columns,
+                            .k = width};
+  kern_tile_multiply_priv(&scores, KERN_SET);
+  softmax_tile(job, first, rows, columns, job->lse + (job->begin + first) * attention->heads + head);
+  const kern_tile mix = {.a = job->score,
+                         .a_row = job->columns,
+                         .a_inner = 1,
+                         .b = qkv + (attention->heads + attention->kv_heads + job->kv_head) * width,
+                         .b_row = job->row,
+                         .c = job->to_out + (job->begin + first) * job->out_row + head * width,
+                         .c_row = job->out_row,
+                         .m = rows,
+                         .n = width,
+                         .k = keys};
+  kern_tile_multiply_priv(&mix, KERN_SET);
+}
+
+static void forward_segment(const kern_attention_job *job) {
+  const kern_attention *attention = job->attention;
+  const int64_t group = attention->heads / attention->kv_heads, width = attention->head_width;
+  kern_tile_transpose_priv(job->qkv + job->begin * job->row + (attention->heads + job->kv_head) * width,
+                           job->row, job->length, job->columns, width, job->keys);
+  for (int64_t head = job->kv_head * group; head < (job->kv_head + 1) * group; head++)
+    for (int64_t first = 0; first < job->length; first += KERN_QUERY_ROWS) forward_tile(job, head, first);
+}
+
+core_status kern_attention_fwd_cpu(kern_context *context, const kern_attention *attention, core_tensor qkv,
+                                   core_tensor out, core_tensor lse) {
+  TRY(kern_attention_check_priv(__func__, context, attention, qkv, out, lse));
+  CHECK(attention->scale > 0, CORE_ERR_ARGUMENT, "%s: scale is %g, expected above 0", __func__,
+        attention->scale);
+  const int64_t jobs = attention->segments.count * attention->kv_heads;
+#pragma omp parallel for schedule(dynamic, 8) num_threads(context->threads)
+  for (int64_t at = 0; at < jobs; at++) {
+    kern_attention_job job = {.attention = attention, .qkv = qkv.data, .to_out = out.data, .lse = lse.data};
+    kern_attention_start_priv(&job, context, at / attention->kv_heads, at % attention->kv_heads,
+                              omp_get_thread_num());
+    if (job.kv_head == 0)
+      kern_attention_prefetch_priv(attention, at / attention->kv_heads + 1, job.qkv, job.row);
+    if (job.length > 0) forward_segment(&job);
+  }
+  return CORE_OK;
+}

@@ -1,0 +1,65 @@
+/* Private to attention_{tile,fwd,bwd}.c. Work is one (segment, key/value head) at a time, on one thread, with
+ * that thread's scratch:
+ *
+ *   keys    [A][columns]  K transposed; columns = the segment's length rounded up to whole vectors
+ *   values  [A][columns]  V transposed (backward)
+ *   score   [KERN_QUERY_ROWS][columns]
+ *   dscore  [KERN_QUERY_ROWS][columns]  (backward)
+ *
+ * Scores of a block of query rows are materialised over all keys: with segments of tens of tokens that is one
+ * tile in the first cache, and with thousands it still streams, without the rescaling of an online softmax.
+ * Key columns are padded to whole vectors and the padding's probability is exactly 0, so that inner loops
+ * have no remainders, which at 14 keys would be the whole loop. */
+#ifndef KERN_ATTENTION_IMPL_H
+#define KERN_ATTENTION_IMPL_H
+
+#include "cpu_impl.h" /* kern_context */
+
+typedef struct kern_attention_job {
+  const kern_attention *attention;
+  const core_real *qkv, *dout;
+  core_real *to_out, *lse, *dqkv;
+  int64_t row, out_row;  /* elements from one token to the next in qkv and in out */
+  int64_t length, begin; /* of the segment */
+  int64_t columns;       /* length rounded up */
+  int64_t kv_head;
+  core_real *keys, *values, *score, *dscore; /* scratch */
+} kern_attention_job;
+
+/* c[m,n] = a b, or += when write is KERN_ADD. a[i,p] = a[i * a_row + p * a_inner], so a transposed a costs
+ * nothing; b and c are row-major with the strides given. c overlaps neither a nor b. */
+typedef struct kern_tile {
+  const core_real *a, *b;
+  core_real *c;
+  int64_t a_row, a_inner, b_row, c_row;
+  int64_t m, n, k;
+} kern_tile;
+void kern_tile_multiply_priv(const kern_tile *tile, kern_write write);
+
+/* y[a][j] = x[j * x_row + a] for j < length, 0 up to columns. */
+void kern_tile_transpose_priv(const core_real *x, int64_t x_row, int64_t length, int64_t columns,
+                              int64_t width, core_real *y);
+
+/* Shapes, limits and segments of an attention call. */
+CORE_NODISCARD core_status kern_attention_check_priv(const char *op, const kern_context *context,
+                                                     const kern_attention *attention, core_tensor qkv,
+                                                     core_tensor out, core_tensor lse);
+/* Fills in what depends on the segment and the thread. */
+void kern_attention_start_priv(kern_attention_job *job, const kern_context *context, int64_t segment,
+                               int64_t kv_head, int32_t thread);
+
+/* Asks for the rows of the next segment before they are needed: heads are visited in slices too short for the
+ * hardware to see a stream. Long segments, whose slices it does see, are left alone. */
+void kern_attention_prefetch_priv(const kern_attention *attention, int64_t segment, const core_real *rows,
+                                  int64_t row);
+
+static inline int64_t kern_round_lanes(int64_t n) {
+  return (n + KERN_LANES - 1) / KERN_LANES * KERN_LANES;
+}
+
+/* Keys that query rows below `end` see, and the padded count of score columns that holds them. */
+static inline int64_t kern_attention_keys(const kern_attention_job *job, int64_t end) {
+  return job->attention->mask == KERN_CAUSAL ? end : job->length;
+}
+
+#endif

@@ -1,0 +1,192 @@
+#include "battery.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <cmocka.h> /* fail_msg */
+
+#include "core/random.h"
+
+enum { GUARD = 64, GUARD_BYTE = 0xA5 };
+
+static const double allowed_error[] = {
+    [TOL_EXACT] = 0, [TOL_ROUND] = 1e-12, [TOL_SUM] = 1e-11, [TOL_CHAIN] = 1e-10};
+
+static double get(const void *data, core_dtype dtype, int64_t i) {
+  switch (dtype) {
+    case CORE_FLOAT32:
+      return ((const float *)data)[i];
+    case CORE_FLOAT64:
+      return ((const double *)data)[i];
+    case CORE_INT32:
+      return ((const int32_t *)data)[i];
+    case CORE_UINT64:
+      return (double)((const uint64_t *)data)[i];
+    case CORE_UINT8:
+      return ((const uint8_t *)data)[i];
+    case CORE_FLOAT16:
+      return core_float_from_half(((const uint16_t *)data)[i]);
+    default:
+      return core_float_from_bfloat(((const uint16_t *)data)[i]);
+  }
+}
+
+static void put(void *data, core_dtype dtype, int64_t i, double value) {
+  switch (dtype) {
+    case CORE_FLOAT32:
+      ((float *)data)[i] = (float)value;
+      break;
+    case CORE_FLOAT64:
+      ((double *)data)[i] = value;
+      break;
+    case CORE_INT32:
+      ((int32_t *)data)[i] = (int32_t)value;
+      break;
+    case CORE_UINT64:
+      ((uint64_t *)data)[i] = (uint64_t)value;
+      break;
+    case CORE_UINT8:
+      ((uint8_t *)data)[i] = (uint8_t)value;
+      break;
+    case CORE_FLOAT16:
+      ((uint16_t *)data)[i] = core_half_from_float((float)value);
+      break;
+    default:
+      ((uint16_t *)data)[i] = core_bfloat_from_float((float)value);
+      break;
+  }
+}
+
+/* Data begin one element past a cache line: no op may count on alignment. */
+static size_t lead(const item *it) {
+  return GUARD + core_dtype_size(it->tensor.dtype);
+}
+static size_t block_bytes(const item *it) {
+  return lead(it) + core_tensor_bytes(&it->tensor) + GUARD;
+}
+
+void battery_upload(battery *b, item *it) {
+  char *stage = malloc(block_bytes(it));
+  memset(stage, GUARD_BYTE, block_bytes(it));
+  for (int64_t i = 0; i < it->count; i++) {
+    put(stage + lead(it), it->tensor.dtype, i, it->ref[i]);
+    it->ref[i] = get(stage + lead(it), it->tensor.dtype, i);
+  }
+  battery_expect_ok(b, b->ops->device->copy(it->block, stage, block_bytes(it), NULL));
+  battery_expect_ok(b, b->ops->device->stream_wait(NULL));
+  free(stage);
+}
+
+item *battery_add(battery *b, const char *name, core_dtype dtype, tolerance allowed, double scale,
+                  const int64_t *shape, int32_t rank) {
+  assert_true(b->count < (int32_t)(sizeof b->items / sizeof *b->items));
+  item *it = &b->items[b->count++];
+  *it = (item){
+      .name = name, .tensor = {.dtype = dtype, .rank = rank, .shape = {1, 1, 1, 1}}, .allowed = allowed};
+  for (int32_t i = 0; i < rank; i++) it->tensor.shape[i] = shape[i];
+  it->count = core_tensor_count(&it->tensor);
+  it->ref = calloc((size_t)it->count + 1, sizeof *it->ref);
+  void *block = NULL;
+  battery_expect_ok(b, b->ops->device->allocate(block_bytes(it), &block));
+  it->block = block;
+  it->tensor.data = it->block + lead(it);
+  b->stream++;
+  for (int64_t i = 0; scale != 0 && i < it->count; i++)
+    it->ref[i] = scale * core_random_normal(7, b->stream, (uint64_t)i);
+  battery_upload(b, it);
+  return it;
+}
+
+void battery_expect_ok(const battery *b, core_status status) {
+  if (status != CORE_OK) fail_msg("%s: %s", b->name, core_error_get()->message);
+}
+
+int64_t battery_pick(battery *b, int64_t n) {
+  return (int64_t)core_random_below(11, ++b->stream, 0, (uint64_t)n);
+}
+
+kern_segments battery_segments(battery *b, int64_t t, int64_t *offset) {
+  int64_t count = 0;
+  offset[0] = 0;
+  while (offset[count] < t) {
+    int64_t next = offset[count] + battery_pick(b, 2 * count + 3); /* 0, or longer and longer */
+    if (count >= t + 1) next = t;
+    offset[count + 1] = next < t ? next : t;
+    count++;
+  }
+  offset[count + 1] = t; /* an empty one at the end */
+  return (kern_segments){offset, count + 1};
+}
+
+static void judge_guards(const battery *b, const item *it, const char *stage) {
+  const size_t end = lead(it) + core_tensor_bytes(&it->tensor);
+  for (size_t i = 0; i < block_bytes(it); i++)
+    if ((i < lead(it) || i >= end) && (unsigned char)stage[i] != GUARD_BYTE)
+      fail_msg("%s: byte %lld beside %s was overwritten (T %lld, C %lld, E %lld, K %lld)", b->name,
+               (long long)i - (long long)lead(it), it->name, (long long)b->s.t, (long long)b->s.c,
+               (long long)b->s.e, (long long)b->s.k);
+}
+
+static void judge_item(const battery *b, const item *it) {
+  char *stage = malloc(block_bytes(it));
+  battery_expect_ok(b, b->ops->device->copy(stage, it->block, block_bytes(it), NULL));
+  battery_expect_ok(b, b->ops->device->stream_wait(NULL));
+  judge_guards(b, it, stage);
+  double error = 0, norm = 0;
+  for (int64_t i = 0; i < it->count; i++) {
+    const double got = get(stage + lead(it), it->tensor.dtype, i);
+    error += (got - it->ref[i]) * (got - it->ref[i]);
+    norm += it->ref[i] * it->ref[i];
+  }
+  /* Numbers are of order one; the floor keeps a lone result that cancels from being judged by its own size.
+   */
+  const double nmse = it->count > 0 ? error / (norm + 0.01 * (double)it->count) : 0;
+  if (!(nmse <= allowed_error[it->allowed]))
+    fail_msg("%s: %s: NMSE %.3g above %.3g (T %lld, C %lld, E %lld, K %lld, write %d, variant %d)", b->name,
+             it->name, nmse, allowed_error[it->allowed], (long long)b->s.t, (long long)b->s.c,
+             (long long)b->s.e, (long long)b->s.k, (int)b->s.write, b->s.variant);
+  free(stage);
+}
+
+void battery_judge(battery *b) {
+  for (int32_t i = 0; i < b->count; i++) judge_item(b, &b->items[i]);
+  for (int32_t i = 0; i < b->count; i++) {
+    b->ops->device->release(b->items[i].block);
+    free(b->items[i].ref);
+  }
+  b->count = 0;
+}
+
+/* Zero rows, one of everything, odd sizes, whole vectors, one more and one less, several blocks of work. */
+static const sizes battery_sizes[] = {
+    {.t = 0, .c = 8, .e = 4, .k = 2},    {.t = 1, .c = 1, .e = 1, .k = 1},
+    {.t = 3, .c = 5, .e = 3, .k = 2},    {.t = 16, .c = 16, .e = 8, .k = 1},
+    {.t = 17, .c = 33, .e = 5, .k = 3},  {.t = 63, .c = 64, .e = 16, .k = 8},
+    {.t = 130, .c = 96, .e = 9, .k = 4}, {.t = 517, .c = 47, .e = 33, .k = 2}};
+
+static void run_cases(battery *b, const battery_case *cases, int count) {
+  for (int i = 0; i < count; i++)
+    for (size_t s = 0; s < sizeof battery_sizes / sizeof *battery_sizes; s++)
+      for (int write = 0; write < cases[i].writes; write++)
+        for (int variant = 0; variant < cases[i].variants; variant++) {
+          b->name = cases[i].name;
+          b->s = battery_sizes[s];
+          b->s.write = write == 0 ? KERN_SET : KERN_ADD;
+          b->s.variant = variant;
+          cases[i].run(b);
+          battery_judge(b);
+        }
+}
+
+void battery_run_all(const kern_ops *ops) {
+  const kern_limits limits = {
+      .rows = 4096, .width = 4096, .experts = 64, .sequence = 1024, .heads = 16, .threads = 2};
+  battery b = {.ops = ops, .name = "context_create"};
+  battery_expect_ok(&b, ops->context_create(&limits, &b.context));
+  run_cases(&b, battery_dense, battery_dense_count);
+  run_cases(&b, battery_sequence, battery_sequence_count);
+  run_cases(&b, battery_router, battery_router_count);
+  run_cases(&b, battery_loss, battery_loss_count);
+  ops->context_destroy(b.context);
+}

@@ -1,0 +1,80 @@
+/* Battery: runs ops of any backend on tensors with guard zones and judges every tensor afterwards, inputs
+ * included, against a mirror in double that the case's own naive reference has brought up to date.
+ *
+ * A case adds tensors (random content, the same in memory of the backend and in the mirror), calls the op of
+ * `b->ops` with them, applies the reference to the mirrors, and calls battery_judge. The cases know nothing
+ * of the backend: battery_run_all takes the op table to judge. */
+#ifndef TESTS_BATTERY_H
+#define TESTS_BATTERY_H
+
+#include "kernels/kernels.h"
+
+/* Largest normalised mean squared error, sum (x - r)^2 / sum (r^2 + 0.01), by what the op does to its
+ * numbers. */
+typedef enum tolerance {
+  TOL_EXACT, /* copies, integers, inputs: no rounding at all */
+  TOL_ROUND, /* a few roundings an element: 1e-12, about 8 units in the last place in float32 */
+  TOL_SUM,   /* sums of hundreds of terms in another order, or differences of like terms: 1e-11 */
+  TOL_CHAIN  /* sums of products of sums: attention gradients, normalisation gradients: 1e-10 */
+} tolerance;
+
+typedef struct item {
+  const char *name;
+  core_tensor tensor; /* in memory of the backend */
+  double *ref;        /* mirror */
+  char *block;        /* allocation: guard, data, guard */
+  int64_t count;
+  tolerance allowed;
+} item;
+
+typedef struct sizes {
+  int64_t t, c, e, k; /* rows, width, experts or heads or groups, choices; a case says how it reads them */
+  kern_write write;
+  int variant; /* forms and masks */
+} sizes;
+
+typedef struct battery {
+  const kern_ops *ops;
+  kern_context *context;
+  const char *name;
+  sizes s;
+  uint64_t stream;
+  int32_t count;
+  item items[16];
+} battery;
+
+typedef struct battery_case {
+  const char *name;
+  void (*run)(battery *b);
+  int writes;   /* 1: only KERN_SET; 2: KERN_SET and KERN_ADD */
+  int variants; /* 1: none */
+} battery_case;
+
+/* Adds a tensor of random normals times `scale` (integers: zeros). Pointers stay valid until battery_judge.
+ */
+item *battery_add(battery *b, const char *name, core_dtype dtype, tolerance allowed, double scale,
+                  const int64_t *shape, int32_t rank);
+#define ADD(b, name, allowed, scale, ...)                                                       \
+  battery_add((b), (name), CORE_REAL_DTYPE, (allowed), (scale), (const int64_t[]){__VA_ARGS__}, \
+              (int32_t)(sizeof((const int64_t[]){__VA_ARGS__}) / sizeof(int64_t)))
+#define ADD_INT(b, name, ...)                                                        \
+  battery_add((b), (name), CORE_INT32, TOL_EXACT, 0, (const int64_t[]){__VA_ARGS__}, \
+              (int32_t)(sizeof((const int64_t[]){__VA_ARGS__}) / sizeof(int64_t)))
+/* Writes the mirror into the backend's memory (after a case has set its content). */
+void battery_upload(battery *b, item *it);
+/* Fails the test unless the op succeeded. */
+void battery_expect_ok(const battery *b, core_status status);
+/* Uniform integer in [0, n). */
+int64_t battery_pick(battery *b, int64_t n);
+/* T rows cut into segments, empty ones among them; offset has room for *count + 1 <= T + 4. */
+kern_segments battery_segments(battery *b, int64_t t, int64_t *offset);
+/* Compares all tensors and guards and releases them. */
+void battery_judge(battery *b);
+
+/* Every case at every size, with every write and variant. */
+void battery_run_all(const kern_ops *ops);
+
+extern const battery_case battery_dense[], battery_sequence[], battery_router[], battery_loss[];
+extern const int battery_dense_count, battery_sequence_count, battery_router_count, battery_loss_count;
+
+#endif

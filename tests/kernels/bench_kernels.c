@@ -1,0 +1,217 @@
+/* Times every op of a pre-norm transformer layer with a mixture-of-experts feed-forward, forward and
+ * backward, and prints it beside the layer's own matrix products: what the products leave over is the ops'
+ * overhead.
+ *
+ *   bench_kernels [width [tokens [head width [threads [experts]]]]]      default 256 2000 64 1 8
+ *
+ * Segments are 7 to 20 tokens; top-1 routing in expert order; F is 8/3 of the width, in whole vectors. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "core/clock.h"  /* core_clock_now */
+#include "core/random.h" /* core_random_normal */
+#include "kernels/kernels.h"
+
+typedef struct bench {
+  const kern_ops *ops;
+  kern_context *context;
+  int64_t t, c, f, experts, width, parameters;
+  int64_t *offset, *row;
+  kern_attention attention;
+  core_tensor x, dx, y, weight, dweight, inv, qkv, dqkv, out, dout, lse;
+  core_tensor w_qkv, dw_qkv, w_out, dw_out, rows, drows, w_up, dw_up, hidden, dhidden, act, dact, w_down,
+      dw_down;
+  core_tensor w_router, logits, noisy, prob, dlogits, choice, gate, dgate, slot, index, key;
+  core_tensor p, g, m, v;
+  kern_router_sums sums;
+} bench;
+
+static core_tensor make(core_dtype dtype, int64_t rows, int64_t columns) {
+  core_tensor tensor = core_tensor_2(NULL, dtype, rows, columns);
+  if (kern_cpu()->device->allocate(core_tensor_bytes(&tensor) + 64, &tensor.data) != CORE_OK) exit(1);
+  for (int64_t i = 0; dtype == CORE_REAL_DTYPE && i < rows * columns; i++)
+    ((core_real *)tensor.data)[i] = (core_real)(0.05 * (double)((i * 7919) % 41 - 20));
+  return tensor;
+}
+static core_tensor real(int64_t rows, int64_t columns) {
+  return make(CORE_REAL_DTYPE, rows, columns);
+}
+static core_tensor stack(int64_t n, int64_t rows, int64_t columns) {
+  core_tensor tensor = real(n * rows, columns);
+  return core_tensor_3(tensor.data, tensor.dtype, n, rows, columns);
+}
+
+static void bench_segments(bench *b) {
+  b->offset = calloc((size_t)b->t + 1, sizeof *b->offset);
+  int64_t count = 0;
+  while (b->offset[count] < b->t) {
+    int64_t next = b->offset[count] + 7 + (int64_t)core_random_below(1, 2, (uint64_t)count, 14);
+    b->offset[++count] = next < b->t ? next : b->t;
+  }
+  b->attention.segments = (kern_segments){b->offset, count};
+  b->row = calloc((size_t)b->experts + 1, sizeof *b->row);
+  for (int64_t e = 0; e <= b->experts; e++) b->row[e] = b->t * e / b->experts;
+}
+
+static void bench_tensors(bench *b) {
+  const int64_t t = b->t, c = b->c, f = b->f, e = b->experts;
+  b->x = real(t, c), b->dx = real(t, c), b->y = real(t, c);
+  b->weight = real(1, c), b->dweight = real(1, c), b->inv = real(t, 1);
+  b->weight.shape[0] = b->dweight.shape[0] = c, b->weight.shape[1] = b->dweight.shape[1] = 1;
+  b->qkv = real(t, 3 * c), b->dqkv = real(t, 3 * c), b->out = real(t, c), b->dout = real(t, c);
+  b->lse = real(t, b->attention.heads);
+  b->w_qkv = real(3 * c, c), b->dw_qkv = real(3 * c, c), b->w_out = real(c, c), b->dw_out = real(c, c);
+  b->rows = real(t, c), b->drows = real(t, c), b->hidden = real(t, 2 * f), b->dhidden = real(t, 2 * f);
+  b->act = real(t, f), b->dact = real(t, f);
+  b->w_up = stack(e, 2 * f, c), b->dw_up = stack(e, 2 * f, c);
+  b->w_down = stack(e, c, f), b->dw_down = stack(e, c, f);
+  b->w_router = real(e, c), b->logits = real(t, e), b->noisy = real(t, e), b->prob = real(t, e);
+  b->dlogits = real(t, e), b->gate = real(t, 1), b->dgate = real(t, 1);
+  b->choice = make(CORE_INT32, t, 1), b->slot = make(CORE_INT32, t, 1), b->key = make(CORE_UINT64, t, 1);
+  b->index = make(CORE_INT32, t, 1);
+  for (int64_t i = 0; i < t; i++) {
+    const int64_t turned = i * 7 % t; /* 7 does not divide the default token counts: a permutation */
+    ((int32_t *)b->slot.data)[i] = (int32_t)turned;
+    ((int32_t *)b->index.data)[turned] = (int32_t)i;
+    ((int32_t *)b->choice.data)[i] = (int32_t)(i % e);
+    ((uint64_t *)b->key.data)[i] = (uint64_t)i;
+  }
+  b->parameters = 4 * c * c + e * 3 * c * f;
+  b->p = real(b->parameters, 1), b->g = real(b->parameters, 1);
+  b->m = real(b->parameters, 1), b->v = real(b->parameters, 1);
+  for (int64_t i = 0; i < b->parameters; i++) ((core_real *)b->v.data)[i] = 1;
+  b->sums.prob = calloc((size_t)e, sizeof(double));
+  b->sums.load = calloc((size_t)e, sizeof(double));
+}
+
+/* One line of the table: an op as the layer calls it. */
+#define RUN(name, call)                     \
+  static core_status run_##name(bench *b) { \
+    return b->ops->call;                    \
+  }
+RUN(gemm_qkv, gemm(b->context, KERN_NT, b->x, b->w_qkv, KERN_SET, b->qkv))
+RUN(gemm_qkv_dx, gemm(b->context, KERN_NN, b->dqkv, b->w_qkv, KERN_SET, b->dx))
+RUN(gemm_qkv_dw, gemm(b->context, KERN_TN, b->dqkv, b->x, KERN_ADD, b->dw_qkv))
+RUN(gemm_out, gemm(b->context, KERN_NT, b->out, b->w_out, KERN_ADD, b->y))
+RUN(gemm_out_dx, gemm(b->context, KERN_NN, b->y, b->w_out, KERN_SET, b->dout))
+RUN(gemm_out_dw, gemm(b->context, KERN_TN, b->y, b->out, KERN_ADD, b->dw_out))
+RUN(gemm_up, gemm_grouped(b->context, KERN_NT, b->row, b->rows, b->w_up, KERN_SET, b->hidden))
+RUN(gemm_up_dx, gemm_grouped(b->context, KERN_NN, b->row, b->dhidden, b->w_up, KERN_SET, b->drows))
+RUN(gemm_up_dw, gemm_grouped(b->context, KERN_TN, b->row, b->dhidden, b->rows, KERN_ADD, b->dw_up))
+RUN(gemm_down, gemm_grouped(b->context, KERN_NT, b->row, b->act, b->w_down, KERN_SET, b->rows))
+RUN(gemm_down_dx, gemm_grouped(b->context, KERN_NN, b->row, b->drows, b->w_down, KERN_SET, b->dact))
+RUN(gemm_down_dw, gemm_grouped(b->context, KERN_TN, b->row, b->drows, b->act, KERN_ADD, b->dw_down))
+RUN(rmsnorm_fwd, rmsnorm_fwd(b->context, b->x, b->weight, 1e-6, b->y, b->inv))
+RUN(rmsnorm_bwd, rmsnorm_bwd(b->context, b->y, b->x, b->weight, b->inv, KERN_ADD, b->dx, b->dweight))
+RUN(attention_fwd, attention_fwd(b->context, &b->attention, b->qkv, b->out, b->lse))
+RUN(attention_bwd, attention_bwd(b->context, &b->attention, b->dout, b->qkv, b->out, b->lse, b->dqkv))
+RUN(swiglu_fwd, swiglu_fwd(b->context, b->hidden, b->act))
+RUN(swiglu_bwd, swiglu_bwd(b->context, b->dact, b->hidden, KERN_SET, b->dhidden))
+RUN(router_logits, router_logits(b->context, b->x, b->w_router, (core_tensor){0}, b->logits))
+RUN(router_noise, router_noise(b->context, b->logits, 1, 2, b->key, 0.125, b->noisy))
+RUN(softmax_fwd, softmax_fwd(b->context, b->logits, b->prob))
+RUN(router_choose, router_choose(b->context, KERN_GATE_SOFTMAX, b->logits, b->prob, b->choice, b->gate))
+RUN(router_gate_bwd, router_gate_bwd(b->context, KERN_GATE_SOFTMAX, b->dgate, b->prob, b->choice, b->gate,
+                                     KERN_SET, b->dlogits))
+RUN(router_sums, router_sums(b->context, b->logits, b->prob, b->noisy, b->choice, 0.125, &b->sums))
+static core_status run_router_sums_bwd(bench *b) {
+  const kern_router_weights weights = {
+      .z = 1e-3, .entropy = 1e-3, .prob = b->sums.prob, .load = b->sums.load, .sigma = 0.125};
+  return b->ops->router_sums_bwd(b->context, &weights, b->logits, b->prob, b->noisy, b->choice, b->dlogits);
+}
+RUN(gather_rows, gather_rows(b->context, b->x, b->index, b->rows))
+RUN(gather_rows_bwd, combine_fwd(b->context, b->drows, b->slot, (core_tensor){0}, KERN_ADD, b->dx))
+RUN(combine_fwd, combine_fwd(b->context, b->rows, b->slot, b->gate, KERN_ADD, b->y))
+RUN(combine_bwd, combine_bwd(b->context, b->y, b->rows, b->slot, b->gate, b->drows, b->dgate))
+RUN(fill_gradient, fill(b->context, 0, b->g))
+RUN(sum_squares, sum_squares(b->context, b->g, &b->sums.z))
+static core_status run_adamw(bench *b) {
+  const kern_adamw adamw = {1e-6, 0.9, 0.999, 1e-8, 0.1, 0.1, 0.001, 1};
+  return b->ops->adamw(b->context, &adamw, b->g, b->p, b->m, b->v);
+}
+
+typedef struct bench_line {
+  const char *name;
+  core_status (*run)(bench *b);
+  int times;   /* in one layer */
+  double flop; /* per token, in units of C^2 (products) */
+} bench_line;
+
+#define LINE(name, times, flop) \
+  { #name, run_##name, times, flop }
+static const bench_line lines[] = {
+    LINE(gemm_qkv, 1, 6),        LINE(gemm_qkv_dx, 1, 6),     LINE(gemm_qkv_dw, 1, 6),
+    LINE(gemm_out, 1, 2),        LINE(gemm_out_dx, 1, 2),     LINE(gemm_out_dw, 1, 2),
+    LINE(gemm_up, 1, -4),        LINE(gemm_up_dx, 1, -4),     LINE(gemm_up_dw, 1, -4),
+    LINE(gemm_down, 1, -2),      LINE(gemm_down_dx, 1, -2),   LINE(gemm_down_dw, 1, -2),
+    LINE(rmsnorm_fwd, 2, 0),     LINE(rmsnorm_bwd, 2, 0),     LINE(attention_fwd, 1, 0),
+    LINE(attention_bwd, 1, 0),   LINE(swiglu_fwd, 1, 0),      LINE(swiglu_bwd, 1, 0),
+    LINE(router_logits, 1, 0),   LINE(router_noise, 1, 0),    LINE(softmax_fwd, 1, 0),
+    LINE(router_choose, 1, 0),   LINE(router_gate_bwd, 1, 0), LINE(router_sums, 1, 0),
+    LINE(router_sums_bwd, 1, 0), LINE(gather_rows, 1, 0),     LINE(gather_rows_bwd, 1, 0),
+    LINE(combine_fwd, 1, 0),     LINE(combine_bwd, 1, 0),     LINE(fill_gradient, 1, 0),
+    LINE(sum_squares, 1, 0),     LINE(adamw, 1, 0),
+};
+enum { LINES = sizeof lines / sizeof *lines, ROUNDS = 9 };
+
+/* Best of rounds that run the whole layer in order, so that caches are as cold as in a step. */
+static core_status bench_time(bench *b, double best[LINES]) {
+  for (int i = 0; i < LINES; i++) best[i] = 1e9;
+  for (int round = 0; round < ROUNDS; round++)
+    for (int i = 0; i < LINES; i++) {
+      const double begin = core_clock_now();
+      TRY(lines[i].run(b));
+      const double took = core_clock_now() - begin;
+      if (took < best[i]) best[i] = took;
+    }
+  return CORE_OK;
+}
+
+static void bench_print(const bench *b, const double best[LINES]) {
+  double gemm = 0, other = 0;
+  for (int i = 0; i < LINES; i++)
+    if (lines[i].flop != 0) gemm += best[i] * lines[i].times;
+  printf("%-16s %5s %12s %9s %9s\n", "op", "times", "us/token", "GFLOP/s", "% of GEMM");
+  for (int i = 0; i < LINES; i++) {
+    const double unit =
+        lines[i].flop > 0 ? lines[i].flop * (double)(b->c * b->c) : -lines[i].flop * (double)(b->c * b->f);
+    const double total = best[i] * lines[i].times;
+    printf("%-16s %5d %12.4f %9.1f %9.2f\n", lines[i].name, lines[i].times, total / (double)b->t * 1e6,
+           unit * (double)b->t / best[i] * 1e-9, 100 * total / gemm);
+    if (lines[i].flop == 0) other += total;
+  }
+  printf("layer: products %.3f us/token, other ops %.3f us/token: %.3f x the products\n",
+         gemm / (double)b->t * 1e6, other / (double)b->t * 1e6, 1 + other / gemm);
+}
+
+static core_status bench_main(int argc, char **argv) {
+  bench b = {.ops = kern_cpu(), .c = 256, .t = 2000, .experts = 8};
+  double best[LINES];
+  if (argc > 1) b.c = atoll(argv[1]);
+  if (argc > 2) b.t = atoll(argv[2]);
+  const int64_t head = argc > 3 ? atoll(argv[3]) : 64;
+  const int32_t threads = argc > 4 ? atoi(argv[4]) : 1;
+  if (argc > 5) b.experts = atoll(argv[5]);
+  b.f = (b.c * 8 / 3 + 15) / 16 * 16;
+  b.attention = (kern_attention){.heads = (int32_t)(b.c / head),
+                                 .kv_heads = (int32_t)(b.c / head),
+                                 .head_width = (int32_t)head,
+                                 .mask = KERN_BIDIRECTIONAL,
+                                 .scale = 0.125};
+  const kern_limits limits = {b.t, 6 * b.c, b.experts, 64, b.attention.heads, threads};
+  bench_segments(&b);
+  bench_tensors(&b);
+  TRY(b.ops->context_create(&limits, &b.context));
+  TRY(bench_time(&b, best));
+  bench_print(&b, best);
+  b.ops->context_destroy(b.context);
+  return CORE_OK;
+}
+
+int main(int argc, char **argv) {
+  if (bench_main(argc, argv) == CORE_OK) return 0;
+  char text[1024];
+  core_error_format(core_error_get(), true, text, sizeof text);
+  fprintf(stderr, "%s\n", text);
+  return 1;
+}

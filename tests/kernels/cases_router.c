@@ -1,0 +1,245 @@
+/* Contract cases of the router and of permutation. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <cmocka.h> /* assert_* */
+
+#include "battery.h"
+#include "core/random.h"
+
+enum { EXPERTS = 64 };
+
+/* K is never more than E. */
+static int64_t choices(const battery *b) {
+  return b->s.k < b->s.e ? b->s.k : b->s.e;
+}
+
+static void ref_softmax(const double *x, int64_t n, double *p) {
+  double most = -INFINITY, sum = 0;
+  for (int64_t i = 0; i < n; i++) most = fmax(most, x[i]);
+  for (int64_t i = 0; i < n; i++) sum += exp(x[i] - most);
+  for (int64_t i = 0; i < n; i++) p[i] = exp(x[i] - most) / sum;
+}
+
+/* K times the largest of what is left; ties to the lower index. */
+static void ref_choose(const double *x, int64_t n, int64_t k, double *choice) {
+  char taken[EXPERTS] = {0};
+  for (int64_t rank = 0; rank < k; rank++) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < n; e++)
+      if (!taken[e] && (best < 0 || x[e] > x[best])) best = e;
+    taken[best] = 1;
+    choice[rank] = (double)best;
+  }
+}
+
+static void case_router_logits(battery *b) {
+  const int64_t t = b->s.t, c = b->s.c, e = b->s.e;
+  item *x = ADD(b, "x", TOL_EXACT, 1, t, c), *w = ADD(b, "weight", TOL_EXACT, 1, e, c);
+  item *bias = ADD(b, "bias", TOL_EXACT, 1, e), *logits = ADD(b, "logits", TOL_SUM, 1, t, e);
+  const core_tensor none = {0};
+  battery_expect_ok(b, b->ops->router_logits(b->context, x->tensor, w->tensor,
+                                             b->s.variant ? bias->tensor : none, logits->tensor));
+  for (int64_t i = 0; i < t * e; i++) {
+    logits->ref[i] = b->s.variant ? bias->ref[i % e] : 0;
+    for (int64_t j = 0; j < c; j++) logits->ref[i] += x->ref[i / e * c + j] * w->ref[i % e * c + j];
+  }
+}
+
+static void case_router_noise(battery *b) {
+  const int64_t t = b->s.t, e = b->s.e;
+  item *logits = ADD(b, "logits", TOL_EXACT, 1, t, e), *noisy = ADD(b, "noisy", TOL_ROUND, 1, t, e);
+  item *key = battery_add(b, "key", CORE_UINT64, TOL_EXACT, 0, (const int64_t[]){t}, 1);
+  for (int64_t i = 0; i < t; i++) key->ref[i] = (double)(i * i + 5);
+  battery_upload(b, key);
+  battery_expect_ok(b,
+                    b->ops->router_noise(b->context, logits->tensor, 3, 4, key->tensor, 0.25, noisy->tensor));
+  for (int64_t i = 0; i < t * e; i++)
+    noisy->ref[i] =
+        logits->ref[i] +
+        0.25 * core_random_normal(3, 4, (uint64_t)key->ref[i / e] * (uint64_t)e + (uint64_t)(i % e));
+}
+
+/* Every third row has ties. */
+static void case_router_choose(battery *b) {
+  const int64_t t = b->s.t, e = b->s.e, k = choices(b);
+  const kern_gate form = (kern_gate)b->s.variant;
+  item *logits = ADD(b, "logits", TOL_EXACT, 2, t, e), *prob = ADD(b, "prob", TOL_ROUND, 1, t, e);
+  item *choice = ADD_INT(b, "choice", t, k), *gate = ADD(b, "gate", TOL_ROUND, 1, t, k);
+  for (int64_t i = 0; i < t * e; i++)
+    if (i / e % 3 == 0) logits->ref[i] = (double)(i * 5 % 3);
+  battery_upload(b, logits);
+  battery_expect_ok(b, b->ops->softmax_fwd(b->context, logits->tensor, prob->tensor));
+  battery_expect_ok(
+      b, b->ops->router_choose(b->context, form, logits->tensor, prob->tensor, choice->tensor, gate->tensor));
+  for (int64_t row = 0; row < t; row++) {
+    double of_chosen[CORE_MAX_CHOICES];
+    ref_softmax(logits->ref + row * e, e, prob->ref + row * e);
+    ref_choose(logits->ref + row * e, e, k, choice->ref + row * k);
+    for (int64_t i = 0; i < k; i++) of_chosen[i] = logits->ref[row * e + (int64_t)choice->ref[row * k + i]];
+    ref_softmax(of_chosen, k, gate->ref + row * k);
+    for (int64_t i = 0; form == KERN_GATE_SOFTMAX && i < k; i++)
+      gate->ref[row * k + i] = prob->ref[row * e + (int64_t)choice->ref[row * k + i]];
+  }
+}
+
+/* By the full Jacobian of the gates. */
+static void case_router_gate_bwd(battery *b) {
+  const int64_t t = b->s.t, e = b->s.e, k = choices(b);
+  const kern_gate form = (kern_gate)b->s.variant;
+  item *prob = ADD(b, "prob", TOL_EXACT, 0, t, e), *gate = ADD(b, "gate", TOL_EXACT, 0, t, k);
+  item *dgate = ADD(b, "dgate", TOL_EXACT, 1, t, k), *dlogits = ADD(b, "dlogits", TOL_SUM, 1, t, e);
+  item *choice = ADD_INT(b, "choice", t, k);
+  for (int64_t row = 0; row < t; row++) {
+    double x[EXPERTS], of_chosen[CORE_MAX_CHOICES];
+    for (int64_t i = 0; i < e; i++) x[i] = core_random_normal(1, (uint64_t)row, (uint64_t)i);
+    ref_softmax(x, e, prob->ref + row * e);
+    ref_choose(x, e, k, choice->ref + row * k);
+    for (int64_t i = 0; i < k; i++) of_chosen[i] = x[(int64_t)choice->ref[row * k + i]];
+    ref_softmax(of_chosen, k, gate->ref + row * k);
+  }
+  battery_upload(b, prob), battery_upload(b, gate), battery_upload(b, choice);
+  battery_expect_ok(b, b->ops->router_gate_bwd(b->context, form, dgate->tensor, prob->tensor, choice->tensor,
+                                               gate->tensor, b->s.write, dlogits->tensor));
+  for (int64_t i = 0; b->s.write == KERN_SET && i < t * e; i++) dlogits->ref[i] = 0;
+  for (int64_t at = 0; at < t * k; at++)
+    for (int64_t j = 0; j < e; j++) {
+      const int64_t row = at / k, own = (int64_t)choice->ref[at];
+      double share = form == KERN_GATE_SOFTMAX ? prob->ref[row * e + j] : 0;
+      for (int64_t i = 0; form == KERN_GATE_RENORMALISED && i < k; i++)
+        if ((int64_t)choice->ref[row * k + i] == j) share = gate->ref[row * k + i];
+      const double value = form == KERN_GATE_SOFTMAX ? prob->ref[row * e + own] : gate->ref[at];
+      dlogits->ref[row * e + j] += dgate->ref[at] * value * ((own == j) - share);
+    }
+}
+
+/* Sums start from 1, to see that they are added to. Variant 1 has no noise. */
+static void case_router_sums(battery *b) {
+  const int64_t t = b->s.t, e = b->s.e, k = choices(b);
+  item *logits = ADD(b, "logits", TOL_EXACT, 1, t, e), *prob = ADD(b, "prob", TOL_EXACT, 0, t, e);
+  item *noise = ADD(b, "noisy", TOL_EXACT, 1, t, e), *choice = ADD_INT(b, "choice", t, k);
+  double p[EXPERTS], load[EXPERTS], got_p[EXPERTS], got_load[EXPERTS], z = 1, entropy = 1;
+  kern_router_sums sums = {1, 1, 1, got_p, got_load};
+  for (int64_t i = 0; i < e; i++) p[i] = load[i] = got_p[i] = got_load[i] = 1;
+  const double *noisy = b->s.variant ? logits->ref : noise->ref;
+  for (int64_t row = 0; row < t; row++) {
+    ref_softmax(logits->ref + row * e, e, prob->ref + row * e);
+    ref_choose(noisy + row * e, e, k, choice->ref + row * k);
+  }
+  battery_upload(b, prob), battery_upload(b, choice);
+  battery_expect_ok(
+      b, b->ops->router_sums(b->context, logits->tensor, prob->tensor,
+                             b->s.variant ? logits->tensor : noise->tensor, choice->tensor, 0.5, &sums));
+  for (int64_t row = 0; row < t; row++) {
+    const double *l = logits->ref + row * e;
+    double sum = 0;
+    for (int64_t i = 0; i < e; i++) sum += exp(l[i]);
+    z += log(sum) * log(sum);
+    for (int64_t i = 0; i < e; i++) {
+      const double own = exp(l[i]) / sum, threshold = noisy[row * e + (int64_t)choice->ref[row * k + k - 1]];
+      entropy -= own * log(own);
+      p[i] += own;
+      if (!b->s.variant) load[i] += 0.5 * erfc((threshold - l[i]) / 0.5 / sqrt(2.0));
+    }
+  }
+  assert_true(sums.tokens == 1 + (double)t);
+  assert_true(fabs(sums.z - z) <= 1e-5 * z && fabs(sums.entropy - entropy) <= 1e-5 * entropy);
+  for (int64_t i = 0; i < e; i++)
+    assert_true(fabs(got_p[i] - p[i]) <= 1e-5 * p[i] && fabs(got_load[i] - load[i]) <= 1e-5 * load[i]);
+}
+
+/* slot: a random injection of (t, k) into the rows of x, some -1. */
+static void deal_slots(battery *b, item *slot, int64_t rows) {
+  int64_t *order = malloc((size_t)(rows + 1) * sizeof *order);
+  core_random_permutation(5, ++b->stream, rows, order);
+  for (int64_t i = 0; i < slot->count; i++) slot->ref[i] = battery_pick(b, 5) == 0 ? -1 : (double)order[i];
+  battery_upload(b, slot);
+  free(order);
+}
+
+/* Variant 1 has no weights. */
+static void case_combine_fwd(battery *b) {
+  const int64_t t = b->s.t, c = b->s.c, k = b->s.k, rows = t * k + 3;
+  item *x = ADD(b, "x", TOL_EXACT, 1, rows, c), *weight = ADD(b, "weight", TOL_EXACT, 1, t, k);
+  item *slot = ADD_INT(b, "slot", t, k), *y = ADD(b, "y", TOL_ROUND, 1, t, c);
+  const core_tensor none = {0};
+  deal_slots(b, slot, rows);
+  battery_expect_ok(b, b->ops->combine_fwd(b->context, x->tensor, slot->tensor,
+                                           b->s.variant ? none : weight->tensor, b->s.write, y->tensor));
+  for (int64_t i = 0; i < t * c; i++) {
+    if (b->s.write == KERN_SET) y->ref[i] = 0;
+    for (int64_t j = i / c * k; j < (i / c + 1) * k; j++)
+      if (slot->ref[j] >= 0)
+        y->ref[i] += (b->s.variant ? 1 : weight->ref[j]) * x->ref[(int64_t)slot->ref[j] * c + i % c];
+  }
+}
+
+/* Variant 1 writes dx over x. */
+static void case_combine_bwd(battery *b) {
+  const int64_t t = b->s.t, c = b->s.c, k = b->s.k, rows = t * k + 3;
+  item *x = ADD(b, "x", b->s.variant ? TOL_ROUND : TOL_EXACT, 1, rows, c);
+  item *dx = b->s.variant ? x : ADD(b, "dx", TOL_ROUND, 1, rows, c);
+  item *weight = ADD(b, "weight", TOL_EXACT, 1, t, k), *dweight = ADD(b, "dweight", TOL_SUM, 1, t, k);
+  item *dy = ADD(b, "dy", TOL_EXACT, 1, t, c), *slot = ADD_INT(b, "slot", t, k);
+  deal_slots(b, slot, rows);
+  battery_expect_ok(b, b->ops->combine_bwd(b->context, dy->tensor, x->tensor, slot->tensor, weight->tensor,
+                                           dx->tensor, dweight->tensor));
+  for (int64_t j = 0; j < t * k; j++) {
+    const int64_t at = (int64_t)slot->ref[j] * c;
+    double dot = 0;
+    for (int64_t i = 0; slot->ref[j] >= 0 && i < c; i++) {
+      dot += x->ref[at + i] * dy->ref[j / k * c + i];
+      dx->ref[at + i] = weight->ref[j] * dy->ref[j / k * c + i];
+    }
+    dweight->ref[j] = dot;
+  }
+}
+
+static void case_gather_rows(battery *b) {
+  const int64_t t = b->s.t, c = b->s.c, rows = b->s.e;
+  item *x = ADD(b, "x", TOL_EXACT, 1, rows, c), *y = ADD(b, "y", TOL_EXACT, 1, t, c);
+  item *index = ADD_INT(b, "index", t);
+  for (int64_t i = 0; i < t; i++) index->ref[i] = (double)battery_pick(b, rows);
+  battery_upload(b, index);
+  battery_expect_ok(b, b->ops->gather_rows(b->context, x->tensor, index->tensor, y->tensor));
+  for (int64_t i = 0; i < t * c; i++) y->ref[i] = x->ref[(int64_t)index->ref[i / c] * c + i % c];
+}
+
+/* Variant 1 keeps everything. Rows of a segment by expert, within it by token and choice. */
+static void case_dispatch_plan(battery *b) {
+  const int64_t t = b->s.t, e = b->s.e, k = choices(b), room = t * k + 2;
+  item *choice = ADD_INT(b, "choice", t, k), *slot = ADD_INT(b, "slot", t, k),
+       *index = ADD_INT(b, "index", room);
+  item *keep = battery_add(b, "keep", CORE_UINT8, TOL_EXACT, 0, (const int64_t[]){t, k}, 2);
+  const core_tensor none = {0};
+  int64_t count[EXPERTS], row = 0;
+  for (int64_t i = 0; i < t * k; i++) {
+    choice->ref[i] = (double)((i / k * 3 + i % k) % e); /* distinct within a token */
+    keep->ref[i] = battery_pick(b, 4) != 0;
+  }
+  battery_upload(b, choice), battery_upload(b, keep);
+  battery_expect_ok(b, b->ops->dispatch_plan(b->context, choice->tensor, b->s.variant ? none : keep->tensor,
+                                             e, count, slot->tensor, index->tensor));
+  for (int64_t i = 0; i < t * k; i++) slot->ref[i] = -1;
+  for (int64_t j = 0; j < e; j++) {
+    const int64_t begin = row;
+    for (int64_t i = 0; i < t * k; i++) {
+      if ((int64_t)choice->ref[i] != j || (!b->s.variant && keep->ref[i] == 0)) continue;
+      index->ref[row] = (double)(i / k);
+      slot->ref[i] = (double)row++;
+    }
+    assert_int_equal(count[j], row - begin);
+  }
+}
+
+const battery_case battery_router[] = {
+    {"dispatch_plan", case_dispatch_plan, 1, 2},     {"router_logits", case_router_logits, 1, 2},
+    {"router_noise", case_router_noise, 1, 1},       {"router_choose", case_router_choose, 1, 2},
+    {"router_gate_bwd", case_router_gate_bwd, 2, 2}, {"router_sums", case_router_sums, 1, 2},
+    {"combine_fwd", case_combine_fwd, 2, 2},         {"combine_bwd", case_combine_bwd, 1, 2},
+    {"gather_rows", case_gather_rows, 1, 1},
+};
+const int battery_router_count = sizeof battery_router / sizeof *battery_router;
