@@ -98,7 +98,10 @@ core_status core_arena_commit(core_arena *arena) {
   arena->capacity = bytes;
   arena->used = 0;
   arena->phase = PHASE_REAL;
-  if (host_memory(arena)) POISON(base, bytes);
+  if (host_memory(arena)) {
+    memset(base, 0, bytes); /* every page is there from now on: no fault inside a step, no surprise later */
+    POISON(base, bytes);
+  }
   return CORE_OK;
 }
 

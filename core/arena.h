@@ -2,7 +2,7 @@
  *
  *   core_arena_create("activations", device, &arena);
  *   x_plan(arena);            dry: counts bytes, returns NULL pointers
- *   core_arena_commit(arena); allocates what was counted
+ *   core_arena_commit(arena); allocates what was counted, all pages touched
  *   x_plan(arena);            real: returns pointers
  *   core_arena_seal(arena);   any later core_arena_take fails with ERR_INTERNAL
  *
