@@ -1,4 +1,5 @@
 /* Looking at a checkpoint and checking it, in one process. */
+#include <cJSON.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -49,6 +50,25 @@ static double raw_bytes(const ckpt_manifest *m) {
   return sum;
 }
 
+/* Texts of several lines (a configuration) are indented under their name. */
+static void describe_text(const char *name, const char *text, FILE *out) {
+  bool lines = strchr(text, '\n') != NULL;
+  fprintf(out, "%s%s", name, lines ? "\n    " : ": ");
+  for (; *text; text++) {
+    fputc(*text, out);
+    if (*text == '\n' && text[1]) fputs("    ", out);
+  }
+  if (!lines) fputc('\n', out);
+}
+
+static void describe_meta(const char *meta, FILE *out) {
+  cJSON *object = cJSON_Parse(meta), *field = NULL;
+  cJSON_ArrayForEach(field, object) if (cJSON_IsString(field))
+      describe_text(field->string, field->valuestring, out);
+  if (object == NULL) fprintf(out, "meta %s\n", meta);
+  cJSON_Delete(object);
+}
+
 core_status ckpt_describe(const char *path, FILE *out) {
   ckpt_manifest m;
   char shape[96];
@@ -56,7 +76,7 @@ core_status ckpt_describe(const char *path, FILE *out) {
   fprintf(out, "checkpoint %s\nstep %lld, %d tensors, %.2f MiB in %d files of %.2f MiB, content %016llx\n",
           path, (long long)m.step, m.items, raw_bytes(&m) / MIB, m.files, (double)stored_bytes(&m) / MIB,
           (unsigned long long)m.content_hash);
-  fprintf(out, "meta %s\n", m.meta);
+  describe_meta(m.meta, out);
   for (int32_t i = 0; i < m.items; i++) {
     const ckpt_item *item = &m.item[i];
     fprintf(out, "%-56s %-8s %-24s %016llx, %lld part%s\n", item->name, core_dtype_text(item->dtype),

@@ -1,7 +1,7 @@
 /* The writer is a buffer and a few put_ functions: a JSON library would allocate in every step. */
 #include "trainer/metrics.h"
 
-#include <errno.h>
+#include <fcntl.h> /* O_APPEND */
 #include <inttypes.h>
 #include <math.h>
 #include <stdarg.h>
@@ -11,11 +11,12 @@
 #include <unistd.h>
 
 #include "core/file.h"
+#include "core/log.h"
 
 struct train_metrics {
   const train_model *model;
   char path[1024];
-  FILE *file;
+  int file;
   char *line;
   size_t used, capacity;
 };
@@ -44,13 +45,15 @@ static void close_with(train_metrics *w, char bracket) {
   put(w, "%c,", bracket);
 }
 
+/* A line is there whole or not at all: what a full disk took of it is cut off again. */
 static core_status finish_line(train_metrics *w) {
   close_with(w, '}');
   w->line[w->used - 1] = '\n';
-  size_t written = fwrite(w->line, 1, w->used, w->file);
-  CHECK(written == w->used && fflush(w->file) == 0, CORE_ERR_IO, "cannot write %s: %s", w->path,
-        strerror(errno));
-  return CORE_OK;
+  off_t before = lseek(w->file, 0, SEEK_END);
+  core_status status = core_file_write(w->file, w->path, w->line, w->used);
+  if (status == CORE_OK) return CORE_OK;
+  if (before >= 0 && ftruncate(w->file, before) != 0) LOG_WARNING("%s ends with a torn line", w->path);
+  return core_error_trace(status, __func__, __FILE__, __LINE__);
 }
 
 static const char *modality_name(const train_metrics *w, int32_t m) {
@@ -220,16 +223,14 @@ core_status train_metrics_open(const char *directory, int64_t step, const train_
   CHECK(w, CORE_ERR_MEMORY, "no memory for metrics");
   const train_moe_sums *sums = &model->sums;
   w->model = model;
+  w->file = -1;
   w->capacity =
       65536 + (size_t)sums->layers * (256 + (size_t)sums->experts * 24 +
                                       (size_t)sums->modalities * (512 + (size_t)sums->experts * 48));
   w->line = malloc(w->capacity);
   snprintf(w->path, sizeof w->path, "%s/metrics.jsonl", directory);
   core_status status = w->line ? cut_after(w->path, step) : CORE_ERR_MEMORY;
-  if (status == CORE_OK) w->file = fopen(w->path, "ae");
-  if (status == CORE_OK && !w->file)
-    status = core_error_begin(CORE_ERR_IO, __func__, __FILE__, __LINE__, "cannot open %s: %s", w->path,
-                              strerror(errno));
+  if (status == CORE_OK) status = core_file_open(w->path, O_WRONLY | O_APPEND | O_CREAT, &w->file);
   if (status != CORE_OK) {
     train_metrics_close(w);
     return core_error_trace(status, __func__, __FILE__, __LINE__);
@@ -240,7 +241,7 @@ core_status train_metrics_open(const char *directory, int64_t step, const train_
 
 void train_metrics_close(train_metrics *w) {
   if (!w) return;
-  if (w->file) fclose(w->file);
+  if (w->file >= 0) close(w->file);
   free(w->line);
   free(w);
 }
