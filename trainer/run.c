@@ -35,12 +35,12 @@ typedef struct run {
   int64_t failures;   /* non-finite steps in a row */
   train_state_tensors tensors;
   ckpt_writer *writer;
-  train_metrics *metrics; /* rank 0 */
-  bool metrics_failed;    /* the last line could not be written */
+  train_metrics *metrics;   /* rank 0 */
+  double process_mebibytes; /* resident beside what is planned: libraries, MPI, the index of the shards */
+  bool metrics_failed;      /* the last line could not be written */
   double started, last_line;
   int64_t first_step;
   double waited, save_seconds; /* since the last step */
-  double process_mebibytes;    /* resident before anything was planned: libraries, MPI, open shards */
   double rate_tokens;          /* tokens per second, smoothed, for the progress line */
 } run;
 
@@ -346,12 +346,15 @@ static core_status describe(run *r) {
            (double)counts.total / 1e6, (double)counts.active / 1e6,
            (long long)data_set_samples(r->session->training),
            (long long)(r->session->evaluation ? data_set_samples(r->session->evaluation) : 0));
+  /* The arenas' pages are all there; what is resident beside them are libraries, MPI and the index of the
+   * shards. */
+  double arenas = (double)memory.total / 1048576, process = r->process_mebibytes;
   LOG_INFO(
       "planned memory of rank 0: %.1f MiB (process %.1f, parameters and optimizer %.1f, activations %.1f, "
       "objective %.1f, kernels %.1f, data and checkpoint %.1f)",
-      r->process_mebibytes + (double)(memory.total + (size_t)bytes) / 1048576, r->process_mebibytes,
-      (double)memory.parameters / 1048576, (double)memory.activations / 1048576,
-      (double)memory.objective / 1048576, (double)memory.kernels / 1048576, (double)bytes / 1048576);
+      process + arenas + (double)bytes / 1048576, process, (double)memory.parameters / 1048576,
+      (double)memory.activations / 1048576, (double)memory.objective / 1048576,
+      (double)memory.kernels / 1048576, (double)bytes / 1048576);
   return CORE_OK;
 }
 
@@ -371,8 +374,9 @@ static core_status open_run(run *r, const train_run_options *options) {
                                    .purpose = TRAIN_PURPOSE_TRAIN,
                                    .training_split = s->data.train,
                                    .evaluation_split = evaluates ? s->data.validation : NULL};
-  r->process_mebibytes = peak_mebibytes();
   TRY(train_session_open(&session, &r->session));
+  /* the arenas' pages are all there by now, streams and checkpoints are still to come */
+  r->process_mebibytes = peak_mebibytes() - (double)train_session_memory(r->session).total / 1048576;
   r->env = &r->session->env;
   r->settings = s;
   CHECK(strlen(s->run.directory) + 64 < PATH, CORE_ERR_CONFIG, "run.directory is too long");
