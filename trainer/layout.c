@@ -130,8 +130,9 @@ void train_layout_describe(const train_layout *layout, const train_settings *set
   for (int32_t m = 0; layout->partitioned && m < layout->modalities && used < capacity; m++) {
     int32_t first = layout->slot_first[m], last = first + layout->slot_count[m] - 1;
     const char *name = settings->data.modalities[m].name;
-    used += first == last
-                ? snprintf(out + used, (size_t)(capacity - used), "%s %s on slot %d", m ? "," : "", name, first)
-                : snprintf(out + used, (size_t)(capacity - used), "%s %s on slots %d-%d", m ? "," : "", name, first, last);
+    used += first == last ? snprintf(out + used, (size_t)(capacity - used), "%s %s on slot %d", m ? "," : "",
+                                     name, first)
+                          : snprintf(out + used, (size_t)(capacity - used), "%s %s on slots %d-%d",
+                                     m ? "," : "", name, first, last);
   }
 }

@@ -70,14 +70,20 @@ static const data_set *any_set(const train_session *session) {
 
 /* ---- layout and groups ---- */
 
-/* Multiply-adds of one sample of modality m: the trunk per token (the experts a token passes included) and
- * the connector. */
+/* Multiply-adds of one sample of modality m, roughly: its tokens through the trunk (attention's projections,
+ * and three matrices of a dense layer or of each chosen expert) and through the connector. Only the partition
+ * hangs on it. */
 static double sample_cost(const train_session *session, int32_t m) {
   const train_settings *s = session->env.settings;
   const data_modality_info *info = data_set_modality(any_set(session), m);
-  double tokens = (double)info->tokens / (double)data_set_samples(any_set(session));
-  double C = (double)s->model.width, hidden = s->model.hidden > 0 ? (double)s->model.hidden : 8.0 / 3 * C;
-  double trunk = (double)s->model.layers * (4 * C * C + 3 * C * hidden);
+  double tokens = (double)info->tokens / (double)data_set_samples(any_set(session)),
+         C = (double)s->model.width;
+  double dense = s->model.hidden > 0 ? (double)s->model.hidden : 8.0 / 3 * C, trunk = 0;
+  double expert =
+      (double)s->model.moe.choose * (s->model.moe.hidden > 0 ? (double)s->model.moe.hidden : dense);
+  for (int64_t l = 0; l < s->model.layers; l++)
+    trunk += 4 * C * C +
+             3 * C * (train_settings_moe_layer(s->model.moe.layers, s->model.layers, l) ? expert : dense);
   return tokens * (trunk + (double)info->width * C) + C * C;
 }
 

@@ -93,7 +93,8 @@ typedef struct train_settings {
     int schedule;                  /* train_rate_kind */
     double rate, min_rate, warmup; /* warm-up below 1: share of the steps, rounded up */
     double timescale, cooldown;    /* rsqrt */
-    double weight_decay, beta1, beta2, epsilon, clip;
+    double weight_decay, beta1, beta2, epsilon;
+    double clip; /* largest gradient norm; 0: no clipping */
   } optimizer;
   struct {
     int64_t interval, keep, keep_every, level, threads;
