@@ -10,6 +10,7 @@
 #include "core/log.h"
 
 static const double default_deadline = 600;
+static const int64_t largest_message = (int64_t)1 << 30; /* MPI counts are int */
 
 core_status comm_group_allocate_priv(comm_world *world, const comm_transport *transport, const char *name,
                                      int32_t rank, int32_t size, comm_group **out) {
@@ -70,6 +71,7 @@ core_status comm_start(const comm_options *options, comm_world **out) {
   CHECK(world, CORE_ERR_MEMORY, "no memory for communication");
   world->phase = "start";
   world->layer = -1;
+  world->largest_message = largest_message;
   core_status status = comm_configure(world, options);
   if (status == CORE_OK) status = start(world, options && options->alone);
   if (status != CORE_OK) {

@@ -42,6 +42,7 @@ struct comm_world {
   bool mpi;      /* MPI is in use */
   bool owns_mpi; /* and was started here */
   double deadline;
+  int64_t largest_message; /* bytes; larger pieces go in several messages */
   char directory[512];
   comm_group *group[COMM_MAX_GROUPS];
   int32_t group_count;

@@ -39,8 +39,20 @@ static core_status exchange_as(comm_group *group, const char *operation, const c
   return CORE_OK;
 }
 
+static core_status check_pieces(const comm_group *group, const char *side, const comm_piece *piece,
+                                int32_t count) {
+  CHECK(count >= 0, CORE_ERR_ARGUMENT, "group '%s': %d pieces to %s", group->name, count, side);
+  for (int32_t i = 0; i < count; i++)
+    CHECK(piece[i].peer >= 0 && piece[i].peer < group->size && piece[i].bytes >= 0, CORE_ERR_ARGUMENT,
+          "group '%s' of %d ranks: piece %d to %s has %lld bytes for rank %d", group->name, group->size, i,
+          side, (long long)piece[i].bytes, piece[i].peer);
+  return CORE_OK;
+}
+
 core_status comm_exchange(comm_group *group, const comm_piece *send, int32_t send_count,
                           const comm_piece *recv, int32_t recv_count) {
+  TRY(check_pieces(group, "send", send, send_count));
+  TRY(check_pieces(group, "receive", recv, recv_count));
   TRY(exchange_as(group, "exchange", send, send_count, recv, recv_count));
   return CORE_OK;
 }
@@ -88,6 +100,8 @@ core_status comm_gather_bytes(comm_group *group, int32_t root, const void *send_
                               char **recv_data, int64_t **offset) {
   *recv_data = NULL;
   *offset = NULL;
+  CHECK(root >= 0 && root < group->size && bytes >= 0, CORE_ERR_ARGUMENT,
+        "%lld bytes to root %d of a group of %d", (long long)bytes, root, group->size);
   int64_t *sizes = calloc((size_t)group->size * 2 + 1, sizeof *sizes);
   CHECK(sizes, CORE_ERR_MEMORY, "no memory to gather from %d ranks", group->size);
   int64_t *each = sizes + group->size + 1;

@@ -9,7 +9,6 @@
 #include "core/clock.h"
 
 enum { TAG_DATA = 1, TAG_ASK = 2, TAG_ANSWER = 3, SPINS = 2000 };
-static const int64_t largest_message = (int64_t)1 << 30; /* MPI counts are int */
 static const double answer_seconds = 2.0;
 
 /* One communicator for the watchdog's questions; see ask_everybody. */
@@ -20,7 +19,8 @@ typedef struct mpi_world {
 typedef struct mpi_group {
   MPI_Comm comm;
   MPI_Request *request;
-  int32_t *peer; /* of each request */
+  MPI_Status *result; /* of each request, once all are done */
+  int32_t *peer;      /* of each request */
   int32_t capacity;
 } mpi_group;
 
@@ -54,8 +54,10 @@ static core_status group_from(comm_world *world, MPI_Comm comm, const char *name
   state->comm = comm;
   state->capacity = 4 * size + 64;
   state->request = malloc((size_t)state->capacity * sizeof *state->request);
+  state->result = malloc((size_t)state->capacity * sizeof *state->result);
   state->peer = malloc((size_t)state->capacity * sizeof *state->peer);
-  CHECK(state->request && state->peer, CORE_ERR_MEMORY, "no memory for the group '%s'", name);
+  CHECK(state->request && state->result && state->peer, CORE_ERR_MEMORY, "no memory for the group '%s'",
+        name);
   int mine = world->rank;
   TRY(mpi_check(MPI_Allgather(&mine, 1, MPI_INT, (*out)->world_rank, 1, MPI_INT, comm), "MPI_Allgather"));
   return CORE_OK;
@@ -121,6 +123,7 @@ static void mpi_group_destroy(comm_group *group) {
   if (!state) return;
   if (group->world->owns_mpi) MPI_Comm_free(&state->comm);
   free(state->request);
+  free(state->result);
   free(state->peer);
   free(state);
 }
@@ -189,12 +192,26 @@ static core_status over_deadline(comm_group *group, int32_t count) {
   return core_error_trace(result, __func__, __FILE__, __LINE__);
 }
 
+/* The first request that failed by itself says more than that one did. */
+static core_status request_error(const mpi_group *state, int32_t count, int code) {
+  char what[64] = "waiting for other ranks";
+  for (int32_t i = 0; i < count && code == MPI_ERR_IN_STATUS; i++) {
+    int error = state->result[i].MPI_ERROR;
+    if (error == MPI_SUCCESS || error == MPI_ERR_PENDING) continue;
+    snprintf(what, sizeof what, "a message of peer %d", state->peer[i]);
+    code = error;
+  }
+  TRY(mpi_check(code, what));
+  return CORE_OK;
+}
+
 static core_status wait_all(comm_group *group, int32_t count) {
   mpi_group *state = group->private;
   double start = 0;
   for (int64_t spin = 0;; spin++) {
     int done = 0;
-    TRY(mpi_check(MPI_Testall(count, state->request, &done, MPI_STATUSES_IGNORE), "waiting for other ranks"));
+    int code = MPI_Testall(count, state->request, &done, state->result);
+    if (code != MPI_SUCCESS) TRY(request_error(state, count, code));
     if (done) return CORE_OK;
     if (spin < SPINS) continue;
     sched_yield();
@@ -211,17 +228,19 @@ static core_status reserve(mpi_group *state, int64_t count) {
   int32_t capacity = (int32_t)(2 * count);
   MPI_Request *request = realloc(state->request, (size_t)capacity * sizeof *request);
   if (request) state->request = request;
+  MPI_Status *result = realloc(state->result, (size_t)capacity * sizeof *result);
+  if (result) state->result = result;
   int32_t *peer = realloc(state->peer, (size_t)capacity * sizeof *peer);
   if (peer) state->peer = peer;
-  CHECK(request && peer, CORE_ERR_MEMORY, "no memory for %lld messages", (long long)count);
+  CHECK(request && result && peer, CORE_ERR_MEMORY, "no memory for %lld messages", (long long)count);
   state->capacity = capacity;
   return CORE_OK;
 }
 
 static int64_t messages(const comm_group *group, const comm_piece *piece, int32_t count) {
-  int64_t total = 0;
+  int64_t total = 0, most = group->world->largest_message;
   for (int32_t i = 0; i < count; i++)
-    if (piece[i].peer != group->rank) total += (piece[i].bytes + largest_message - 1) / largest_message;
+    if (piece[i].peer != group->rank) total += (piece[i].bytes + most - 1) / most;
   return total;
 }
 
@@ -229,18 +248,38 @@ static int64_t messages(const comm_group *group, const comm_piece *piece, int32_
 static core_status post(const comm_group *group, const comm_piece *piece, int32_t count, bool sending,
                         int32_t *posted) {
   mpi_group *state = group->private;
+  int64_t most = group->world->largest_message;
   for (int32_t i = 0; i < count; i++) {
     int peer = piece[i].peer;
     if (peer == group->rank) continue;
-    for (int64_t done = 0; done < piece[i].bytes; done += largest_message) {
+    for (int64_t done = 0; done < piece[i].bytes; done += most) {
       int64_t left = piece[i].bytes - done;
-      int bytes = (int)(left < largest_message ? left : largest_message);
+      int bytes = (int)(left < most ? left : most);
       char *data = (char *)piece[i].data + done;
       MPI_Request *request = &state->request[*posted];
       int code = sending ? MPI_Isend(data, bytes, MPI_BYTE, peer, TAG_DATA, state->comm, request)
                          : MPI_Irecv(data, bytes, MPI_BYTE, peer, TAG_DATA, state->comm, request);
       TRY(mpi_check(code, sending ? "MPI_Isend" : "MPI_Irecv"));
       state->peer[(*posted)++] = peer;
+    }
+  }
+  return CORE_OK;
+}
+
+/* MPI refuses longer messages than expected by itself, shorter ones it leaves to us. Receives were posted
+ * first. */
+static core_status check_received(const comm_group *group, const comm_piece *recv, int32_t count) {
+  const mpi_group *state = group->private;
+  int64_t most = group->world->largest_message;
+  int32_t at = 0;
+  for (int32_t i = 0; i < count; i++) {
+    if (recv[i].peer == group->rank) continue;
+    for (int64_t done = 0; done < recv[i].bytes; done += most, at++) {
+      int64_t left = recv[i].bytes - done, expected = left < most ? left : most;
+      int got = 0;
+      MPI_Get_count(&state->result[at], MPI_BYTE, &got);
+      CHECK(got == expected, CORE_ERR_COMM, "group '%s': rank %d sent %d bytes where %lld were expected",
+            group->name, group->world_rank[recv[i].peer], got, (long long)expected);
     }
   }
   return CORE_OK;
@@ -253,6 +292,7 @@ static core_status mpi_exchange(comm_group *group, const comm_piece *send, int32
   TRY(post(group, recv, recv_count, false, &posted));
   TRY(post(group, send, send_count, true, &posted));
   TRY(wait_all(group, posted));
+  TRY(check_received(group, recv, recv_count));
   return CORE_OK;
 }
 

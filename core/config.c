@@ -11,7 +11,14 @@
 
 #include "core/file.h" /* core_file_read_all */
 
-enum { DEEPEST = 24, KEY = 256, LARGEST_FILE = 4 << 20, MOST_NODES = 200000 };
+enum {
+  DEEPEST = 24,
+  KEY = 256,
+  LARGEST_FILE = 4 << 20,
+  MOST_NODES = 200000,
+  MOST_KEYS = 1024,
+  MOST_OPEN = 256
+};
 
 struct core_config {
   const core_config_spec *spec;
@@ -29,16 +36,49 @@ const cyaml_strval_t core_config_bool[2] = {{"false", 0}, {"true", 1}};
 
 /* ---- document trees ---- */
 
+/* Line of what the parser complains about; for bytes that are not UTF-8 it knows the offset only. */
+static size_t problem_line(const yaml_parser_t *parser, const char *text, size_t count) {
+  size_t line = parser->problem_mark.line + 1;
+  if (parser->error != YAML_READER_ERROR) return line;
+  for (size_t i = 0; i < parser->problem_offset && i < count; i++) line += text[i] == '\n';
+  return line;
+}
+
+/* Brackets open at once. The parser's time grows with their square, so they are counted before it runs;
+ * brackets in texts count too, which no sensible file notices. */
+static int64_t deepest_brackets(const char *text, size_t count) {
+  int64_t open = 0, most = 0;
+  for (size_t i = 0; i < count; i++) {
+    if (text[i] == '[' || text[i] == '{') open++;
+    if ((text[i] == ']' || text[i] == '}') && open > 0) open--;
+    if (open > most) most = open;
+  }
+  return most;
+}
+
+/* One document, and nothing after it that would be ignored. */
 static core_status parse_text(const char *name, const char *text, size_t count, yaml_document_t *out) {
   yaml_parser_t parser;
+  yaml_document_t next;
+  bool more = false;
+  CHECK(!memchr(text, '\0', count), CORE_ERR_CONFIG, "%s: a NUL byte; expected text in UTF-8", name);
+  CHECK(deepest_brackets(text, count) <= MOST_OPEN, CORE_ERR_CONFIG, "%s: brackets nested too deeply", name);
   CHECK(yaml_parser_initialize(&parser), CORE_ERR_MEMORY, "no memory to parse %s", name);
   yaml_parser_set_input_string(&parser, (const unsigned char *)text, count);
   int good = yaml_parser_load(&parser, out);
-  size_t line = parser.problem_mark.line + 1;
+  size_t line = problem_line(&parser, text, count);
+  if (good && yaml_document_get_root_node(out)) {
+    good = yaml_parser_load(&parser, &next);
+    more = good && yaml_document_get_root_node(&next);
+    line = more ? next.start_mark.line + 1 : problem_line(&parser, text, count);
+    if (good) yaml_document_delete(&next);
+    if (!good || more) yaml_document_delete(out);
+  }
   char problem[160];
   snprintf(problem, sizeof problem, "%s", parser.problem ? parser.problem : "not YAML");
   yaml_parser_delete(&parser);
   CHECK(good, CORE_ERR_CONFIG, "%s:%zu: %s", name, line, problem);
+  CHECK(!more, CORE_ERR_CONFIG, "%s:%zu: expected one document, here begins another", name, line);
   return CORE_OK;
 }
 
@@ -80,7 +120,7 @@ static bool next_component(const char **path, char *out) {
   if (length == 0 || length >= KEY) return false;
   memcpy(out, *path, length);
   out[length] = '\0';
-  *path += length + ((*path)[length] == '.');
+  *path += length + ((*path)[length] == '.' && (*path)[length + 1]);
   return true;
 }
 
@@ -109,7 +149,7 @@ static int *find_slot(yaml_document_t *document, const char *path, char *canonic
     if (canonical) join(canonical, KEY, key, ".");
     node = slot ? yaml_document_get_node(document, *slot) : NULL;
   }
-  return node ? slot : NULL;
+  return node && *path == '\0' ? slot : NULL; /* an empty component ends the walk early */
 }
 
 static core_status copy_node(yaml_document_t *to, yaml_document_t *from, int node, int depth, int *out);
@@ -191,19 +231,26 @@ static core_status merge(yaml_document_t *to, int target, yaml_document_t *from,
   return CORE_OK;
 }
 
-static core_status check_duplicates(const char *path, yaml_document_t *document, int index, int depth) {
+/* Keys are plain words and given once. Visits are counted, not nodes: aliases make a small file a huge tree.
+ */
+static core_status check_tree(const char *path, yaml_document_t *document, int index, int depth,
+                              int64_t *visits) {
   const yaml_node_t *node = yaml_document_get_node(document, index);
-  CHECK(depth < DEEPEST, CORE_ERR_CONFIG, "%s:%zu: nested too deeply", path, node->start_mark.line + 1);
+  size_t line = node->start_mark.line + 1;
+  CHECK(depth < DEEPEST, CORE_ERR_CONFIG, "%s:%zu: nested too deeply", path, line);
+  CHECK(++*visits <= MOST_NODES, CORE_ERR_CONFIG, "%s:%zu: the configuration is too large", path, line);
   if (node->type == YAML_SEQUENCE_NODE)
     for (int i = 0; i < sequence_count(node); i++)
-      TRY(check_duplicates(path, document, node->data.sequence.items.start[i], depth + 1));
+      TRY(check_tree(path, document, node->data.sequence.items.start[i], depth + 1, visits));
   if (node->type != YAML_MAPPING_NODE) return CORE_OK;
+  CHECK(node->data.mapping.pairs.top - node->data.mapping.pairs.start <= MOST_KEYS, CORE_ERR_CONFIG,
+        "%s:%zu: a mapping of more than %d keys is too large", path, line, MOST_KEYS);
   for (yaml_node_pair_t *pair = node->data.mapping.pairs.start; pair < node->data.mapping.pairs.top; pair++) {
     const yaml_node_t *key = yaml_document_get_node(document, pair->key);
     CHECK(scalar(key), CORE_ERR_CONFIG, "%s:%zu: a key must be a plain word", path, key->start_mark.line + 1);
     CHECK(find_pair(document, node, scalar(key)) == pair, CORE_ERR_CONFIG,
           "%s:%zu: the key '%s' is given twice", path, key->start_mark.line + 1, scalar(key));
-    TRY(check_duplicates(path, document, pair->value, depth + 1));
+    TRY(check_tree(path, document, pair->value, depth + 1, visits));
   }
   return CORE_OK;
 }
@@ -275,8 +322,10 @@ static void describe_schema(const cyaml_schema_value_t *schema, char *out, size_
   }
   switch (schema->type) {
     case CYAML_INT:
-    case CYAML_UINT:
       snprintf(out, capacity, "an integer");
+      break;
+    case CYAML_UINT:
+      snprintf(out, capacity, "an integer of at least 0");
       break;
     case CYAML_FLOAT:
       snprintf(out, capacity, "a number");
@@ -359,8 +408,11 @@ static core_status refuse_report(const core_config *config, const report *seen) 
     describe_schema(schema_at(config->spec->schema, key), expected, sizeof expected);
     return core_config_refuse(config, key, "missing; expected %s", expected);
   }
-  describe_schema(schema_at(config->spec->schema, seen->path), expected, sizeof expected);
-  return core_config_refuse(config, seen->path, "expected %s (%s)", expected, seen->message);
+  snprintf(key, sizeof key, "%s", seen->path);
+  char *item = after(seen->message, "Excessive entries") ? strrchr(key, '.') : NULL;
+  if (item) *item = '\0'; /* it is the list that is wrong, not its last item */
+  describe_schema(schema_at(config->spec->schema, key), expected, sizeof expected);
+  return core_config_refuse(config, key, "expected %s (%s)", expected, seen->message);
 }
 
 /* ---- loading ---- */
@@ -399,7 +451,8 @@ static core_status merge_user(core_config *config) {
   if (!root) return CORE_OK; /* an empty file: defaults only */
   CHECK(root->type == YAML_MAPPING_NODE, CORE_ERR_CONFIG, "%s:%zu: expected keys and values", config->path,
         root->start_mark.line + 1);
-  TRY(check_duplicates(config->path, &config->user, 1, 0));
+  int64_t visits = 0;
+  TRY(check_tree(config->path, &config->user, 1, 0, &visits));
   TRY(merge(&config->merged, 1, &config->user, 1, 0));
   return CORE_OK;
 }
@@ -430,11 +483,18 @@ static core_status apply_override(core_config *config, int32_t index) {
   CHECK(equals && equals > text && equals - text < KEY, CORE_ERR_USAGE, "--set %s: expected key=value", text);
   snprintf(key, KEY, "%.*s", (int)(equals - text), text);
   yaml_document_t value;
-  TRY(parse_text("--set", equals[1] ? equals + 1 : "''", equals[1] ? strlen(equals + 1) : 2, &value));
+  TRY(parse_text("--set", equals + 1, strlen(equals + 1), &value));
+  bool empty = !yaml_document_get_root_node(&value); /* nothing, blanks or a comment: an empty text */
   int made = 0;
-  core_status status = copy_node(&config->merged, &value, 1, 0, &made);
+  int64_t visits = 0;
+  core_status status = empty ? CORE_OK : check_tree("--set", &value, 1, 0, &visits);
+  if (status == CORE_OK && !empty) status = copy_node(&config->merged, &value, 1, 0, &made);
   yaml_document_delete(&value);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  if (empty)
+    made = yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)"", 0,
+                                    YAML_SINGLE_QUOTED_SCALAR_STYLE);
+  CHECK(made, CORE_ERR_MEMORY, "no memory for the configuration");
   char canonical[KEY];
   int *slot = find_slot(&config->merged, key, canonical);
   if (slot) {
@@ -449,12 +509,13 @@ static core_status apply_override(core_config *config, int32_t index) {
   int mapping = 1;
   if (dot) {
     *dot = '\0';
-    last = key + (dot - parent) + 1;
-    slot = find_slot(&config->merged, parent, NULL);
+    last = dot + 1;
+    slot = find_slot(&config->merged, parent, canonical);
     mapping = slot ? *slot : 0;
   }
-  if (!mapping || yaml_document_get_node(&config->merged, mapping)->type != YAML_MAPPING_NODE)
+  if (!mapping || !*last || yaml_document_get_node(&config->merged, mapping)->type != YAML_MAPPING_NODE)
     return core_config_refuse(config, key, "there is no such key");
+  if (dot) snprintf(key, KEY, "%s.%s", canonical, last);
   int name =
       yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)last, -1, YAML_ANY_SCALAR_STYLE);
   CHECK(name && yaml_document_append_mapping_pair(&config->merged, mapping, name, made), CORE_ERR_MEMORY,
@@ -462,13 +523,30 @@ static core_status apply_override(core_config *config, int32_t index) {
   return CORE_OK;
 }
 
+/* Digits without leading zeros, which libcyaml would read as octal. */
+static bool is_integer(const char *text, bool negative) {
+  const char *digits = text + (negative && *text == '-');
+  size_t count = strspn(digits, "0123456789");
+  if (count == 0 || digits[count] || (count > 1 && *digits == '0')) return false;
+  errno = 0;
+  if (negative)
+    (void)strtoll(text, NULL, 10);
+  else
+    (void)strtoull(text, NULL, 10);
+  return errno == 0;
+}
+
+static bool is_number(const char *text) {
+  char *end = NULL;
+  errno = 0;
+  double value = strtod(text, &end);
+  return end != text && *end == '\0' && errno == 0 && value - value == 0;
+}
+
 static core_status check_number(const core_config *config, const cyaml_schema_value_t *schema,
                                 const char *text, const char *path) {
-  char expected[64], *end = NULL;
-  errno = 0;
-  bool real = schema->type == CYAML_FLOAT;
-  double value = real ? strtod(text, &end) : (double)strtoll(text, &end, 10);
-  bool good = end != text && *end == '\0' && errno == 0 && value - value == 0;
+  char expected[64];
+  bool good = schema->type == CYAML_FLOAT ? is_number(text) : is_integer(text, schema->type == CYAML_INT);
   describe_schema(schema, expected, sizeof expected);
   if (!good) return core_config_refuse(config, path, "expected %s, got '%s'", expected, text);
   return CORE_OK;
@@ -515,8 +593,10 @@ static core_status load(core_config *config, const char *text) {
   if (!text) {
     TRY(core_file_read_all(config->path, LARGEST_FILE, &read, &count));
     text = read;
+  } else {
+    count = (int64_t)strlen(text);
   }
-  core_status status = parse_text(config->path, text, strlen(text), &config->user);
+  core_status status = parse_text(config->path, text, (size_t)count, &config->user);
   free(read);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   config->has_user = true;
@@ -525,6 +605,8 @@ static core_status load(core_config *config, const char *text) {
   TRY(merge_user(config));
   for (int32_t i = 0; i < config->spec->item_count; i++) TRY(apply_items(config, &config->spec->items[i]));
   for (int32_t i = 0; i < config->override_count; i++) TRY(apply_override(config, i));
+  /* once more: an override may have brought items of its own */
+  for (int32_t i = 0; i < config->spec->item_count; i++) TRY(apply_items(config, &config->spec->items[i]));
   TRY(check_numbers(config, config->spec->schema, 1, ""));
   TRY(emit(config));
   TRY(load_schema(config));

@@ -109,7 +109,10 @@ core_status core_file_read_at(int fd, const char *path, void *bytes, size_t coun
 
 core_status core_file_sync(int fd, const char *path) {
   GATE(path, "sync");
-  CHECK(fsync(fd) == 0, CORE_ERR_IO, "cannot sync %s: %s", path, strerror(errno));
+  int result;
+  do result = fsync(fd);
+  while (result != 0 && errno == EINTR);
+  CHECK(result == 0, CORE_ERR_IO, "cannot sync %s: %s", path, strerror(errno));
   return CORE_OK;
 }
 

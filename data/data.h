@@ -1,0 +1,197 @@
+/* Latent shards: format, writer, streaming reader, sample order. See data/README.md for the file format.
+ *
+ * A *set* is a directory with one sub-directory per split (train/, validation/), each holding
+ * <modality>-<NNNNN>.h5. Shard k of every modality holds the same sample ids in the same order.
+ *
+ * Threads: one thread per stream reads through HDF5 (raw chunks only, under one process-wide lock); a pool
+ * decompresses; the trainer takes batches from a bounded queue. Nothing here communicates: each rank opens
+ * the set for itself and the launcher compares data_set_fingerprint over ranks. */
+#ifndef DATA_DATA_H
+#define DATA_DATA_H
+
+#include <stdbool.h>
+#include <stdio.h>
+
+#include "core/dims.h"
+#include "core/status.h"
+#include "core/tensor.h"
+
+/* ---- writing ---- */
+
+typedef enum data_filter {
+  DATA_FILTER_NONE,
+  DATA_FILTER_GZIP,
+  DATA_FILTER_SHUFFLE_GZIP,
+  DATA_FILTER_ZSTD,
+  DATA_FILTER_SHUFFLE_ZSTD
+} data_filter;
+
+typedef struct data_writer data_writer;
+
+typedef struct data_writer_options {
+  const char *directory; /* of the split; made if missing */
+  const char *modality;
+  const char *encoder;
+  core_dtype dtype; /* FLOAT16, BFLOAT16 or FLOAT32 as stored */
+  int64_t width;
+  int32_t shard; /* NNNNN */
+  data_filter filter;
+  int32_t level;       /* of the filter; 0: default */
+  int64_t chunk_bytes; /* 0: 512 KiB */
+} data_writer_options;
+
+/* One sample. Arrays are borrowed during the call. */
+typedef struct data_sample {
+  uint64_t id;
+  const float *latent;            /* [rows, width], converted to the stored dtype */
+  int64_t rows;                   /* 0: lacks this modality */
+  int32_t label;                  /* -1: none */
+  const char *key;                /* NULL: no key dataset (all or none of a shard) */
+  const int32_t *prompt, *target; /* NULL: none (all or none of a shard) */
+  int64_t prompt_count, target_count;
+} data_sample;
+
+CORE_NODISCARD core_status data_writer_open(const data_writer_options *options, data_writer **out);
+/* After a failure the shard can only be abandoned; closing it then fails and publishes nothing. */
+CORE_NODISCARD core_status data_writer_add(data_writer *writer, const data_sample *sample);
+/* Finishes the shard under its final name (temporary until then) and frees the writer, also on failure. */
+CORE_NODISCARD core_status data_writer_close(data_writer *writer);
+/* Abandons: removes the temporary file. NULL is allowed. */
+void data_writer_abandon(data_writer *writer);
+
+/* ---- a set, opened and checked ---- */
+
+typedef struct data_set data_set;
+
+typedef struct data_modality_info {
+  char name[CORE_NAME];
+  char encoder[CORE_NAME];
+  core_dtype dtype;
+  int64_t width;
+  int64_t tokens;  /* rows in all shards */
+  int64_t longest; /* rows of the longest sample */
+  int64_t absent;  /* samples of zero rows */
+} data_modality_info;
+
+/* Opens <directory>/<split>, which must hold every named modality. Checks of every shard: format, version,
+ * attributes, shapes and types of datasets, offsets (start 0, non-decreasing, end T), known filters, equal
+ * ids over modalities, no id twice. Latents themselves are read and checked (finite) when streamed. Errors
+ * name the file and what was expected: ERR_NOT_FOUND, ERR_FORMAT, ERR_CORRUPT, ERR_MISMATCH. */
+CORE_NODISCARD core_status data_set_open(const char *directory, const char *split,
+                                         const char *const *modalities, int32_t modality_count,
+                                         data_set **out);
+void data_set_close(data_set *set);
+int64_t data_set_samples(const data_set *set);
+int32_t data_set_shards(const data_set *set);
+const data_modality_info *data_set_modality(const data_set *set, int32_t m);
+/* Hash of format, modalities, widths, shard sizes and all ids: equal on every rank, stored in checkpoints. */
+uint64_t data_set_fingerprint(const data_set *set);
+/* Least upper bound of the rows that `samples` consecutive samples of a stream can have together in modality
+ * m. They may reach over the end of an epoch, so that a sample comes twice. */
+int64_t data_set_most_rows(const data_set *set, int32_t m, int64_t samples);
+bool data_set_has_labels(const data_set *set);
+
+/* Per-feature mean and population standard deviation of modality m over all rows, in double, fixed order;
+ * reads everything once. mean, deviation: double [width]. */
+CORE_NODISCARD core_status data_set_moments(data_set *set, int32_t m, double *mean, double *deviation);
+
+/* ---- order: pure functions ---- */
+
+/* State of a stream: all there is to resume. */
+typedef struct data_position {
+  int64_t stage, epoch;
+  int64_t consumed; /* samples of this epoch consumed, in [0, N]; (e, N) and (e + 1, 0) are the same place */
+} data_position;
+
+typedef struct data_order_options {
+  uint64_t seed;
+  int64_t shuffle_samples; /* size of the shuffle buffer; 0: file order */
+} data_order_options;
+
+/* The n-th sample of (stage, epoch), n in [0, N): its index in the set (file order). Whole epoch: order int64
+ * [N]. Shuffle = permutation of shards, then of samples inside consecutive buffers of `shuffle_samples`.
+ * Depends on nothing else, in particular not on the rank count. */
+CORE_NODISCARD core_status data_set_order(const data_set *set, const data_order_options *options,
+                                          int64_t stage, int64_t epoch, int64_t *order);
+
+/* ---- streaming ---- */
+
+/* Samples [lo, hi) of a global batch, counted from its first. */
+typedef struct data_range {
+  int64_t lo, hi;
+} data_range;
+
+typedef struct data_stream data_stream;
+
+typedef struct data_stream_options {
+  data_order_options order;
+  data_position start;
+  int64_t batch;           /* B samples of a global batch; batches run on over the end of an epoch */
+  int32_t micro_batches;   /* accumulation */
+  const data_range *range; /* [micro_batches][modalities]: which samples this rank wants, per modality */
+  int32_t queue;           /* batches read ahead; 0: 2 */
+  int32_t threads;         /* that decompress; 0: 1 */
+  int64_t cache_bytes;     /* decompressed chunks kept; 0: 256 MiB. Should hold the shuffle buffer */
+  bool repeat; /* false: the stream ends with the epoch (evaluation); the last batch may be short */
+} data_stream_options;
+
+/* One modality of one micro-batch. */
+typedef struct data_part {
+  int64_t lo, hi;  /* sample positions in the global batch */
+  int64_t *offset; /* [hi - lo + 1] rows; an absent sample is empty */
+  void *latent;    /* [offset[hi - lo], width] in the stored dtype (bfloat16 as uint16) */
+  core_dtype dtype;
+  int64_t width;
+} data_part;
+
+typedef struct data_batch {
+  int64_t samples;             /* B, fewer only in a last batch without repeat */
+  data_position before, after; /* before.consumed < N; after.consumed <= N, and is where to resume */
+  uint64_t *id;                /* [samples] of the whole global batch */
+  int32_t *label;              /* [samples] */
+  uint8_t *present;            /* [modalities][samples] rows > 0 */
+  int32_t micro_batches, modalities;
+  data_part *part; /* [micro_batches][modalities] */
+} data_batch;
+
+CORE_NODISCARD core_status data_stream_open(data_set *set, const data_stream_options *options,
+                                            data_stream **out);
+/* Next global batch, lent until data_stream_put; *batch = NULL at the end of a stream without repeat. All
+ * memory is planned at open: no allocation here. Errors are those of reading, with shard and chunk; NaN or
+ * infinite latents are ERR_NON_FINITE. While it has to wait it polls core_stop_requested: ERR_STOPPED; a
+ * batch that is ready is handed out all the same. What comes before a damaged chunk is delivered first; the
+ * error then stays. get and put of one stream belong to one thread. */
+CORE_NODISCARD core_status data_stream_get(data_stream *stream, data_batch **batch);
+void data_stream_put(data_stream *stream, data_batch *batch);
+/* Seconds that data_stream_get has waited in all. Call it on the thread of get. */
+double data_stream_waited(const data_stream *stream);
+/* Bytes planned at open: queue, cache, threads. */
+int64_t data_stream_bytes(const data_stream *stream);
+/* Stops and joins the threads. */
+void data_stream_close(data_stream *stream);
+
+/* ---- measuring ---- */
+
+/* Best of the rounds, for one pass over a split in file order by the same number of decompressing threads. */
+typedef struct data_bench_result {
+  int64_t decoded_bytes, stored_bytes;
+  double stream_seconds; /* data_stream_get of everything, the caller doing nothing else */
+  double limit_seconds;  /* threads that only pread chunks and decompress them, nothing kept */
+  double stream_processor_seconds, limit_processor_seconds; /* the same in processor time of all threads */
+} data_bench_result;
+
+/* Runs both, in turn, `rounds` times. The ratio limit_seconds / stream_seconds is what streaming keeps of the
+ * limit. */
+CORE_NODISCARD core_status data_bench(const char *directory, const char *split, const char *const *modalities,
+                                      int32_t modality_count, int32_t threads, int32_t rounds,
+                                      data_bench_result *out);
+
+/* ---- looking at one file: inspect, check ---- */
+
+/* Human-readable description of a shard on `out` (a FILE *). deep: also reads and checks every chunk and
+ * value except the keys. */
+CORE_NODISCARD core_status data_shard_describe(const char *path, bool deep, FILE *out);
+/* True when the file is HDF5 and says format = antiphon-latents. */
+bool data_shard_is(const char *path);
+
+#endif

@@ -1,0 +1,338 @@
+/* Outline: opening shard by shard; comparing modalities with one another; whole-set tables (ids, runs of
+ * lengths, fingerprint); small queries. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/random.h"
+#include "data/memory_impl.h"
+#include "data/set_impl.h"
+
+/* ---- taking in shards ---- */
+
+/* Ids of shard k must be the same in every modality: the first one's are kept. */
+static core_status compare_ids(const data_column *first, const uint64_t *id, const data_shard *shard) {
+  const data_column *other = &shard->column;
+  CHECK(first->samples == other->samples, CORE_ERR_MISMATCH,
+        "%s has %lld samples, %s has %lld: they must hold the same", first->path, (long long)first->samples,
+        other->path, (long long)other->samples);
+  for (int64_t i = 0; i < first->samples; ++i)
+    CHECK(id[i] == shard->id[i], CORE_ERR_MISMATCH,
+          "ids differ at sample %lld: %s has %llu, %s has %llu; shards of one number must hold the same "
+          "samples in the "
+          "same order",
+          (long long)i, first->path, (unsigned long long)id[i], other->path,
+          (unsigned long long)shard->id[i]);
+  return CORE_OK;
+}
+
+/* A sample has one label, whichever modality states it. */
+static core_status merge_labels(data_set *set, int32_t k, const data_shard *shard) {
+  int32_t *label = set->label + set->sample_base[k];
+  for (int64_t i = 0; shard->label != NULL && i < shard->column.samples; ++i) {
+    CHECK(label[i] == shard->label[i] || label[i] == -1 || shard->label[i] == -1, CORE_ERR_MISMATCH,
+          "%s: sample %llu has label %d, another modality says %d", shard->column.path,
+          (unsigned long long)shard->id[i], shard->label[i], label[i]);
+    if (label[i] == -1) label[i] = shard->label[i];
+    set->has_labels = set->has_labels || label[i] != -1;
+  }
+  return CORE_OK;
+}
+
+/* All shards of a modality come from one encoder and have one width and type. */
+static core_status merge_info(data_modality_info *info, int32_t k, const data_column *first,
+                              const data_shard *shard) {
+  const data_column *column = &shard->column;
+  if (k == 0) {
+    memcpy(info->encoder, shard->encoder, sizeof info->encoder);
+    info->dtype = column->dtype;
+    info->width = column->width;
+  }
+  CHECK(info->width == column->width, CORE_ERR_MISMATCH, "%s is %lld wide, %s is %lld", first->path,
+        (long long)info->width, column->path, (long long)column->width);
+  CHECK(info->dtype == column->dtype, CORE_ERR_MISMATCH, "%s holds %s, %s holds %s", first->path,
+        core_dtype_text(info->dtype), column->path, core_dtype_text(column->dtype));
+  CHECK(strcmp(info->encoder, shard->encoder) == 0, CORE_ERR_MISMATCH,
+        "%s comes from encoder \"%s\", %s from \"%s\"", first->path, info->encoder, column->path,
+        shard->encoder);
+  info->tokens += column->rows;
+  for (int64_t i = 0; i < column->samples; ++i) {
+    const int64_t rows = column->offset[i + 1] - column->offset[i];
+    if (rows > info->longest) info->longest = rows;
+    info->absent += rows == 0;
+  }
+  return CORE_OK;
+}
+
+/* Appends the ids of shard k (from the first modality) and room for its labels. */
+static core_status extend_samples(data_set *set, int32_t k, const data_shard *shard) {
+  const int64_t before = set->samples, count = shard->column.samples;
+  uint64_t *id = realloc(set->id, (size_t)(before + count + 1) * sizeof *id);
+  if (id != NULL) set->id = id;
+  int32_t *label = realloc(set->label, (size_t)(before + count + 1) * sizeof *label);
+  if (label != NULL) set->label = label;
+  CHECK(id != NULL && label != NULL, CORE_ERR_MEMORY, "no memory for %lld sample ids",
+        (long long)(before + count));
+  memcpy(set->id + before, shard->id, (size_t)count * sizeof *id);
+  for (int64_t i = 0; i < count; ++i) set->label[before + i] = -1;
+  set->samples += count;
+  set->sample_base[k + 1] = set->samples;
+  return CORE_OK;
+}
+
+/* Takes over the column of `shard`, also on failure. */
+static core_status take_shard(data_set *set, int32_t m, int32_t k, data_shard *shard) {
+  data_column *column = &set->column[(int64_t)m * set->shards + k];
+  *column = shard->column;
+  const data_column *previous = k > 0 ? column - 1 : column;
+  column->first_band = k > 0 ? previous->first_band + previous->bands : 0;
+  if (m == 0)
+    TRY(extend_samples(set, k, shard));
+  else
+    TRY(compare_ids(data_set_column_priv(set, 0, k), set->id + set->sample_base[k], shard));
+  TRY(merge_labels(set, k, shard));
+  TRY(merge_info(&set->info[m], k, data_set_column_priv(set, m, 0), shard));
+  return CORE_OK;
+}
+
+static core_status open_one(data_set *set, const char *path, const char *modality, int32_t m, int32_t k) {
+  data_shard shard;
+  TRY(data_shard_open_priv(path, modality, &shard));
+  const core_status status = take_shard(set, m, k, &shard);
+  shard.column = (data_column){0}; /* the set's now */
+  data_shard_release_priv(&shard);
+  TRY(status);
+  return CORE_OK;
+}
+
+/* ---- tables over the whole set ---- */
+
+static int compare_unsigned(const void *a, const void *b) {
+  const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+  return (x > y) - (x < y);
+}
+
+static int compare_falling(const void *a, const void *b) {
+  return compare_unsigned(b, a);
+}
+
+static core_status report_twice(const data_set *set, uint64_t id) {
+  int64_t at[2] = {0, 0};
+  for (int64_t i = 0, found = 0; i < set->samples && found < 2; ++i)
+    if (set->id[i] == id) at[found++] = i;
+  const int32_t k[2] = {data_set_shard_of_priv(set, at[0]), data_set_shard_of_priv(set, at[1])};
+  FAIL(CORE_ERR_MISMATCH, "sample id %llu comes twice: %s sample %lld and %s sample %lld",
+       (unsigned long long)id, data_set_column_priv(set, 0, k[0])->path,
+       (long long)(at[0] - set->sample_base[k[0]]), data_set_column_priv(set, 0, k[1])->path,
+       (long long)(at[1] - set->sample_base[k[1]]));
+}
+
+static core_status check_unique(const data_set *set) {
+  uint64_t *sorted = NULL;
+  int64_t rising = 1, twice = -1;
+  while (rising < set->samples && set->id[rising - 1] < set->id[rising]) ++rising;
+  if (rising >= set->samples) return CORE_OK; /* the common case needs no sorting */
+  TRY(DATA_ALLOCATE(set->samples, "sorted ids", &sorted));
+  memcpy(sorted, set->id, (size_t)set->samples * sizeof *sorted);
+  qsort(sorted, (size_t)set->samples, sizeof *sorted, compare_unsigned);
+  for (int64_t i = 1; i < set->samples && twice < 0; ++i)
+    if (sorted[i - 1] == sorted[i]) twice = i;
+  const uint64_t id = twice >= 0 ? sorted[twice] : 0;
+  free(sorted);
+  if (twice >= 0) TRY(report_twice(set, id));
+  return CORE_OK;
+}
+
+static core_status build_runs(data_set *set, int32_t m) {
+  uint64_t *rows = NULL;
+  int64_t at = 0, runs = 0;
+  core_status status = CORE_OK;
+  TRY(DATA_ALLOCATE(set->samples, "lengths", &rows));
+  for (int32_t k = 0; k < set->shards; ++k) {
+    const data_column *column = data_set_column_priv(set, m, k);
+    for (int64_t i = 0; i < column->samples; ++i)
+      rows[at++] = (uint64_t)(column->offset[i + 1] - column->offset[i]);
+  }
+  qsort(rows, (size_t)at, sizeof *rows, compare_falling);
+  for (int64_t i = 0; i < at; ++i) runs += i == 0 || rows[i] != rows[i - 1];
+  status = DATA_ALLOCATE(runs, "runs of lengths", &set->run[m]);
+  for (int64_t i = 0, r = -1; status == CORE_OK && i < at; ++i) {
+    if (i == 0 || rows[i] != rows[i - 1]) set->run[m][++r].rows = (int64_t)rows[i];
+    ++set->run[m][r].samples;
+  }
+  set->runs[m] = runs;
+  free(rows);
+  TRY(status);
+  return CORE_OK;
+}
+
+static uint64_t hash_set(const data_set *set) {
+  uint64_t hash = core_hash_text(DATA_FORMAT_NAME);
+  const int64_t head[3] = {DATA_VERSION, set->modalities, set->shards};
+  hash = core_hash(head, sizeof head, hash);
+  for (int32_t m = 0; m < set->modalities; ++m) {
+    const int64_t shape[3] = {set->info[m].width, (int64_t)set->info[m].dtype, set->info[m].tokens};
+    hash = core_hash(set->info[m].name, strlen(set->info[m].name), hash);
+    hash = core_hash(shape, sizeof shape, hash);
+  }
+  hash = core_hash(set->sample_base, (size_t)(set->shards + 1) * sizeof *set->sample_base, hash);
+  return core_hash(set->id, (size_t)set->samples * sizeof *set->id, hash);
+}
+
+static core_status finish_set(data_set *set, const char *where) {
+  CHECK(set->samples > 0, CORE_ERR_FORMAT, "%s: holds no samples, expected at least one", where);
+  TRY(check_unique(set));
+  for (int32_t m = 0; m < set->modalities; ++m) TRY(build_runs(set, m));
+  set->fingerprint = hash_set(set);
+  return CORE_OK;
+}
+
+/* ---- opening ---- */
+
+static core_status create_set(int32_t modalities, int32_t shards, data_set **out) {
+  data_set *set = NULL;
+  TRY(DATA_ALLOCATE(1, "set", &set));
+  *out = set; /* closed by the caller when anything below fails */
+  set->modalities = modalities;
+  set->shards = shards;
+  TRY(DATA_ALLOCATE(modalities, "modalities", &set->info));
+  TRY(DATA_ALLOCATE((int64_t)modalities * shards, "shards", &set->column));
+  TRY(DATA_ALLOCATE((int64_t)shards + 1, "shards", &set->sample_base));
+  TRY(DATA_ALLOCATE(modalities, "runs of lengths", &set->run));
+  TRY(DATA_ALLOCATE(modalities, "runs of lengths", &set->runs));
+  return CORE_OK;
+}
+
+static core_status check_names(const char *const *modalities, int32_t count) {
+  CHECK(count >= 1 && count <= CORE_MAX_MODALITIES, CORE_ERR_ARGUMENT, "%d modalities, expected 1 to %d",
+        count, CORE_MAX_MODALITIES);
+  for (int32_t m = 0; m < count; ++m) {
+    CHECK(modalities[m][0] != '\0' && strlen(modalities[m]) < CORE_NAME && strchr(modalities[m], '/') == NULL,
+          CORE_ERR_ARGUMENT, "modality \"%.120s\": expected 1 to %d bytes without \"/\"", modalities[m],
+          CORE_NAME - 1);
+    for (int32_t other = 0; other < m; ++other)
+      CHECK(strcmp(modalities[other], modalities[m]) != 0, CORE_ERR_ARGUMENT,
+            "modality \"%s\" is named twice", modalities[m]);
+  }
+  return CORE_OK;
+}
+
+static core_status open_shards(data_set *set, const char *directory, const char *split,
+                               const char *const *modalities) {
+  for (int32_t m = 0; m < set->modalities; ++m)
+    (void)snprintf(set->info[m].name, sizeof set->info[m].name, "%s", modalities[m]);
+  for (int32_t k = 0; k < set->shards; ++k)
+    for (int32_t m = 0; m < set->modalities; ++m) {
+      char *path = NULL;
+      TRY(data_text_priv(&path, "%s/%s/%s-%05d.h5", directory, split, modalities[m], k));
+      const core_status status = open_one(set, path, modalities[m], m, k);
+      free(path);
+      TRY(status);
+    }
+  return CORE_OK;
+}
+
+core_status data_set_open(const char *directory, const char *split, const char *const *modalities,
+                          int32_t modality_count, data_set **out) {
+  data_set *set = NULL;
+  int32_t shards = 0;
+  char *where = NULL;
+  *out = NULL;
+  TRY(check_names(modalities, modality_count));
+  TRY(data_list_shards_priv(directory, split, modalities, modality_count, &shards));
+  TRY(data_text_priv(&where, "%s/%s", directory, split));
+  core_status status = create_set(modality_count, shards, &set);
+  if (status == CORE_OK) status = open_shards(set, directory, split, modalities);
+  if (status == CORE_OK) status = finish_set(set, where);
+  free(where);
+  if (status != CORE_OK) data_set_close(set);
+  TRY(status);
+  *out = set;
+  return CORE_OK;
+}
+
+core_status data_set_open_file_priv(const char *path, data_set **out) {
+  data_set *set = NULL;
+  data_shard shard = {0};
+  *out = NULL;
+  core_status status = create_set(1, 1, &set);
+  if (status == CORE_OK) status = data_shard_open_priv(path, NULL, &shard);
+  if (status == CORE_OK) {
+    memcpy(set->info[0].name, shard.modality, sizeof set->info[0].name);
+    status = take_shard(set, 0, 0, &shard);
+    shard.column = (data_column){0};
+  }
+  data_shard_release_priv(&shard);
+  if (status == CORE_OK && set->samples > 0) status = finish_set(set, path);
+  if (status != CORE_OK) data_set_close(set);
+  TRY(status);
+  *out = set;
+  return CORE_OK;
+}
+
+void data_set_close(data_set *set) {
+  if (set == NULL) return;
+  for (int64_t i = 0; set->column != NULL && i < (int64_t)set->modalities * set->shards; ++i)
+    data_column_release_priv(&set->column[i]);
+  for (int32_t m = 0; set->run != NULL && m < set->modalities; ++m) free(set->run[m]);
+  free(set->column);
+  free(set->info);
+  free(set->sample_base);
+  free(set->id);
+  free(set->label);
+  free(set->run);
+  free(set->runs);
+  free(set);
+}
+
+/* ---- queries ---- */
+
+int64_t data_set_samples(const data_set *set) {
+  return set->samples;
+}
+
+int32_t data_set_shards(const data_set *set) {
+  return set->shards;
+}
+
+const data_modality_info *data_set_modality(const data_set *set, int32_t m) {
+  return m >= 0 && m < set->modalities ? &set->info[m] : NULL;
+}
+
+uint64_t data_set_fingerprint(const data_set *set) {
+  return set->fingerprint;
+}
+
+bool data_set_has_labels(const data_set *set) {
+  return set->has_labels;
+}
+
+int64_t data_set_most_rows(const data_set *set, int32_t m, int64_t samples) {
+  /* Consecutive positions of a stream touch at most this many epochs, each of which holds a sample once. */
+  const int64_t epochs = samples > 0 ? 1 + (samples - 1 + set->samples - 1) / set->samples : 0;
+  int64_t rows = 0;
+  for (int64_t r = 0; r < set->runs[m] && samples > 0; ++r) {
+    const int64_t all = set->run[m][r].samples * epochs, taken = all < samples ? all : samples;
+    rows += taken * set->run[m][r].rows;
+    samples -= taken;
+  }
+  return rows;
+}
+
+int32_t data_set_shard_of_priv(const data_set *set, int64_t index) {
+  int32_t lo = 0, hi = set->shards; /* sample_base[lo] <= index < sample_base[hi] */
+  while (hi - lo > 1) {
+    const int32_t middle = lo + (hi - lo) / 2;
+    if (set->sample_base[middle] <= index)
+      lo = middle;
+    else
+      hi = middle;
+  }
+  return lo;
+}
+
+int64_t data_set_rows_priv(const data_set *set, int32_t m, int64_t index, int64_t *first) {
+  const int32_t k = data_set_shard_of_priv(set, index);
+  const int64_t *offset = data_set_column_priv(set, m, k)->offset + (index - set->sample_base[k]);
+  *first = offset[0];
+  return offset[1];
+}

@@ -1,0 +1,56 @@
+/* HDF5 filter pipelines, undone outside HDF5: shuffle (2), deflate (1), Fletcher's checksum (3) and zstd
+ * (32015) in any order.
+ *
+ * A pipeline is a plain description read from the file; a decoder is the state of one thread. Private to
+ * data/. */
+#ifndef DATA_FILTER_IMPL_H
+#define DATA_FILTER_IMPL_H
+
+#include <stddef.h>
+
+#include "core/status.h"
+
+enum {
+  DATA_MAX_FILTERS = 4,
+  DATA_FILTER_ID_DEFLATE = 1,
+  DATA_FILTER_ID_SHUFFLE = 2,
+  DATA_FILTER_ID_FLETCHER = 3,
+  DATA_FILTER_ID_ZSTD = 32015
+};
+
+/* "gzip", "shuffle", "checksum", "zstd"; NULL for any other filter. */
+const char *data_filter_name_priv(int32_t id);
+
+/* Filters in the order in which writing applied them. */
+typedef struct data_pipeline {
+  int32_t count;
+  int32_t id[DATA_MAX_FILTERS];
+  uint32_t
+      value[DATA_MAX_FILTERS]; /* first client value: bytes of an element (shuffle), level (the others) */
+} data_pipeline;
+
+/* "none", "shuffle+gzip", ... into text. */
+void data_pipeline_text_priv(const data_pipeline *pipeline, char *text, size_t capacity);
+
+/* Most bytes that a sound stored chunk of `bytes` decoded bytes can have: compressors expand what they cannot
+ * shrink by well under an eighth. Also the capacity of a decoder's scratch buffers. */
+int64_t data_stored_most_priv(int64_t bytes);
+
+typedef struct data_decoder data_decoder;
+
+/* One per thread. largest: decoded bytes of the largest chunk. All memory is taken here. */
+CORE_NODISCARD core_status data_decoder_create_priv(int64_t largest, data_decoder **out);
+void data_decoder_destroy_priv(data_decoder *decoder);
+int64_t data_decoder_bytes_priv(const data_decoder *decoder);
+
+/* Undoes `pipeline` except the filters whose bit is set in `skipped` (HDF5's filter mask of the chunk).
+ * Exactly `bytes` bytes must come out. stored and out may not overlap. Errors: ERR_CORRUPT saying what is
+ * wrong. */
+CORE_NODISCARD core_status data_decode_priv(data_decoder *decoder, const data_pipeline *pipeline,
+                                            uint32_t skipped, const uint8_t *stored, int64_t stored_bytes,
+                                            uint8_t *out, int64_t bytes);
+
+/* Makes zstd known to HDF5 as filter 32015. The caller holds HDF5. */
+CORE_NODISCARD core_status data_filter_register_priv(void);
+
+#endif

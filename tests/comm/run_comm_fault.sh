@@ -1,0 +1,105 @@
+#!/bin/sh
+# run_comm_fault.sh PROGRAM MPIEXEC RANKS: runs every scenario of comm_fault and judges its exit status, its
+# output, its error file and the time it took.
+program=$1 mpiexec=$2 ranks=$3
+last=$((ranks - 1))
+place=$(mktemp -d /tmp/antiphon-fault-XXXXXX) || exit 1
+trap 'rm -rf "$place"' EXIT
+failures=0
+
+fail() {
+  failures=$((failures + 1))
+  echo "FAILED: $scenario: $1"
+  sed 's/^/    /' "$place/output"
+}
+
+# SCENARIO LEAST MOST: seconds that it may take
+run() {
+  scenario=$1
+  rm -rf "$place/run"
+  mkdir "$place/run"
+  begin=$(date +%s)
+  "$mpiexec" --oversubscribe -n "$ranks" "$program" "$scenario" "$place/run" >"$place/output" 2>&1 </dev/null
+  status=$?
+  seconds=$(($(date +%s) - begin))
+  echo "$scenario: status $status after $seconds s"
+  [ "$seconds" -ge "$2" ] || fail "ended after $seconds s, before $2 s"
+  [ "$seconds" -le "$3" ] || fail "took $seconds s, more than $3 s"
+}
+
+status_is() { [ "$status" -eq "$1" ] || fail "exit status $status, expected $1"; }
+says() { grep -Fq -- "$1" "$place/output" || fail "does not say: $1"; }
+never_says() { ! grep -Fq -- "$1" "$place/output" || fail "says: $1"; }
+
+# RANK TEXT: its error file holds the text
+file_says() {
+  grep -Fq -- "$2" "$place/run/error.$1.json" 2>/dev/null || fail "error.$1.json does not hold: $2"
+}
+
+here="at step 12, layer 3, dispatch, all-reduce 5 of group 'world'"
+
+# deadline 2 s, answers 2 s, start and end of the job
+run late 2 12
+status_is 1
+says "ERR_TIMEOUT"
+says "the deadline of 2 s passed $here"
+says "rank $last is missing (no answer"
+never_says "rank 0 is missing"
+# whoever was first wrote a file before the job ended
+cat "$place"/run/error.*.json >"$place/run/error.any.json" 2>/dev/null
+file_says any '"ERR_TIMEOUT"'
+file_says any "rank $last is missing"
+file_says any '"phase":	"dispatch"'
+
+run elsewhere 2 12
+status_is 1
+says "rank $last is at step 13, checkpoint, barrier 1 of group 'control'"
+says "passed $here"
+never_says "is missing"
+
+run stopped 2 30
+status_is 1
+says "rank $last is missing (no answer: ended, stopped or computing)"
+says "passed $here"
+
+run paused 0 20
+status_is 0
+never_says "ERR_"
+
+run failing 0 12
+status_is 1
+says "the disk of this rank is gone (ERR_IO: input/output error, rank $last)"
+file_says "$last" '"code":	"ERR_IO"'
+file_says "$last" "\"rank\":	$last"
+file_says "$last" '"step":	12'
+file_says "$last" '"message":	"the disk of this rank is gone"'
+file_says "$last" 'in failing, '
+
+run killed 0 12
+[ "$status" -ne 0 ] || fail "a killed rank went unnoticed"
+
+run longer 0 12
+status_is 1
+says "a message of peer $last: MPI_ERR_TRUNCATE"
+
+run shorter 0 12
+status_is 1
+says "group 'world': rank $last sent 50 bytes where 100 were expected (ERR_COMM"
+
+# without a place for the error file the job still ends, and says why
+scenario="no directory"
+"$mpiexec" --oversubscribe -n "$ranks" "$program" failing "$place/none" >"$place/output" 2>&1 </dev/null
+status=$?
+status_is 1
+says "the disk of this rank is gone"
+says "$place/none"
+
+# a world of one, without mpirun
+scenario="alone"
+"$program" failing "$place/run" >"$place/output" 2>&1
+status=$?
+status_is 1
+says "the disk of this rank is gone"
+file_says 0 '"code":	"ERR_IO"'
+
+[ "$failures" -eq 0 ]
