@@ -1,9 +1,10 @@
-/* Layout invariance: the law that loss, gradients, norm, routed counts and consumed samples of a step do not depend on
- * ranks, expert-parallel size, placement or accumulation.
+/* Layout invariance: the law that loss, gradients, norm, routed counts and consumed samples of a step do not
+ * depend on ranks, expert-parallel size, placement or accumulation.
  *
- * Every rank first computes the reference by itself, in a world of one process, and then takes part in the same steps
- * on the layout under test. Integers must agree exactly, except for near-ties, which are counted in the reference, printed, and
- * must be rare (a case with more than one in a thousand tokens is a bad case and fails). */
+ * Every rank first computes the reference by itself, in a world of one process, and then takes part in the
+ * same steps on the layout under test. Integers must agree exactly, except for near-ties, which are counted
+ * in the reference, printed, and must be rare (a case with more than one in a thousand tokens is a bad case
+ * and fails). */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -57,7 +58,8 @@ static const layout_case cases[] = {
      false},
     {"capacity by order",
      "plain",
-     {"model.moe.dispatch=capacity", "model.moe.capacity=0.7", "model.moe.priority=order", "model.moe.noise=0", NULL},
+     {"model.moe.dispatch=capacity", "model.moe.capacity=0.7", "model.moe.priority=order",
+      "model.moe.noise=0", NULL},
      false},
     {"hot expert", "plain", {"model.moe.noise=0", NULL}, true},
     {"ranks without tokens, a batch without speech", "holes", {NULL}, false},
@@ -93,7 +95,8 @@ static int64_t count_size(const train_session *session) {
   return (int64_t)sums->layers * sums->modalities * train_moe_count_stride(sums);
 }
 
-/* All logits of one expert lifted: every token chooses it. Depends on names only, so it is the same on every layout. */
+/* All logits of one expert lifted: every token chooses it. Depends on names only, so it is the same on every
+ * layout. */
 static void heat_router(train_session *session) {
   train_model *model = session->model;
   for (int64_t l = 0; l < model->L; l++) {
@@ -116,7 +119,8 @@ static core_status collect_counts(outcome *o, int step) {
   return CORE_OK;
 }
 
-/* Tokens whose K-th and next logit differ by less than 1e-5 of the logits' spread, in the last micro-batch. */
+/* Tokens whose K-th and next logit differ by less than 1e-5 of the logits' spread, in the last micro-batch.
+ */
 static void count_near_ties(outcome *o) {
   const train_model *model = o->session->model;
   for (int64_t l = 0; l < model->L; l++) {
@@ -161,8 +165,8 @@ static core_status run_steps(outcome *o, data_stream *stream) {
   return CORE_OK;
 }
 
-static core_status run_side(comm_world *world, const char *root, const layout_case *c, const char *const *layout,
-                            outcome *o) {
+static core_status run_side(comm_world *world, const char *root, const layout_case *c,
+                            const char *const *layout, outcome *o) {
   const char *set[16];
   char path[600];
   int32_t count = 0;
@@ -198,8 +202,8 @@ static void free_side(outcome *o) {
 
 static void complain(const char *what, const char *where, double got, double expected) {
   failures++;
-  printf("FAILED on rank %d: %s, %s: %.9g, expected %.9g\n", comm_rank(comm_world_group(job)), where, what, got,
-         expected);
+  printf("FAILED on rank %d: %s, %s: %.9g, expected %.9g\n", comm_rank(comm_world_group(job)), where, what,
+         got, expected);
 }
 
 static void expect_close(const char *what, const char *where, double got, double expected, double tolerance) {
@@ -262,7 +266,8 @@ static void compare(const outcome *got, const outcome *expected, const char *whe
     double grown = step == 0 ? 1 : 50; /* later steps start from parameters that differ in the last bits */
     expect_close("loss", where, a->loss, b->loss, loss_tolerance * grown);
     expect_close("contrastive loss", where, a->contrastive, b->contrastive, loss_tolerance * grown);
-    expect_close("importance loss", where, a->router.importance, b->router.importance, loss_tolerance * grown);
+    expect_close("importance loss", where, a->router.importance, b->router.importance,
+                 loss_tolerance * grown);
     expect_close("load loss", where, a->router.load, b->router.load, loss_tolerance * grown);
     expect_close("z loss", where, a->router.z, b->router.z, loss_tolerance * grown);
     expect_close("local loss", where, a->router.local, b->router.local, loss_tolerance * grown);
@@ -278,15 +283,15 @@ static void compare(const outcome *got, const outcome *expected, const char *whe
 
 /* ---- crossing ---- */
 
-static core_status cross(const char *root, const layout_case *c, const outcome *reference, int e, bool partitioned,
-                         int accumulate) {
+static core_status cross(const char *root, const layout_case *c, const outcome *reference, int e,
+                         bool partitioned, int accumulate) {
   char experts[40], micro[40], where[256];
   int32_t ranks = comm_size(comm_world_group(job));
   outcome got;
   snprintf(experts, sizeof experts, "parallel.experts=%d", e);
   snprintf(micro, sizeof micro, "optimizer.accumulate=%d", accumulate);
-  const char *layout[] = {experts, micro, partitioned ? "parallel.placement=partitioned" : "parallel.placement=shared",
-                          NULL};
+  const char *layout[] = {experts, micro,
+                          partitioned ? "parallel.placement=partitioned" : "parallel.placement=shared", NULL};
   snprintf(where, sizeof where, "%s: %d ranks, expert-parallel %d, %s, %d micro-batches", c->name, ranks, e,
            partitioned ? "partitioned" : "shared", accumulate);
   TRY(run_side(job, root, c, layout, &got));
@@ -324,7 +329,8 @@ static core_status run_case(const char *root, const layout_case *c) {
 
 static core_status write_sets(const char *root) {
   char path[600];
-  test_set_options o = {.modalities = 3, .width = {20, 12, 28}, .samples = SAMPLES, .shards = 3, .labels = true};
+  test_set_options o = {
+      .modalities = 3, .width = {20, 12, 28}, .samples = SAMPLES, .shards = 3, .labels = true};
   o.directory = path;
   o.first_id = 1000;
   o.rows = plain_rows;
