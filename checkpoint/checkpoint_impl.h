@@ -233,7 +233,7 @@ typedef struct ckpt_save {
   ckpt_codec *codec; /* [threads] */
   uint8_t **slot;    /* [2 * threads], CKPT_STORED_BYTES each */
   int32_t threads;
-  bool read_back;     /* compare what the disk holds with what was written */
+  bool past_cache;    /* read back from the disk, not from the page cache */
   core_status status; /* out, with error */
   core_error error;
   ckpt_file file; /* out */

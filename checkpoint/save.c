@@ -122,7 +122,7 @@ static core_status sink_flush(sink *s) {
 }
 
 static core_status sink_append(sink *s, const void *bytes, size_t count) {
-  if (count > SINK - s->used) TRY(sink_flush(s));
+  if (count > SINK - s->used || count > SINK / 2) TRY(sink_flush(s)); /* what goes by itself goes behind it */
   s->offset += (int64_t)count;
   if (count > SINK / 2) return core_file_write(s->fd, s->path, bytes, count);
   memcpy(s->buffer + s->used, bytes, count);
@@ -155,12 +155,12 @@ static core_status write_file(ckpt_save *save, ring *r, sink *s) {
   return CORE_OK;
 }
 
-/* Reads back what was written, past the page cache where the system lets it go: an older checkpoint is
- * removed on the strength of this one. */
+/* Reads back what was written: older checkpoints are removed on the strength of this one. Where nothing older
+ * stays (past_cache), past the page cache, if the system lets it go. */
 static core_status read_back(ckpt_save *save, int fd) {
   int64_t at = (int64_t)sizeof save->header;
   uint8_t *bytes = save->slot[0];
-  (void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+  if (save->past_cache) (void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
   for (int64_t b = 0; b < save->blocks; b++) {
     size_t size = ckpt_entry_bytes(&save->entry[b]);
     TRY(core_file_read_at(fd, save->path, bytes, size, at));
@@ -181,7 +181,7 @@ static core_status save_file(ckpt_save *save) {
   ring_start(&r, save);
   core_status status = write_file(save, &r, &s);
   ring_stop(&r);
-  if (status == CORE_OK && save->read_back) status = read_back(save, s.fd);
+  if (status == CORE_OK) status = read_back(save, s.fd);
   core_error_save(&saved);
   status = core_keep_first(status, &saved, core_file_close(s.fd, s.path));
   TRY(status);

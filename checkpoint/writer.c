@@ -65,7 +65,7 @@ static core_status take_options(ckpt_writer *w, const ckpt_options *options) {
         "zstd level %d: expected %d to %d", w->options.level, ZSTD_minCLevel(), ZSTD_maxCLevel());
   w->save.threads = w->options.threads;
   /* With one checkpoint kept, the old one goes on the strength of the new one alone. */
-  w->save.read_back = w->options.keep == 1;
+  w->save.past_cache = w->options.keep == 1;
   return CORE_OK;
 }
 

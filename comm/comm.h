@@ -77,7 +77,8 @@ CORE_NODISCARD core_status comm_gather_bytes(comm_group *group, int32_t root, co
                                              char **recv, int64_t **offset);
 
 /* Ragged all-to-all: a list of pieces to send and a list to receive. The i-th piece that rank a sends to rank
- * b is received by the i-th piece that b expects from a; their sizes must agree. Zero-byte pieces must be
+ * b is received by the i-th piece that b expects from a; their sizes must agree (ERR_COMM on the receiver
+ * otherwise; ERR_ARGUMENT for a peer outside the group or negative bytes). Zero-byte pieces must be
  * left out on both sides. Pieces of more than 2 GiB are legal. Pieces to oneself are copied. */
 typedef struct comm_piece {
   int32_t peer;

@@ -102,7 +102,10 @@ static int64_t at_most(int64_t value, int64_t limit) {
 data_range train_layout_range(const train_layout *layout, int32_t rank, int32_t m, int64_t micro) {
   int32_t group = rank / layout->expert_ranks, place = rank % layout->expert_ranks - layout->slot_first[m];
   int64_t start = (micro * layout->groups + group) * layout->block;
-  if (place < 0 || place >= layout->slot_count[m]) return (data_range){start, start};
+  if (place < 0 || place >= layout->slot_count[m]) {
+    int64_t nowhere = at_most(start, layout->batch);
+    return (data_range){nowhere, nowhere};
+  }
   int64_t lo = start + layout->block * place / layout->slot_count[m];
   int64_t hi = start + layout->block * (place + 1) / layout->slot_count[m];
   return (data_range){at_most(lo, layout->batch), at_most(hi, layout->batch)};

@@ -442,6 +442,9 @@ static core_status check_parallel(const core_config *config, const train_setting
 core_status train_settings_check(const core_config *config, int32_t ranks) {
   const train_settings *s = core_config_data(config);
   TRY(check_sizes(config, s));
+  if (s->parallel.experts < 1)
+    return core_config_refuse(config, "parallel.experts", "expected at least 1, got %lld",
+                              (long long)s->parallel.experts);
   for (unsigned m = 0; m < s->data.modalities_count; m++) TRY(check_modality(config, s, m));
   TRY(check_model(config, s));
   TRY(check_pairs(config, s));

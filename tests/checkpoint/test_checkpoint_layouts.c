@@ -59,6 +59,31 @@ static void any_layout_loads_at_any_other(void **state) {
   }
 }
 
+/* Stored blocks of every size between a few bytes and more than the writer gathers, one behind the other:
+ * small ones are gathered, large ones are written by themselves, and the order in the file must be that of
+ * the index. */
+static void blocks_of_every_size_keep_their_order(void **state) {
+  enum { SIZES = 48 };
+  const fixture *f = *state;
+  char directory[CKPT_PATH], names[SIZES][16];
+  spec specs[SIZES];
+  fixture_directory(f, "sizes", directory);
+  for (int i = 0; i < SIZES; i++) {
+    int64_t count =
+        i % 3 == 0 ? 40 + i : 5000 * (1 + (i * 7) % SIZES); /* 20 KB to 960 KB of what does not compress */
+    snprintf(names[i], sizeof names[i], "t%02d", i);
+    specs[i] = (spec){names[i], CORE_INT32, 1, {count, 1, 1, 1}};
+  }
+  layout l = layout_make(specs, SIZES, 0, 0, f->rank, f->ranks);
+  ckpt_options options = {.directory = directory};
+  ckpt_writer *writer = NULL;
+  EXPECT_OK(ckpt_writer_create(f->control, &options, l.tensor, l.count, &writer));
+  EXPECT_OK(save_step(f, writer, &l, specs, SIZES, 1, 7));
+  ckpt_writer_destroy(writer);
+  layout_free(&l);
+  assert_int_equal(load_newest(f, directory, specs, SIZES, 7, 7), 1);
+}
+
 /* The same content must have the same hash at 1, 2 and 4 ranks: it is written down here once for all. */
 static void content_hash_is_canonical(void **state) {
   const fixture *f = *state;
@@ -320,6 +345,7 @@ static void nothing_there_is_no_error(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(any_layout_loads_at_any_other),
+      cmocka_unit_test(blocks_of_every_size_keep_their_order),
       cmocka_unit_test(content_hash_is_canonical),
       cmocka_unit_test(content_hash_changes_with_content),
       cmocka_unit_test(odd_ranges_load),

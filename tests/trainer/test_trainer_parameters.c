@@ -1,0 +1,183 @@
+/* Initial values depend on the seed and on names only; experts of a layer lie one after another. */
+#include <math.h>
+#include <stdio.h>
+
+#include "tests/support/test_unit.h"
+#include "trainer/parameter.h"
+
+enum { EXPERTS = 4, ROWS = 6, COLUMNS = 10 };
+
+typedef struct model {
+  train_parameters set;
+  core_arena *arena;
+  int32_t first_expert;
+} model;
+
+static void add(model *m, const char *name, train_scope scope, train_init init, double value,
+                int32_t *index) {
+  train_parameter p = {.rank = 2,
+                       .shape = {ROWS, COLUMNS, 1, 1},
+                       .scope = scope,
+                       .modality = 2,
+                       .init = init,
+                       .init_value = value};
+  int32_t unused;
+  snprintf(p.name, sizeof p.name, "%s", name);
+  assert_ok(train_parameters_add(&m->set, &p, index ? index : &unused));
+}
+
+static void add_experts(model *m, int first, int count) {
+  for (int e = first; e < first + count; e++) {
+    char name[40];
+    snprintf(name, sizeof name, "block.1.expert.%d.in", e);
+    add(m, name, TRAIN_SCOPE_EXPERT, TRAIN_INIT_NORMAL, 0.02, e == first ? &m->first_expert : NULL);
+  }
+}
+
+static void finish(model *m, uint64_t seed, bool training) {
+  train_parameters_place(&m->set);
+  assert_ok(core_arena_create("parameters", NULL, &m->arena));
+  assert_ok(train_parameters_plan(&m->set, m->arena, training));
+  assert_ok(core_arena_commit(m->arena));
+  assert_ok(train_parameters_plan(&m->set, m->arena, training));
+  train_parameters_initialise(&m->set, seed);
+}
+
+static void destroy(model *m) {
+  train_parameters_free(&m->set);
+  core_arena_destroy(m->arena);
+}
+
+/* All experts and both dense parameters, in one order or the other. */
+static model make(uint64_t seed, bool reversed) {
+  model m = {0};
+  if (!reversed) add(&m, "dense.a", TRAIN_SCOPE_WORLD, TRAIN_INIT_NORMAL, 0.5, NULL);
+  if (reversed) add(&m, "head.speech", TRAIN_SCOPE_MODALITY, TRAIN_INIT_NORMAL, 1, NULL);
+  add_experts(&m, 0, EXPERTS);
+  add(&m, "dense.b", TRAIN_SCOPE_WORLD, TRAIN_INIT_NORMAL, 0.5, NULL);
+  if (reversed) add(&m, "dense.a", TRAIN_SCOPE_WORLD, TRAIN_INIT_NORMAL, 0.5, NULL);
+  if (!reversed) add(&m, "head.speech", TRAIN_SCOPE_MODALITY, TRAIN_INIT_NORMAL, 1, NULL);
+  finish(&m, seed, true);
+  return m;
+}
+
+static const core_real *values(const model *m, const char *name) {
+  for (int32_t i = 0; i < m->set.count; i++)
+    if (strcmp(m->set.list[i].name, name) == 0) return train_parameter_value(&m->set, i).data;
+  fail_msg("no parameter %s", name);
+  return NULL;
+}
+
+static bool equal(const model *a, const char *name, const model *b, const char *other) {
+  return memcmp(values(a, name), values(b, other), ROWS * COLUMNS * sizeof(core_real)) == 0;
+}
+
+static void values_depend_on_seed_and_name_only(void **state) {
+  (void)state;
+  model a = make(7, false), b = make(7, true), other = make(8, false), part = {0};
+  add_experts(&part, 2, 2); /* what a rank with the second half of the experts declares */
+  finish(&part, 7, false);
+  static const char *const names[] = {"dense.a", "dense.b", "head.speech", "block.1.expert.0.in",
+                                      "block.1.expert.3.in"};
+  for (int i = 0; i < 5; i++) {
+    assert_true(equal(&a, names[i], &b, names[i]));
+    assert_false(equal(&a, names[i], &other, names[i]));
+  }
+  assert_false(equal(&a, "dense.a", &a, "dense.b"));
+  assert_true(equal(&a, "block.1.expert.3.in", &part, "block.1.expert.3.in"));
+  assert_null(part.set.gradient);
+  destroy(&a);
+  destroy(&b);
+  destroy(&other);
+  destroy(&part);
+}
+
+static void experts_are_one_block(void **state) {
+  (void)state;
+  model m = make(7, false);
+  core_tensor all = train_parameter_values(&m.set, m.first_expert, EXPERTS),
+              gradients = train_parameter_gradients(&m.set, m.first_expert, EXPERTS);
+  assert_int_equal(all.rank, 3);
+  assert_int_equal(all.shape[0], EXPERTS);
+  assert_int_equal(all.shape[1], ROWS);
+  assert_int_equal(all.shape[2], COLUMNS);
+  for (int e = 0; e < EXPERTS; e++) {
+    core_tensor one = train_parameter_value(&m.set, m.first_expert + e);
+    assert_ptr_equal(one.data, (core_real *)all.data + e * ROWS * COLUMNS);
+    assert_ptr_equal(train_parameter_gradient(&m.set, m.first_expert + e).data,
+                     (core_real *)gradients.data + e * ROWS * COLUMNS);
+  }
+  destroy(&m);
+}
+
+static void scopes_are_ranges_that_do_not_overlap(void **state) {
+  (void)state;
+  model m = make(7, true);
+  int64_t in_scope = 0;
+  for (int32_t i = 0; i < m.set.count; i++) {
+    const train_parameter *p = &m.set.list[i];
+    int32_t scope = p->scope == TRAIN_SCOPE_MODALITY ? 2 + p->modality : (int32_t)p->scope;
+    assert_true(p->first >= m.set.scope_first[scope] && p->first + p->count <= m.set.scope_first[scope + 1]);
+    assert_int_equal(p->count, ROWS * COLUMNS);
+    in_scope += p->count;
+    for (int32_t j = 0; j < i; j++) {
+      const train_parameter *q = &m.set.list[j];
+      assert_true(p->first + p->count <= q->first || q->first + q->count <= p->first);
+    }
+  }
+  assert_true(m.set.total >= in_scope && m.set.total < in_scope + 16 * (2 + CORE_MAX_MODALITIES));
+  for (int64_t i = 0; i < m.set.total; i++) /* gaps too: norms run over whole ranges */
+    assert_true(m.set.gradient[i] == 0 && m.set.m[i] == 0 && m.set.v[i] == 0 && isfinite(m.set.value[i]));
+  destroy(&m);
+}
+
+static void kinds_of_initial_values(void **state) {
+  (void)state;
+  model m = {0};
+  add(&m, "zero", TRAIN_SCOPE_WORLD, TRAIN_INIT_ZERO, 9, NULL);
+  add(&m, "one", TRAIN_SCOPE_WORLD, TRAIN_INIT_ONE, 9, NULL);
+  add(&m, "constant", TRAIN_SCOPE_WORLD, TRAIN_INIT_CONSTANT, 2.5, NULL);
+  for (int i = 0; i < 20; i++) {
+    char name[16];
+    snprintf(name, sizeof name, "normal%d", i);
+    add(&m, name, TRAIN_SCOPE_WORLD, TRAIN_INIT_NORMAL, 3, NULL);
+  }
+  finish(&m, 1, true);
+  double mean = 0, square = 0, n = 20 * ROWS * COLUMNS;
+  for (int i = 0; i < ROWS * COLUMNS; i++) {
+    assert_true(values(&m, "zero")[i] == 0);
+    assert_true(values(&m, "one")[i] == 1);
+    assert_true(values(&m, "constant")[i] == (core_real)2.5);
+  }
+  const core_real *normal = values(&m, "normal0"); /* and the nineteen after it */
+  for (int i = 0; i < 20 * ROWS * COLUMNS; i++) {
+    mean += (double)normal[i] / n;
+    square += (double)normal[i] * (double)normal[i] / n;
+  }
+  assert_true(fabs(mean) < 4 * 3 / sqrt(n));
+  assert_true(fabs(square / 9 - 1) < 4 * sqrt(2 / n));
+  destroy(&m);
+}
+
+static void impossible_shapes_are_refused(void **state) {
+  (void)state;
+  train_parameters set = {0};
+  int32_t index;
+  train_parameter p = {.name = "large", .rank = 3, .shape = {1 << 20, 1 << 20, 1 << 20, 1}};
+  assert_error(train_parameters_add(&set, &p, &index), CORE_ERR_ARGUMENT, "'large'");
+  p.shape[1] = 0;
+  assert_error(train_parameters_add(&set, &p, &index), CORE_ERR_ARGUMENT, "has dimension 0");
+  p.shape[1] = -4;
+  assert_error(train_parameters_add(&set, &p, &index), CORE_ERR_ARGUMENT, "has dimension -4");
+  assert_int_equal(set.count, 0);
+  train_parameters_free(&set);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(values_depend_on_seed_and_name_only),   cmocka_unit_test(experts_are_one_block),
+      cmocka_unit_test(scopes_are_ranges_that_do_not_overlap), cmocka_unit_test(kinds_of_initial_values),
+      cmocka_unit_test(impossible_shapes_are_refused),
+  };
+  return cmocka_run_group_tests_name("trainer, parameters", tests, NULL, NULL);
+}
