@@ -1,5 +1,4 @@
 /* antiphon bench: each part against its physical limit. */
-#include <stdio.h>
 #include <string.h>
 
 #include "launcher/bench.h"
@@ -11,7 +10,8 @@ static const struct {
 } benches[] = {
     {"step", launch_bench_step}, {"data", launch_bench_data}, {"checkpoint", launch_bench_checkpoint}};
 
-static core_status dispatch(comm_world *world, const launch_arguments *arguments) {
+static core_status dispatch(comm_world *world, launch_arguments *arguments, int *code) {
+  (void)code;
   for (size_t i = 0; i < sizeof benches / sizeof *benches; i++)
     if (strcmp(arguments->positional[0], benches[i].name) == 0) {
       TRY(benches[i].run(world, arguments));
@@ -22,28 +22,13 @@ static core_status dispatch(comm_world *world, const launch_arguments *arguments
 }
 
 static int run(const launch_command *command, int argc, char **argv) {
-  launch_arguments arguments;
-  comm_world *world = NULL;
-  core_status status = launch_parse(argc, argv, 2, &arguments);
-  if (status == CORE_OK && arguments.help) {
-    printf("%s", command->help);
-    return LAUNCH_DONE;
-  }
-  if (status == CORE_OK && arguments.positional_count < 1)
-    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__, "usage: antiphon bench WHAT");
-  if (status == CORE_OK) status = comm_start(NULL, &world);
-  if (status != CORE_OK) return launch_report(status, false, 0);
-  int32_t rank = comm_rank(comm_world_group(world));
-  status = dispatch(world, &arguments);
-  if (status == CORE_ERR_TIMEOUT || status == CORE_ERR_COMM) comm_fail_stop(world, status);
-  int code = launch_report(status, true, rank);
-  comm_finish(world);
-  return code;
+  return launch_collective(command, argc, argv, 1, 2, dispatch);
 }
 
 const launch_command launch_bench_command = {
     "bench", "measures steps, data and checkpoints against their physical limits",
-    "usage: antiphon bench step [--set key=value]...\n"
+    "usage: antiphon bench step|data|checkpoint [DIRECTORY] [OPTIONS]\n\n"
+    "       antiphon bench step [--set key=value]...\n"
     "       antiphon bench data DIRECTORY [--split NAME]\n"
     "       antiphon bench checkpoint DIRECTORY\n\n"
     "step        tokens/s of a training step on made-up latents, and the ratio of its time to that of its "

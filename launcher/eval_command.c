@@ -80,7 +80,8 @@ static core_status open_checkpoint(comm_world *world, const char *path, ckpt_rea
   return CORE_OK;
 }
 
-static core_status eval(comm_world *world, launch_arguments *arguments) {
+static core_status eval(comm_world *world, launch_arguments *arguments, int *code) {
+  (void)code;
   ckpt_reader *reader = NULL;
   train_state_meta meta = {0};
   char batch[64];
@@ -95,24 +96,7 @@ static core_status eval(comm_world *world, launch_arguments *arguments) {
 }
 
 static int run(const launch_command *command, int argc, char **argv) {
-  launch_arguments arguments;
-  comm_world *world = NULL;
-  core_status status = launch_parse(argc, argv, 2, &arguments);
-  if (status == CORE_OK && arguments.help) {
-    printf("%s", command->help);
-    return LAUNCH_DONE;
-  }
-  if (status == CORE_OK && arguments.positional_count < 1)
-    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__,
-                              "usage: antiphon eval CHECKPOINT [DATA]");
-  if (status == CORE_OK) status = comm_start(NULL, &world);
-  if (status != CORE_OK) return launch_report(status, false, 0);
-  int32_t rank = comm_rank(comm_world_group(world));
-  status = eval(world, &arguments);
-  if (status == CORE_ERR_TIMEOUT || status == CORE_ERR_COMM) comm_fail_stop(world, status);
-  int code = launch_report(status, true, rank);
-  comm_finish(world);
-  return code;
+  return launch_collective(command, argc, argv, 1, 2, eval);
 }
 
 const launch_command launch_eval_command = {

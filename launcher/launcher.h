@@ -35,6 +35,13 @@ CORE_NODISCARD core_status launch_parse(int argc, char **argv, int most_position
 /* Prints the record for a person: the message, then what to do; frames with ANTIPHON_TRACE=1. Rank 0 speaks
  * for all when `agreed`. Returns the exit status. */
 int launch_report(core_status status, bool agreed, int32_t rank);
+/* What a subcommand does once communication is up. *code: exit status when nothing fails, LAUNCH_DONE on
+ * entry. */
+typedef core_status (*launch_body)(comm_world *world, launch_arguments *arguments, int *code);
+/* The frame of a subcommand that runs on all ranks: parses (least to most positional arguments), answers
+ * --help, starts communication, runs the body, reports, ends. Returns the exit status. */
+int launch_collective(const launch_command *command, int argc, char **argv, int least, int most,
+                      launch_body body);
 /* Loads a configuration on every rank and agrees that it is the same one. text: NULL to read `path`.
  * Collective. */
 CORE_NODISCARD core_status launch_config(comm_world *world, const char *path, const char *text,

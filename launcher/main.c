@@ -62,6 +62,35 @@ core_status launch_config(comm_world *world, const char *path, const char *text,
   return CORE_OK;
 }
 
+/* The first line of a command's help is its usage. */
+static core_status check_usage(const launch_command *command, const launch_arguments *arguments, int least) {
+  int usage = (int)strcspn(command->help, "\n");
+  CHECK(arguments->positional_count >= least, CORE_ERR_USAGE, "%.*s", usage, command->help);
+  return CORE_OK;
+}
+
+int launch_collective(const launch_command *command, int argc, char **argv, int least, int most,
+                      launch_body body) {
+  launch_arguments arguments;
+  comm_world *world = NULL;
+  core_status status = launch_parse(argc, argv, most, &arguments);
+  if (status == CORE_OK && arguments.help) {
+    printf("%s", command->help);
+    return LAUNCH_DONE;
+  }
+  if (status == CORE_OK) status = check_usage(command, &arguments, least);
+  if (status == CORE_OK) status = comm_start(NULL, &world);
+  if (status != CORE_OK) return launch_report(status, false, 0);
+  int code = LAUNCH_DONE;
+  int32_t rank = comm_rank(comm_world_group(world));
+  status = body(world, &arguments, &code);
+  /* After a deadline or a broken connection MPI cannot be ended in order. */
+  if (status == CORE_ERR_TIMEOUT || status == CORE_ERR_COMM) comm_fail_stop(world, status);
+  if (status != CORE_OK) code = launch_report(status, true, rank);
+  comm_finish(world);
+  return code;
+}
+
 static void print_help(FILE *out) {
   fprintf(
       out,

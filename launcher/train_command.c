@@ -1,42 +1,22 @@
 /* antiphon train */
-#include <stdio.h>
-
 #include "launcher/launcher.h"
 #include "trainer/run.h"
 
-static core_status train(comm_world *world, const launch_arguments *arguments, train_outcome *outcome) {
+static core_status train(comm_world *world, launch_arguments *arguments, int *code) {
   core_config *config = NULL;
+  train_outcome outcome = TRAIN_FINISHED;
   TRY(launch_config(world, arguments->positional[0], NULL, arguments, &config));
   train_run_options options = {
       .config = config, .comm = world, .resume = arguments->resume ? arguments->resume : "auto"};
-  core_status status = train_run(&options, outcome);
+  core_status status = train_run(&options, &outcome);
   core_config_destroy(config);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  if (outcome == TRAIN_STOPPED) *code = LAUNCH_STOPPED;
   return CORE_OK;
 }
 
 static int run(const launch_command *command, int argc, char **argv) {
-  launch_arguments arguments;
-  comm_world *world = NULL;
-  core_status status = launch_parse(argc, argv, 1, &arguments);
-  if (status == CORE_OK && arguments.help) {
-    printf("%s", command->help);
-    return LAUNCH_DONE;
-  }
-  if (status == CORE_OK && arguments.positional_count != 1)
-    status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__,
-                              "usage: antiphon train CONFIG [OPTIONS]");
-  if (status != CORE_OK) return launch_report(status, false, 0);
-  status = comm_start(NULL, &world);
-  if (status != CORE_OK) return launch_report(status, false, 0);
-  train_outcome outcome = TRAIN_FINISHED;
-  int32_t rank = comm_rank(comm_world_group(world));
-  status = train(world, &arguments, &outcome);
-  /* After a deadline or a broken connection MPI cannot be ended in order. */
-  if (status == CORE_ERR_TIMEOUT || status == CORE_ERR_COMM) comm_fail_stop(world, status);
-  int code = launch_report(status, true, rank);
-  comm_finish(world);
-  return code == LAUNCH_DONE && outcome == TRAIN_STOPPED ? LAUNCH_STOPPED : code;
+  return launch_collective(command, argc, argv, 1, 1, train);
 }
 
 const launch_command launch_train_command = {
