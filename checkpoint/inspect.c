@@ -52,6 +52,7 @@ static double raw_bytes(const ckpt_manifest *m) {
 
 /* Texts of several lines (a configuration) are indented under their name. */
 static void describe_text(const char *name, const char *text, FILE *out) {
+  if (text == NULL) return;
   bool lines = strchr(text, '\n') != NULL;
   fprintf(out, "%s%s", name, lines ? "\n    " : ": ");
   for (; *text; text++) {
@@ -63,9 +64,12 @@ static void describe_text(const char *name, const char *text, FILE *out) {
 
 static void describe_meta(const char *meta, FILE *out) {
   cJSON *object = cJSON_Parse(meta), *field = NULL;
-  cJSON_ArrayForEach(field, object) if (cJSON_IsString(field))
-      describe_text(field->string, field->valuestring, out);
-  if (object == NULL) fprintf(out, "meta %s\n", meta);
+  if (!cJSON_IsObject(object)) fprintf(out, "meta %s\n", meta);
+  cJSON_ArrayForEach(field, object) {
+    char *other = cJSON_IsString(field) ? NULL : cJSON_PrintUnformatted(field);
+    describe_text(field->string ? field->string : "meta", other ? other : cJSON_GetStringValue(field), out);
+    cJSON_free(other);
+  }
   cJSON_Delete(object);
 }
 

@@ -358,8 +358,9 @@ static void describe_and_verify_say_what_is_there(void **state) {
   EXPECT_OK(ckpt_describe(v.path, out));
   EXPECT_OK(ckpt_verify(v.path, out));
   fclose(out);
-  const char *const expected[] = {"step 3, 5 tensors", "{\"generation\": 11}",      "position", "[4, 5]",
-                                  "bfloat16",          "rank-00000.ckpt: 5 blocks", "sound"};
+  const char *const expected[] = {
+      "step 3, 5 tensors",         "generation: 11", "position", "[4, 5]", "bfloat16",
+      "rank-00000.ckpt: 5 blocks", "sound"};
   for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) assert_non_null(strstr(text, expected[i]));
   free(text);
   spit(v.manifest_path, "{\"format\":\"another\"}", 20);
