@@ -1,0 +1,26 @@
+# What the plan says of memory is what the process takes, within 10 %, where activations dominate.
+. "$(dirname "$0")/lib.sh"
+
+measure() { # RANKS [--set ...]
+  ranks=$1
+  shift
+  rm -rf "$work/run"
+  run "$ranks" train "$work/config.yaml" "$@"
+  expect_status 0
+  planned=$(sed -n 's/.*planned memory of rank 0: \([0-9.]*\) MiB.*/\1/p' "$work/err")
+  peak=$(sed -n 's/.*peak memory of rank 0: \([0-9.]*\) MiB.*/\1/p' "$work/err")
+  note "$what: planned $planned MiB, peak $peak MiB"
+  awk -v a="$planned" -v b="$peak" 'BEGIN {exit !(a > 300 && b > 0.9 * a && b < 1.1 * a)}' ||
+    fail "expected a peak within 10 % of the planned $planned MiB, got $peak MiB"
+}
+
+prepare samples=256 shards=1 rows=64 image=64 text=64
+sets="--set run.steps=3 --set optimizer.batch=128 --set model.width=128 --set model.heads=4 --set model.hidden=256
+  --set model.layers=4 --set data.modalities.image.length=64 --set data.modalities.text.length=64"
+what="one rank"
+measure 1 $sets
+what="one rank, top 2, capacity"
+measure 1 $sets --set model.moe.choose=2 --set model.moe.dispatch=capacity
+what="two ranks"
+measure 2 $sets --set parallel.experts=2 --set optimizer.batch=256
+finish

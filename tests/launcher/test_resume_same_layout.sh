@@ -1,0 +1,57 @@
+# Resume on one layout: N + M steps equal N steps, save, load, M steps, bit for bit.
+. "$(dirname "$0")/lib.sh"
+
+# resume_equals NAME RANKS N M [--set ...]: the uninterrupted run saves step N on its way.
+resume_equals() {
+  what=$1 ranks=$2 first=$3 last=$(($3 + $4))
+  shift 4
+  note "$what: $ranks ranks, steps $first + $((last - first))"
+  rm -rf "$work/run" "$work/cut" "$work/other"
+  run "$ranks" train "$work/config.yaml" --set run.steps=$last --set checkpoint.interval="$first" "$@"
+  expect_status 0
+  whole=$(content "$(step_path "$work/run" $last)")
+  [ -n "$whole" ] || fail "expected a checkpoint of step $last"
+  metrics "$work/run" "$work/expected"
+
+  # From a path, into another run directory
+  run "$ranks" train "$work/config.yaml" --set run.steps=$last --set checkpoint.interval="$first" "$@" \
+    --resume "$(step_path "$work/run" "$first")" --set run.directory="$work/other"
+  expect_status 0
+  expect_text "$work/err" "resumed at step $first"
+  expect_equal "content after --resume PATH" "$whole" "$(content "$(step_path "$work/other" $last)")"
+  expect_steps "$work/other" $last $((first + 1))
+  sed "1,${first}d" "$work/expected" >"$work/later"
+  metrics "$work/other" "$work/got"
+  expect_same_file "metrics after --resume PATH" "$work/later" "$work/got"
+
+  # By itself, in a run directory whose metrics go on beyond the checkpoint, as after a kill
+  mv "$(step_path "$work/run" "$first")" "$work/kept"
+  rm -rf "$work/run/checkpoints"/step-*
+  mv "$work/kept" "$(step_path "$work/run" "$first")"
+  printf '{"step":%s,"epoch":0,"torn' $((last + 1)) >>"$work/run/metrics.jsonl"
+  run "$ranks" train "$work/config.yaml" --set run.steps=$last --set checkpoint.interval="$first" "$@"
+  expect_status 0
+  expect_text "$work/err" "resumed at step $first"
+  expect_equal "content after automatic resume" "$whole" "$(content "$(step_path "$work/run" $last)")"
+  metrics "$work/run" "$work/got"
+  expect_same_file "metrics after automatic resume" "$work/expected" "$work/got"
+  expect_steps "$work/run" $last
+}
+
+prepare samples=45 absent=5
+# 45 samples, batches of 8: step 6 takes the last 5 of epoch 0 and the first 3 of epoch 1.
+resume_equals "inside an epoch" 1 3 2
+resume_equals "across the end of an epoch, two threads" 1 5 9 --set run.threads=2
+resume_equals "many epochs, saved in the middle of a batch's epoch" 1 17 20
+resume_equals "accumulation" 1 5 4 --set optimizer.accumulate=2
+resume_equals "capacity" 1 5 4 --set model.moe.dispatch=capacity --set model.moe.choose=2
+resume_equals "experts over ranks, shared" 2 5 4 --set parallel.experts=2
+resume_equals "experts over ranks, partitioned" 2 5 4 --set parallel.experts=2 --set parallel.placement=partitioned
+resume_equals "replicas and accumulation" 2 5 4 --set optimizer.accumulate=2
+
+rm -rf "$work/data"
+prepare samples=48
+resume_equals "exactly at the end of an epoch" 1 6 7
+resume_equals "exactly at the end of an epoch, partitioned" 2 6 7 \
+  --set parallel.experts=2 --set parallel.placement=partitioned
+finish
