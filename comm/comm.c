@@ -122,8 +122,10 @@ void comm_fail_stop(comm_world *world, core_status status) {
   char text[4096];
   core_error_save(&error);
   error.code = status;
-  core_error_format(&error, true, text, sizeof text);
+  const char *trace = getenv("ANTIPHON_TRACE"); /* the file has the frames in any case */
+  core_error_format(&error, trace && trace[0] == '1', text, sizeof text);
   LOG_ERROR("%s", text);
+  core_error_format(&error, true, text, sizeof text);
   write_error_file(world, &error, text);
   if (world->mpi) comm_mpi_abort_priv();
   exit(1);

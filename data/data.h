@@ -91,9 +91,15 @@ uint64_t data_set_fingerprint(const data_set *set);
 int64_t data_set_most_rows(const data_set *set, int32_t m, int64_t samples);
 bool data_set_has_labels(const data_set *set);
 
+/* Called now and then in a long operation; a failure ends it. */
+typedef core_status (*data_tick)(void *context);
+
 /* Per-feature mean and population standard deviation of modality m over all rows, in double, fixed order;
- * reads everything once. mean, deviation: double [width]. */
-CORE_NODISCARD core_status data_set_moments(data_set *set, int32_t m, double *mean, double *deviation);
+ * reads everything once. mean, deviation: double [width]. tick (NULL: none) is called data_set_moment_steps
+ * times, so that ranks that wait for this one can wait for steps of a few MiB and not for a whole set. */
+CORE_NODISCARD core_status data_set_moments(data_set *set, int32_t m, data_tick tick, void *context,
+                                            double *mean, double *deviation);
+int64_t data_set_moment_steps(const data_set *set, int32_t m);
 
 /* ---- order: pure functions ---- */
 

@@ -68,7 +68,12 @@ static int64_t batch_samples(const data_set *set, int32_t m) {
   return samples < (double)set->samples ? (int64_t)samples : set->samples;
 }
 
-static core_status stream_rows(data_set *set, int32_t m, moments *sums) {
+int64_t data_set_moment_steps(const data_set *set, int32_t m) {
+  const int64_t batch = batch_samples(set, m);
+  return (set->samples + batch - 1) / batch;
+}
+
+static core_status stream_rows(data_set *set, int32_t m, data_tick tick, void *context, moments *sums) {
   data_range range[CORE_MAX_MODALITIES] = {0};
   const long processors = sysconf(_SC_NPROCESSORS_ONLN);
   data_stream *stream = NULL;
@@ -83,13 +88,15 @@ static core_status stream_rows(data_set *set, int32_t m, moments *sums) {
     if (status != CORE_OK || batch == NULL) break;
     add_part(sums, &batch->part[m]);
     data_stream_put(stream, batch);
+    if (tick != NULL) status = tick(context);
   }
   data_stream_close(stream);
   TRY(status);
   return CORE_OK;
 }
 
-core_status data_set_moments(data_set *set, int32_t m, double *mean, double *deviation) {
+core_status data_set_moments(data_set *set, int32_t m, data_tick tick, void *context, double *mean,
+                             double *deviation) {
   CHECK(m >= 0 && m < set->modalities, CORE_ERR_ARGUMENT, "modality %d of a set of %d", m, set->modalities);
   const int64_t width = set->info[m].width;
   moments sums = {.width = width, .mean = mean, .square = deviation};
@@ -100,7 +107,7 @@ core_status data_set_moments(data_set *set, int32_t m, double *mean, double *dev
   sums.second = scratch + 2 * width;
   sums.row = (float *)(void *)(scratch + 3 * width);
   for (int64_t c = 0; c < width; ++c) mean[c] = deviation[c] = 0;
-  const core_status status = stream_rows(set, m, &sums);
+  const core_status status = stream_rows(set, m, tick, context, &sums);
   free(scratch);
   TRY(status);
   for (int64_t c = 0; c < width && sums.rows > 0; ++c)

@@ -38,16 +38,29 @@ core_status launch_parse(int argc, char **argv, int most_positional, launch_argu
   return CORE_OK;
 }
 
+/* Before communication is up: whether this process is the first of its job, as the starter says. */
+static bool is_first(void) {
+  static const char *const names[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"};
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    const char *rank = getenv(names[i]);
+    if (rank) return strcmp(rank, "0") == 0;
+  }
+  return true;
+}
+
 int launch_report(core_status status, bool agreed, int32_t rank) {
   char text[8192];
   if (status == CORE_OK) return LAUNCH_DONE;
-  if (!agreed || rank == 0) {
+  if (status == CORE_ERR_STOPPED) {
+    if (rank == 0) LOG_INFO("stopped on request before the first step");
+    return LAUNCH_STOPPED;
+  }
+  if (agreed ? rank == 0 : is_first()) {
     const char *trace = getenv("ANTIPHON_TRACE");
     core_error_format(core_error_get(), trace && trace[0] == '1', text, sizeof text);
     LOG_ERROR("%s", text);
   }
-  if (status == CORE_ERR_USAGE) return LAUNCH_USAGE;
-  return status == CORE_ERR_STOPPED ? LAUNCH_STOPPED : LAUNCH_FAILED;
+  return status == CORE_ERR_USAGE ? LAUNCH_USAGE : LAUNCH_FAILED;
 }
 
 core_status launch_config(comm_world *world, const char *path, const char *text,
@@ -109,7 +122,7 @@ static void print_help(FILE *out) {
 
 int main(int argc, char **argv) {
   if (argc < 2) {
-    print_help(stderr);
+    if (is_first()) print_help(stderr);
     return LAUNCH_USAGE;
   }
   if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
@@ -124,6 +137,6 @@ int main(int argc, char **argv) {
   if (status != CORE_OK) return launch_report(status, false, 0);
   for (int i = 0; i < COMMANDS; i++)
     if (strcmp(argv[1], commands[i]->name) == 0) return commands[i]->run(commands[i], argc - 1, argv + 1);
-  fprintf(stderr, "error: there is no command '%s'; `antiphon --help` lists them\n", argv[1]);
+  if (is_first()) fprintf(stderr, "error: there is no command '%s'; `antiphon --help` lists them\n", argv[1]);
   return LAUNCH_USAGE;
 }

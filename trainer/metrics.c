@@ -200,6 +200,15 @@ core_status train_metrics_evaluation(train_metrics *w, int64_t step, const train
 
 /* ---- opening ---- */
 
+/* A line of a later step, or an evaluation of this one, which will be made again. */
+static bool is_later(const char *line, const char *end, int64_t step) {
+  char *after = NULL;
+  if (strncmp(line, "{\"step\":", 8) != 0) return true;
+  int64_t its = strtoll(line + 8, &after, 10);
+  bool evaluation = after + 14 < end && strncmp(after, ",\"evaluation\":", 14) == 0;
+  return its > step || (evaluation && its >= step);
+}
+
 /* Keeps the lines of steps up to `step`; a torn last line goes too. */
 static core_status cut_after(const char *path, int64_t step) {
   char *text = NULL;
@@ -207,7 +216,7 @@ static core_status cut_after(const char *path, int64_t step) {
   if (!core_file_exists(path)) return CORE_OK;
   TRY(core_file_read_all(path, (int64_t)1 << 40, &text, &count));
   for (char *line = text, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
-    if (strncmp(line, "{\"step\":", 8) != 0 || strtoll(line + 8, NULL, 10) > step) continue;
+    if (is_later(line, end, step)) continue;
     memmove(text + kept, line, (size_t)(end + 1 - line));
     kept += end + 1 - line;
   }

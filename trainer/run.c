@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h> /* PATH_MAX */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,9 +59,6 @@ static core_status take_directory(run *r) {
          r->directory);
   snprintf(path, sizeof path, "%s/log.txt", r->directory);
   TRY(core_log_open(path));
-  snprintf(path, sizeof path, "%s/config.yaml", r->directory);
-  const char *text = core_config_text(r->env->config);
-  TRY(core_file_replace(path, text, strlen(text)));
   return CORE_OK;
 }
 
@@ -101,26 +99,59 @@ static core_status load(run *r, ckpt_reader *reader) {
   return CORE_OK;
 }
 
-static core_status start_or_resume(run *r, const char *resume) {
-  ckpt_reader *reader = NULL;
-  bool automatic = strcmp(resume, "auto") == 0, never = strcmp(resume, "never") == 0;
-  if (automatic || never)
-    TRY(ckpt_reader_newest(r->env->control, r->checkpoints, &reader));
-  else
-    TRY(ckpt_reader_open(r->env->control, resume, &reader));
-  if (reader && never) {
-    ckpt_reader_close(reader);
-    FAIL(CORE_ERR_ARGUMENT, "%s already holds checkpoints; use --resume auto, or another run.directory",
-         r->checkpoints);
-  }
-  if (!reader) {
-    TRY(train_session_standardise(r->session));
+static bool same_place(const char *checkpoint, const char *directory) {
+  char one[PATH_MAX], other[PATH_MAX];
+  if (!realpath(checkpoint, one) || !realpath(directory, other)) return false;
+  char *slash = strrchr(one, '/');
+  if (slash) *slash = '\0';
+  return strcmp(one, other) == 0;
+}
+
+/* Chooses between the run's own newest checkpoint and the one asked for by path. Going back inside a run
+ * would leave later checkpoints that the next start would prefer: refused. A checkpoint from elsewhere is
+ * where a run starts from; once it has checkpoints of its own it goes on from those, so that a restarted job
+ * is not thrown back. */
+static core_status choose(const run *r, const char *path, ckpt_reader **own) {
+  ckpt_reader *asked = NULL;
+  TRY(ckpt_reader_open(r->env->control, path, &asked));
+  int32_t inside = same_place(path, r->checkpoints);
+  TRY(comm_broadcast(r->env->control, 0, &inside, sizeof inside));
+  if (*own && !inside) {
+    LOG_INFO("%s already holds checkpoints and goes on from them, not from %s", r->checkpoints, path);
+    ckpt_reader_close(asked);
     return CORE_OK;
   }
-  core_status status = load(r, reader);
+  bool back = *own && ckpt_reader_step(asked) < ckpt_reader_step(*own);
+  int64_t newest = *own ? ckpt_reader_step(*own) : 0;
+  ckpt_reader_close(*own);
+  *own = asked;
+  if (back)
+    FAIL(CORE_ERR_ARGUMENT,
+         "%s holds later checkpoints, the newest step-%08lld; remove them, or resume %s in another run.directory",
+         r->checkpoints, (long long)newest, path);
+  return CORE_OK;
+}
+
+static core_status find_checkpoint(const run *r, const char *resume, ckpt_reader **reader) {
+  TRY(ckpt_reader_newest(r->env->control, r->checkpoints, reader));
+  if (strcmp(resume, "auto") == 0) return CORE_OK;
+  if (strcmp(resume, "never") != 0) {
+    TRY(choose(r, resume, reader));
+    return CORE_OK;
+  }
+  CHECK(!*reader, CORE_ERR_ARGUMENT,
+        "%s already holds checkpoints; use --resume auto, or another run.directory", r->checkpoints);
+  return CORE_OK;
+}
+
+static core_status start_or_resume(run *r, const char *resume) {
+  ckpt_reader *reader = NULL;
+  core_status status = find_checkpoint(r, resume, &reader);
+  if (status == CORE_OK) status = reader ? load(r, reader) : train_session_standardise(r->session);
+  if (status == CORE_OK && reader && same_place(ckpt_reader_path(reader), r->checkpoints))
+    r->saved_step = r->env->step;
   ckpt_reader_close(reader);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
-  r->saved_step = automatic ? r->env->step : -1;
   return CORE_OK;
 }
 
@@ -151,10 +182,7 @@ static core_status commit_save(run *r) {
   comm_note(r->env->comm, r->env->step, -1, "checkpoint");
   core_status status = ckpt_writer_commit(r->writer);
   r->save_seconds += core_clock_now() - start;
-  if (status != CORE_OK) {
-    r->saved_step = -1;
-    return core_error_trace(status, __func__, __FILE__, __LINE__);
-  }
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   ckpt_figures figures;
   ckpt_writer_figures(r->writer, &figures);
   LOG_INFO("saved %s/step-%08lld (%.1f MiB of this rank, %.2f s in the background)", r->checkpoints,
@@ -163,16 +191,16 @@ static core_status commit_save(run *r) {
 }
 
 /* A save that fails does not stop training: the previous checkpoint is still there. */
-static void warn_save(run *r, core_status status) {
+static void warn_save(run *r, int64_t step, core_status status) {
   if (status == CORE_OK) return;
   LOG_WARNING("the checkpoint of step %lld failed, training goes on; the previous one is kept: %s",
-              (long long)r->env->step, core_error_get()->message);
+              (long long)step, core_error_get()->message);
   r->saved_step = -1;
 }
 
 /* Now and to the end; used when the run ends. */
 static core_status save_now(run *r) {
-  if (ckpt_writer_busy(r->writer)) warn_save(r, commit_save(r));
+  if (ckpt_writer_busy(r->writer)) warn_save(r, r->saved_step, commit_save(r));
   if (r->saved_step == r->env->step) return CORE_OK;
   TRY(begin_save(r));
   TRY(commit_save(r));
@@ -246,9 +274,7 @@ static core_status judge(run *r, const train_report *report) {
   bool stop =
       r->settings->run.non_finite == TRAIN_NON_FINITE_STOP || r->failures >= r->settings->run.failures;
   CHECK(!stop, CORE_ERR_NON_FINITE,
-        "step %lld: loss %g, gradient norm %g; nothing was updated (%lld such steps in a row). The last "
-        "checkpoint "
-        "holds the state before",
+        "step %lld: loss %g, gradient norm %g; nothing was updated (%lld such steps in a row)",
         (long long)report->step, report->loss, report->norm, (long long)r->failures);
   LOG_WARNING("step %lld: loss %g, gradient norm %g: the step is skipped", (long long)report->step,
               report->loss, report->norm);
@@ -286,16 +312,31 @@ static core_status do_step(run *r, data_batch *batch, double started) {
   return CORE_OK;
 }
 
+static bool evaluation_due(const run *r) {
+  int64_t step = r->env->step, interval = r->settings->evaluate.interval;
+  return interval > 0 && step > 0 && step % interval == 0 && step < r->settings->run.steps;
+}
+
 static core_status save_and_evaluate_when_due(run *r) {
   const train_settings *s = r->settings;
   int64_t step = r->env->step;
   if (s->checkpoint.interval > 0 && step % s->checkpoint.interval == 0 && step < s->run.steps) {
-    if (ckpt_writer_busy(r->writer)) warn_save(r, commit_save(r));
-    warn_save(r, begin_save(r));
+    if (ckpt_writer_busy(r->writer)) warn_save(r, r->saved_step, commit_save(r));
+    warn_save(r, r->env->step, begin_save(r));
   }
-  if (s->evaluate.interval > 0 && step % s->evaluate.interval == 0 && step < s->run.steps)
-    TRY(evaluate(r, false));
+  if (evaluation_due(r)) TRY(evaluate(r, false));
   return CORE_OK;
+}
+
+/* An agreed error ends the run; a checkpoint that is being written is still worth having. */
+static core_status end_with(run *r, core_status status) {
+  core_error saved;
+  core_error_save(&saved);
+  bool whole =
+      status != CORE_ERR_TIMEOUT && status != CORE_ERR_COMM; /* the ranks still understand one another */
+  if (whole && ckpt_writer_busy(r->writer)) warn_save(r, r->saved_step, commit_save(r));
+  (void)core_error_restore(&saved);
+  return core_error_trace(status, __func__, __FILE__, __LINE__);
 }
 
 static core_status loop(run *r, train_outcome *outcome) {
@@ -303,6 +344,10 @@ static core_status loop(run *r, train_outcome *outcome) {
   r->started = core_clock_now();
   r->first_step = env->step;
   *outcome = TRAIN_FINISHED;
+  /* The evaluation of the resumed step may have been interrupted; its line was cut from the metrics. */
+  core_status again = evaluation_due(r) ? evaluate(r, false) : CORE_OK;
+  if (again != CORE_OK && again != CORE_ERR_STOPPED)
+    return core_error_trace(again, __func__, __FILE__, __LINE__);
   while (env->step < r->settings->run.steps) {
     double started = core_clock_now();
     data_batch *batch = NULL;
@@ -311,10 +356,11 @@ static core_status loop(run *r, train_outcome *outcome) {
     core_status status = data_stream_get(r->stream, &batch);
     r->waited = core_clock_now() - started;
     status = agree(r, status, &agreed);
-    if (status == CORE_OK && agreed.saved && ckpt_writer_busy(r->writer)) warn_save(r, commit_save(r));
+    if (status == CORE_OK && agreed.saved && ckpt_writer_busy(r->writer))
+      warn_save(r, r->saved_step, commit_save(r));
     if (status == CORE_OK && !agreed.stop) status = do_step(r, batch, started);
     if (batch) data_stream_put(r->stream, batch);
-    if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+    if (status != CORE_OK) return end_with(r, status);
     if (agreed.stop) {
       *outcome = TRAIN_STOPPED;
       return CORE_OK;
@@ -358,7 +404,17 @@ static core_status describe(run *r) {
   return CORE_OK;
 }
 
+/* Once it is certain that this run goes on here: a refused start must leave the directory as it was. */
+static core_status write_config(const run *r) {
+  char path[PATH + 32];
+  snprintf(path, sizeof path, "%s/config.yaml", r->directory);
+  const char *text = core_config_text(r->env->config);
+  TRY(core_file_replace(path, text, strlen(text)));
+  return CORE_OK;
+}
+
 static core_status open_local(run *r) {
+  if (comm_rank(r->env->world) == 0) TRY(write_config(r));
   if (comm_rank(r->env->world) == 0)
     TRY(train_metrics_open(r->directory, r->env->step, r->session->model, &r->metrics));
   TRY(train_session_stream(r->session, r->session->training, &r->env->layout, &r->position, true,

@@ -250,10 +250,16 @@ void train_session_close(train_session *session) {
 
 /* ---- standardisation ---- */
 
+/* One step of a long measurement is done: the ranks that wait learn it, and the deadline begins anew. */
+static core_status step_done(void *session) {
+  TRY(comm_agree(((train_session *)session)->env.control, CORE_OK));
+  return CORE_OK;
+}
+
 static core_status measure(train_session *session, int32_t m, double *shift, double *scale) {
   int64_t width = session->model->limits.width[m];
   int normalize = session->env.settings->data.modalities[m].normalize;
-  TRY(data_set_moments(session->training, m, shift, scale));
+  TRY(data_set_moments(session->training, m, step_done, session, shift, scale));
   double square = 0;
   for (int64_t d = 0; d < width; d++) square += (shift[d] * shift[d] + scale[d] * scale[d]) / (double)width;
   for (int64_t d = 0; d < width; d++) {
@@ -261,6 +267,13 @@ static core_status measure(train_session *session, int32_t m, double *shift, dou
     if (normalize == TRAIN_NORMALIZE_RMS) shift[d] = 0;
     scale[d] = deviation > 0 ? 1 / deviation : 1; /* a constant feature becomes 0 */
   }
+  return CORE_OK;
+}
+
+/* The other side of step_done. */
+static core_status wait_for_steps(train_session *session, int32_t m) {
+  int64_t steps = data_set_moment_steps(session->training, m);
+  for (int64_t i = 0; i < steps; i++) TRY(comm_agree(session->env.control, CORE_OK));
   return CORE_OK;
 }
 
@@ -275,19 +288,27 @@ static void take_standardisation(train_session *session, int32_t m, const double
   }
 }
 
-/* The ranks share the modalities out: rank m mod W reads modality m. */
+/* The ranks share the modalities out: rank m mod W reads modality m. A failure of the reader between its
+ * steps meets the others where they wait for the next one, or for the end. */
 static core_status standardise_one(train_session *session, int32_t m, double *shift, double *scale) {
   train_env *env = &session->env;
   int64_t width = session->model->limits.width[m];
   int32_t reader = m % comm_size(env->world);
-  core_status status = CORE_OK;
   for (int64_t d = 0; d < width; d++) {
     shift[d] = 0;
     scale[d] = 1;
   }
-  if (env->settings->data.modalities[m].normalize != TRAIN_NORMALIZE_NONE && comm_rank(env->world) == reader)
-    status = measure(session, m, shift, scale);
-  TRY(comm_agree(env->control, status));
+  if (env->settings->data.modalities[m].normalize != TRAIN_NORMALIZE_NONE) {
+    core_status status;
+    if (comm_rank(env->world) == reader) {
+      status = measure(session, m, shift, scale);
+      status = comm_agree(env->control, status);
+    } else {
+      status = wait_for_steps(session, m);
+      if (status == CORE_OK) status = comm_agree(env->control, CORE_OK);
+    }
+    if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  }
   TRY(comm_broadcast(env->world, reader, shift, (size_t)width * sizeof *shift));
   TRY(comm_broadcast(env->world, reader, scale, (size_t)width * sizeof *scale));
   take_standardisation(session, m, shift, scale);

@@ -442,6 +442,12 @@ static core_status check_parallel(const core_config *config, const train_setting
 core_status train_settings_check(const core_config *config, int32_t ranks) {
   const train_settings *s = core_config_data(config);
   TRY(check_sizes(config, s));
+  const char *device = s->run.device;
+  if (strcmp(device, "auto") != 0 && strcmp(device, "cpu") != 0 && strcmp(device, "cuda") != 0)
+    return core_config_refuse(config, "run.device", "expected one of: auto, cpu, cuda, got '%s'", device);
+  if (s->run.directory[0] == '\0' || strlen(s->run.directory) > 900)
+    return core_config_refuse(config, "run.directory",
+                              "expected the name of a directory, of at most 900 bytes");
   if (s->parallel.experts < 1)
     return core_config_refuse(config, "parallel.experts", "expected at least 1, got %lld",
                               (long long)s->parallel.experts);
