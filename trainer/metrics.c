@@ -1,6 +1,7 @@
 /* The writer is a buffer and a few put_ functions: a JSON library would allocate in every step. */
 #include "trainer/metrics.h"
 
+#include <errno.h>
 #include <fcntl.h> /* O_APPEND */
 #include <inttypes.h>
 #include <math.h>
@@ -209,20 +210,26 @@ static bool is_later(const char *line, const char *end, int64_t step) {
   return its > step || (evaluation && its >= step);
 }
 
-/* Keeps the lines of steps up to `step`; a torn last line goes too. */
+/* Where the first line begins that does not stay; lines are in the order of their steps, so none stays behind
+ * it. A torn last line does not stay either. */
+static int64_t kept_bytes(FILE *file, int64_t step) {
+  char *line = NULL;
+  size_t capacity = 0;
+  int64_t kept = 0;
+  for (ssize_t length; (length = getline(&line, &capacity, file)) > 0; kept += length)
+    if (line[length - 1] != '\n' || is_later(line, line + length, step)) break;
+  free(line);
+  return kept;
+}
+
 static core_status cut_after(const char *path, int64_t step) {
-  char *text = NULL;
-  int64_t count = 0, kept = 0;
-  if (!core_file_exists(path)) return CORE_OK;
-  TRY(core_file_read_all(path, (int64_t)1 << 40, &text, &count));
-  for (char *line = text, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
-    if (is_later(line, end, step)) continue;
-    memmove(text + kept, line, (size_t)(end + 1 - line));
-    kept += end + 1 - line;
-  }
-  core_status status = kept == count ? CORE_OK : core_file_replace(path, text, (size_t)kept);
-  free(text);
-  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  FILE *file = fopen(path, "re");
+  if (!file && errno == ENOENT) return CORE_OK;
+  CHECK(file, CORE_ERR_IO, "cannot open %s: %s", path, strerror(errno));
+  int64_t kept = kept_bytes(file, step);
+  fclose(file);
+  CHECK(truncate(path, kept) == 0, CORE_ERR_IO, "cannot cut %s at %lld bytes: %s", path, (long long)kept,
+        strerror(errno));
   return CORE_OK;
 }
 

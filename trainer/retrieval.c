@@ -156,6 +156,7 @@ static core_status rank_direction(train_session *session, gallery *g, int32_t a,
   int64_t first = g->samples * env->layout.rank / env->layout.ranks;
   int64_t last = g->samples * (env->layout.rank + 1) / env->layout.ranks;
   for (int64_t lo = first; lo < last; lo += BLOCK) {
+    CHECK(!core_stop_requested(), CORE_ERR_STOPPED, "stopped during evaluation");
     int64_t n = last - lo < BLOCK ? last - lo : BLOCK;
     KERN(env, gemm, KERN_NT, core_tensor_2(g->z[a] + lo * g->Z, CORE_REAL_DTYPE, n, g->Z),
          core_tensor_2(g->z[b], CORE_REAL_DTYPE, g->samples, g->Z), KERN_SET,
@@ -166,12 +167,18 @@ static core_status rank_direction(train_session *session, gallery *g, int32_t a,
   return CORE_OK;
 }
 
-static core_status rank_all(train_session *session, gallery *g, train_retrieval *out) {
+/* This rank's share of the queries, every direction. Local. */
+static core_status rank_own(train_session *session, gallery *g, train_retrieval *out) {
   for (int32_t a = 0; a < g->modalities; a++) {
     for (int64_t i = 0; i < g->samples; i++) out->gallery[a] += g->present[a][i];
     for (int32_t b = 0; b < g->modalities; b++)
       if (a != b) TRY(rank_direction(session, g, a, b, out));
   }
+  return CORE_OK;
+}
+
+static core_status rank_all(train_session *session, gallery *g, train_retrieval *out) {
+  TRY(comm_agree(session->env.control, rank_own(session, g, out)));
   comm_group *world = session->env.world;
   int64_t cells = CORE_MAX_MODALITIES * CORE_MAX_MODALITIES;
   TRY(comm_all_reduce(world, COMM_SUM, CORE_INT64, out->queries, cells));

@@ -72,6 +72,21 @@ static core_status prepare_directory(run *r) {
 
 /* ---- resume ---- */
 
+/* A changed configuration is the user's right, but some changes deserve a word. */
+static void compare_config(const run *r, const char *stored, const char *path) {
+  core_config *old = NULL;
+  if (strcmp(stored, core_config_text(r->env->config)) == 0) return;
+  LOG_INFO("the configuration differs from the one stored in %s; the present one holds", path);
+  if (core_config_load(train_settings_spec(), "the stored configuration", stored, NULL, 0, &old) != CORE_OK)
+    return;
+  const train_settings *before = core_config_data(old);
+  if (before->run.seed != r->settings->run.seed || before->data.shuffle != r->settings->data.shuffle)
+    LOG_WARNING(
+        "run.seed or data.shuffle has changed: the rest of this epoch comes in another order, so some of its "
+        "samples are seen twice and some not at all");
+  core_config_destroy(old);
+}
+
 static core_status check_meta(const run *r, const train_state_meta *meta, const char *path) {
   uint64_t now = data_set_fingerprint(r->session->training);
   CHECK(meta->fingerprint == now, CORE_ERR_MISMATCH,
@@ -79,8 +94,7 @@ static core_status check_meta(const run *r, const train_state_meta *meta, const 
         "place in the "
         "data would mean nothing",
         path, (unsigned long long)meta->fingerprint, (unsigned long long)now);
-  if (meta->config && strcmp(meta->config, core_config_text(r->env->config)) != 0)
-    LOG_INFO("the configuration differs from the one stored in %s; the present one holds", path);
+  compare_config(r, meta->config, path);
   return CORE_OK;
 }
 
@@ -127,7 +141,8 @@ static core_status choose(const run *r, const char *path, ckpt_reader **own) {
   *own = asked;
   if (back)
     FAIL(CORE_ERR_ARGUMENT,
-         "%s holds later checkpoints, the newest step-%08lld; remove them, or resume %s in another run.directory",
+         "%s holds later checkpoints, the newest step-%08lld; remove them, or resume %s in another "
+         "run.directory",
          r->checkpoints, (long long)newest, path);
   return CORE_OK;
 }
@@ -148,9 +163,11 @@ static core_status start_or_resume(run *r, const char *resume) {
   ckpt_reader *reader = NULL;
   core_status status = find_checkpoint(r, resume, &reader);
   if (status == CORE_OK) status = reader ? load(r, reader) : train_session_standardise(r->session);
-  if (status == CORE_OK && reader && same_place(ckpt_reader_path(reader), r->checkpoints))
-    r->saved_step = r->env->step;
+  int32_t own = status == CORE_OK && reader && same_place(ckpt_reader_path(reader), r->checkpoints);
   ckpt_reader_close(reader);
+  if (status == CORE_OK)
+    status = comm_broadcast(r->env->control, 0, &own, sizeof own); /* one answer for all */
+  if (own) r->saved_step = r->env->step;
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
 }
