@@ -25,7 +25,7 @@ struct core_config {
   char *path;
   yaml_document_t user, merged;
   bool has_user, has_merged;
-  const char *const *overrides; /* borrowed */
+  char **overrides; /* copies: messages name them as long as the configuration lives */
   int32_t override_count;
   char (*override_key)[KEY]; /* of each override, with list items by index */
   char *text;
@@ -619,11 +619,16 @@ core_status core_config_load(const core_config_spec *spec, const char *path, con
   CHECK(config, CORE_ERR_MEMORY, "no memory for the configuration");
   config->spec = spec;
   config->path = strdup(path);
-  config->overrides = overrides;
-  config->override_count = override_count;
+  config->overrides = calloc((size_t)override_count + 1, sizeof *config->overrides);
+  config->override_count = config->overrides ? override_count : 0;
+  bool copied = config->overrides != NULL;
+  for (int32_t i = 0; i < config->override_count; i++) {
+    config->overrides[i] = strdup(overrides[i]);
+    copied = copied && config->overrides[i];
+  }
   config->override_key = calloc((size_t)override_count + 1, sizeof *config->override_key);
   core_status status = CORE_OK;
-  if (!config->path || !config->override_key)
+  if (!config->path || !config->override_key || !copied)
     status =
         core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "no memory for the configuration");
   if (status == CORE_OK) status = load(config, text);
@@ -641,6 +646,8 @@ void core_config_destroy(core_config *config) {
   if (config->data) cyaml_free(&settings, config->spec->schema, config->data, 0);
   if (config->has_user) yaml_document_delete(&config->user);
   if (config->has_merged) yaml_document_delete(&config->merged);
+  for (int32_t i = 0; i < config->override_count; i++) free(config->overrides[i]);
+  free(config->overrides);
   free(config->override_key);
   free(config->text);
   free(config->path);

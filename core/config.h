@@ -28,7 +28,7 @@ typedef struct core_config_spec {
 } core_config_spec;
 
 /* Reads `path` (text == NULL) or `text` (then `path` is only its name in messages), merges and loads.
- * overrides: "key=value" strings, borrowed. Errors: ERR_NOT_FOUND, ERR_IO, ERR_CONFIG. */
+ * overrides: "key=value" strings, copied. Errors: ERR_NOT_FOUND, ERR_IO, ERR_CONFIG. */
 CORE_NODISCARD core_status core_config_load(const core_config_spec *spec, const char *path, const char *text,
                                             const char *const *overrides, int32_t override_count,
                                             core_config **out);
