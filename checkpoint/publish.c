@@ -144,13 +144,19 @@ static core_status exists(const char *directory, int64_t step, ckpt_place_kind k
 
 /* ---- cleaning what a crash left ---- */
 
-static core_status clean_place(const char *directory, const ckpt_place *place) {
+/* newer: a published checkpoint with manifest is newer than this place. */
+static core_status clean_place(const char *directory, const ckpt_place *place, bool newer) {
   char path[CKPT_PATH], final[CKPT_PATH];
   bool successor = false;
   TRY(ckpt_place_path(directory, place->step, (ckpt_place_kind)place->kind, path));
   TRY(ckpt_place_path(directory, place->step, CKPT_PUBLISHED, final));
   TRY(exists(directory, place->step, CKPT_PUBLISHED, &successor));
   if (place->kind == CKPT_PUBLISHED && place->manifest) return CORE_OK;
+  if (place->kind == CKPT_PUBLISHED &&
+      !newer) { /* removal never begins with the newest: it has lost its manifest */
+    LOG_WARNING("%s has no " CKPT_MANIFEST "; it is left as it is, but cannot be resumed from", path);
+    return CORE_OK;
+  }
   if (place->kind == CKPT_REPLACED && place->manifest && !successor) {
     /* An unfinished step-X without manifest may be in the way of the name. */
     if (core_file_exists(final)) TRY(ckpt_remove(final));
@@ -170,8 +176,10 @@ core_status ckpt_clean(const char *directory) {
   TRY(ckpt_places(directory, &place, &count));
   /* Replaced ones come after the published one of their step, so its absence is settled when they are seen.
    */
+  bool newer = false; /* the list begins with the newest */
   for (int32_t i = 0; i < count; i++) {
-    if (clean_place(directory, &place[i]) != CORE_OK) warn("cannot clean up in", directory);
+    if (clean_place(directory, &place[i], newer) != CORE_OK) warn("cannot clean up in", directory);
+    if (place[i].kind == CKPT_PUBLISHED && place[i].manifest) newer = true;
   }
   free(place);
   return CORE_OK;

@@ -112,10 +112,13 @@ static core_status open_verified(comm_group *control, const char *path, ckpt_rea
   return CORE_OK;
 }
 
+/* A published one without manifest, and none newer that has one, has lost it: it is tried, fails, and that is
+ * said. With a newer one it is what an interrupted removal left. */
 static void keep_candidates(const char *directory, ckpt_place *place, int32_t *count) {
   int32_t kept = 0;
   for (int32_t i = 0; i < *count; i++) {
-    if (place[i].kind != CKPT_UNFINISHED && place[i].manifest) {
+    bool lost = place[i].kind == CKPT_PUBLISHED && !place[i].manifest && kept == 0;
+    if (lost || (place[i].kind != CKPT_UNFINISHED && place[i].manifest)) {
       place[kept++] = place[i];
     } else {
       LOG_DEBUG("unfinished checkpoint of step %lld in %s is passed over", (long long)place[i].step,

@@ -62,6 +62,18 @@ rm "$newest/rank-00001.ckpt"
 not_sound "$newest" rank-00001.ckpt
 resumes_from 9 rank-00001.ckpt
 
+what="the manifest missing"
+make_run
+rm "$newest/manifest.json"
+resumes_from 9 manifest.json
+
+what="the manifest missing everywhere"
+make_run
+rm "$work"/run/checkpoints/step-*/manifest.json
+run 2 train "$work/config.yaml" $sets
+expect_status 1
+[ -f "$newest/rank-00000.ckpt" ] || fail "expected what has lost its manifest to be left as it is"
+
 what="the files of two ranks exchanged"
 make_run
 mv "$newest/rank-00000.ckpt" "$work/aside"
@@ -103,14 +115,16 @@ expect_error "step-00000012" "rank-00000.ckpt"
 
 what="unfinished directories"
 make_run
-mkdir "$work/run/checkpoints/step-00000015.tmp" "$work/run/checkpoints/step-00000018"
+mkdir "$work/run/checkpoints/step-00000015.tmp" "$work/run/checkpoints/step-00000018" "$work/run/checkpoints/step-00000002"
+echo half >"$work/run/checkpoints/step-00000002/rank-00000.ckpt"
 echo half >"$work/run/checkpoints/step-00000015.tmp/rank-00000.ckpt"
 echo half >"$work/run/checkpoints/step-00000018/rank-00000.ckpt"
 echo mine >"$work/run/checkpoints/notes.txt"
 run 2 train "$work/config.yaml" $sets
 expect_status 0
-expect_text "$work/err" "resumed at step 12"
+expect_text "$work/err" "resumed at step 12" "step-00000018 has no manifest.json"
 [ ! -e "$work/run/checkpoints/step-00000015.tmp" ] || fail "expected step-00000015.tmp to be removed"
-[ ! -e "$work/run/checkpoints/step-00000018" ] || fail "expected step-00000018, which has no manifest, to be removed"
+[ ! -e "$work/run/checkpoints/step-00000002" ] || fail "expected step-00000002, a removal that was interrupted, to be removed"
+[ -e "$work/run/checkpoints/step-00000018" ] || fail "expected step-00000018, which has lost its manifest, to be left alone"
 [ -e "$work/run/checkpoints/notes.txt" ] || fail "expected a user's file to stay"
 finish
