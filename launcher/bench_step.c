@@ -235,8 +235,6 @@ static core_status record_step(train_session *session, const data_batch *batch) 
 
 static void print_result(const train_session *session, const train_report *report, const double step[2],
                          double gemm, double flops, const char *library) {
-  static const char *const names[TRAIN_PHASE_COUNT] = {"data",     "forward", "exchange",  "loss",
-                                                       "backward", "reduce",  "optimizer", "checkpoint"};
   int64_t tokens = 0;
   for (int32_t m = 0; m < session->env.layout.modalities; m++) tokens += report->tokens[m];
   printf("width %lld, %lld layers, %lld experts, top %lld, %s; %lld tokens a step; %d ranks of %d threads\n",
@@ -252,7 +250,8 @@ static void print_result(const train_session *session, const train_report *repor
   printf("step / products = %.3f\n", step[0] / gemm);
   printf("last step, rank 0:");
   for (int i = 0; i < TRAIN_PHASE_COUNT; i++)
-    if (report->seconds[i] > 0) printf(" %s %.2f ms", names[i], 1e3 * report->seconds[i]);
+    if (report->seconds[i] > 0)
+      printf(" %s %.2f ms", train_phase_name((train_phase)i), 1e3 * report->seconds[i]);
   printf("\n");
 }
 

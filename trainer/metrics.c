@@ -88,8 +88,6 @@ static void put_losses(train_metrics *w, const train_report *r, const train_cont
 }
 
 static void put_speed(train_metrics *w, const train_report *r) {
-  static const char *const names[TRAIN_PHASE_COUNT] = {"data",     "forward", "exchange",  "loss",
-                                                       "backward", "reduce",  "optimizer", "checkpoint"};
   int32_t M = w->model->env->layout.modalities;
   put(w, "\"tokens\":{");
   for (int32_t m = 0; m < M; m++) put(w, "\"%s\":%" PRId64 ",", modality_name(w, m), r->tokens[m]);
@@ -102,7 +100,7 @@ static void put_speed(train_metrics *w, const train_report *r) {
   close_with(w, '}');
   put(w, "\"seconds\":{");
   put_number(w, "step", r->wall);
-  for (int i = 0; i < TRAIN_PHASE_COUNT; i++) put_number(w, names[i], r->seconds[i]);
+  for (int i = 0; i < TRAIN_PHASE_COUNT; i++) put_number(w, train_phase_name((train_phase)i), r->seconds[i]);
   close_with(w, '}');
 }
 

@@ -191,19 +191,12 @@ static core_status rank_all(train_session *session, gallery *g, train_retrieval 
   return CORE_OK;
 }
 
-static void clear_sums(const train_moe_sums *sums) {
-  size_t cells = (size_t)sums->layers * (size_t)sums->modalities;
-  if (cells == 0) return;
-  memset(sums->value, 0, cells * (size_t)train_moe_value_stride(sums) * sizeof *sums->value);
-  memset(sums->count, 0, cells * (size_t)train_moe_count_stride(sums) * sizeof *sums->count);
-}
-
 core_status train_retrieval_run(train_session *session, train_retrieval *out) {
   memset(out, 0, sizeof *out);
   double start = core_clock_now();
   const train_moe_sums *sums = &session->model->sums;
   gallery g;
-  clear_sums(sums);
+  train_moe_sums_clear(sums);
   core_status status = comm_agree(session->env.control, gallery_make(session, &g));
   if (status == CORE_OK) status = embed(session, &g);
   if (status == CORE_OK) status = rank_all(session, &g, out);

@@ -3,7 +3,6 @@
  * written everywhere. */
 #include "trainer/run.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <limits.h> /* PATH_MAX */
 #include <stdio.h>

@@ -32,20 +32,18 @@ core_status train_stepper_plan(train_stepper *stepper, core_arena *arena) {
   return CORE_OK;
 }
 
+const char *train_phase_name(train_phase phase) {
+  static const char *const names[TRAIN_PHASE_COUNT] = {"data",     "forward", "exchange",  "loss",
+                                                       "backward", "reduce",  "optimizer", "checkpoint"};
+  return names[phase];
+}
+
 /* Time since *mark goes to a phase; exchanges inside it have been counted by themselves. */
 static void charge(train_env *env, train_phase phase, double *mark, double *exchanged) {
   double now = core_clock_now(), inside = env->seconds[TRAIN_PHASE_EXCHANGE] - *exchanged;
   env->seconds[phase] += now - *mark - inside;
   *mark = now;
   *exchanged = env->seconds[TRAIN_PHASE_EXCHANGE];
-}
-
-static void clear_sums(train_stepper *stepper) {
-  const train_moe_sums *sums = &stepper->model->sums;
-  size_t cells = (size_t)sums->layers * (size_t)sums->modalities;
-  if (cells == 0) return;
-  memset(sums->value, 0, cells * (size_t)train_moe_value_stride(sums) * sizeof *sums->value);
-  memset(sums->count, 0, cells * (size_t)train_moe_count_stride(sums) * sizeof *sums->count);
 }
 
 static void count_items(train_stepper *stepper) {
@@ -59,7 +57,7 @@ static void count_items(train_stepper *stepper) {
 }
 
 static core_status forward_pass(train_stepper *stepper, const data_batch *batch) {
-  clear_sums(stepper);
+  train_moe_sums_clear(&stepper->model->sums);
   memset(stepper->counted, 0, (size_t)stepper->counted_count * sizeof *stepper->counted);
   for (int64_t micro = 0; micro < stepper->env->layout.micro_batches; micro++) {
     TRY(train_model_take(stepper->model, batch, micro));

@@ -4,6 +4,9 @@
 
 #include "trainer/objective/objective.h"
 
+/* "data", "forward" and so on, as metrics name them. */
+const char *train_phase_name(train_phase phase);
+
 /* What a step did; sums and counts over all ranks are in the model's `sums`. Equal on all ranks except the
  * times, which are this rank's. */
 typedef struct train_report {

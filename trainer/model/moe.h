@@ -33,6 +33,9 @@ static inline int64_t *train_moe_counts(const train_moe_sums *sums, int64_t laye
   return sums->count + (layer * sums->modalities + m) * train_moe_count_stride(sums);
 }
 
+/* Sets all sums and counts to zero. */
+void train_moe_sums_clear(const train_moe_sums *sums);
+
 /* Where each row of one dispatch goes. Rows to send are sorted by global expert; a receiver's stream is
  * sorted by its expert, then by sending rank. A stream longer than the buffer is taken in rounds. */
 typedef struct train_dispatch_state {

@@ -12,6 +12,13 @@
 #include "core/random.h"
 #include "trainer/model/tower.h"
 
+void train_moe_sums_clear(const train_moe_sums *sums) {
+  size_t cells = (size_t)sums->layers * (size_t)sums->modalities;
+  if (cells == 0) return;
+  memset(sums->value, 0, cells * (size_t)train_moe_value_stride(sums) * sizeof *sums->value);
+  memset(sums->count, 0, cells * (size_t)train_moe_count_stride(sums) * sizeof *sums->count);
+}
+
 static int64_t local_experts(const train_model *model) {
   return model->env->settings->model.moe.experts / model->env->layout.expert_ranks;
 }
