@@ -28,7 +28,8 @@ typedef struct ckpt_tensor {
   int32_t rank;
   int64_t shape[CORE_MAX_RANK]; /* of the whole tensor */
   int64_t first, count;         /* elements this rank holds */
-  void *data;                   /* host memory, [count] */
+  void *data;                   /* [count] */
+  const core_device *device;    /* where data lie; NULL: host memory */
   bool owner;                   /* this rank writes the range (exactly one rank must); others only load it */
 } ckpt_tensor;
 

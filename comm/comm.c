@@ -28,9 +28,11 @@ core_status comm_group_allocate_priv(comm_world *world, const comm_transport *tr
   group->piece = size == 1 ? 0 : (4 << 20) / size < (64 << 10) ? 64 << 10 : ((4 << 20) / size) & ~63;
   group->world_rank = calloc((size_t)size, sizeof *group->world_rank);
   group->list = calloc((size_t)size * 2, sizeof *group->list);
+  group->first = calloc((size_t)size, sizeof *group->first);
+  group->slice = calloc((size_t)size, sizeof *group->slice);
   group->scratch = malloc((size_t)(group->piece * size) + 64);
-  CHECK(group->world_rank && group->list && group->scratch, CORE_ERR_MEMORY, "no memory for the group '%s'",
-        name);
+  CHECK(group->world_rank && group->list && group->first && group->slice && group->scratch, CORE_ERR_MEMORY,
+        "no memory for the group '%s'", name);
   *out = group;
   return CORE_OK;
 }
@@ -39,6 +41,8 @@ static void group_free(comm_group *group) {
   if (group->transport->group_destroy) group->transport->group_destroy(group);
   free(group->world_rank);
   free(group->list);
+  free(group->first);
+  free(group->slice);
   free(group->scratch);
   free(group);
 }

@@ -1,5 +1,5 @@
-/* Groups of ranks and the operations on them. Two transports now: `self` (one rank, no MPI call) and `mpi`
- * (host memory); NCCL joins behind the same interface.
+/* Groups of ranks and the operations on them. Transports: `self` (one rank, no MPI call) and `mpi` for host
+ * memory; `nccl`, or staging through the former, for memory of a device.
  *
  * Every operation is Collective over its group, is issued in the same order on all its ranks, and has a
  * deadline. Waits poll: the deadline and the arrival of an error elsewhere. After a deadline or a transport
@@ -13,6 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "core/device.h" /* core_device, core_stream */
 #include "core/status.h"
 #include "core/tensor.h" /* core_dtype */
 
@@ -87,6 +88,39 @@ typedef struct comm_piece {
 } comm_piece;
 CORE_NODISCARD core_status comm_exchange(comm_group *group, const comm_piece *send, int32_t send_count,
                                          const comm_piece *recv, int32_t recv_count);
+
+/* ---- data in the memory of a device ----
+ * The same operations on tensors of the backend. A group serves them once comm_group_device has told it where
+ * they lie; on a device with host_access they are the operations above. On another one they are ordered on
+ * `stream` (NULL: the device's main stream) and may return before they are done: what waits for the device
+ * then sees their failures and their deadline (core_device.watch). */
+typedef enum comm_device_transport {
+  COMM_DEVICE_AUTO,  /* nccl where it is built in and every rank of the group has a device of its own, else
+                        staged */
+  COMM_DEVICE_NCCL,  /* ERR_UNSUPPORTED with the reason where that cannot be */
+  COMM_DEVICE_STAGED /* through page-locked host memory and the group's own transport */
+} comm_device_transport;
+/* Collective over the group; to be called for every group in the same order on all its ranks. The choice made
+ * by AUTO is logged once, with its reason. staging: bytes of page-locked memory for STAGED (each direction);
+ * longer messages go in several parts. */
+CORE_NODISCARD core_status comm_group_device(comm_group *group, const core_device *device,
+                                             comm_device_transport transport, int64_t staging);
+const char *comm_device_transport_name(const comm_group *group); /* "nccl", "staged", "host" */
+
+CORE_NODISCARD core_status comm_device_exchange(comm_group *group, const comm_piece *send, int32_t send_count,
+                                                const comm_piece *recv, int32_t recv_count,
+                                                core_stream *stream);
+CORE_NODISCARD core_status comm_device_all_reduce(comm_group *group, comm_reduction operation,
+                                                  core_dtype dtype, void *data, int64_t count,
+                                                  core_stream *stream);
+/* data: [sum of count], rank r's range follows those of the ranks before it. Afterwards rank r's range holds
+ * the sum over all ranks, in the order of comm_device_all_reduce where that is fixed; the rest of data is
+ * undefined. count: [size], equal on all ranks. FLOAT32 or FLOAT64. */
+CORE_NODISCARD core_status comm_device_reduce_scatter(comm_group *group, core_dtype dtype, void *data,
+                                                      const int64_t *count, core_stream *stream);
+/* In place: rank r's range of `data` (bytes[r], after those of the ranks before it) goes to all. */
+CORE_NODISCARD core_status comm_device_all_gather(comm_group *group, void *data, const int64_t *bytes,
+                                                  core_stream *stream);
 
 /* Agreement on errors: every rank brings its status (and its thread's record); all return the same code,
  * that of the lowest rank among those with the highest code, and carry that rank's record. */

@@ -23,6 +23,7 @@ struct comm_group {
   void *private;          /* of the transport */
   unsigned char *scratch; /* [size][piece] for reductions */
   int64_t piece;
+  int64_t *first, *slice; /* [size] each, for reductions: elements of a round */
   comm_piece *list;      /* [2 * size] for the operations built on exchange */
   int64_t sequence;      /* exchanges so far; equal on all ranks */
   const char *operation; /* what the current exchange serves, for messages */
@@ -59,6 +60,9 @@ extern const comm_transport comm_transport_mpi_priv;
 /* Makes a group object around ranks that are known; the transport fills `private`. */
 core_status comm_group_allocate_priv(comm_world *world, const comm_transport *transport, const char *name,
                                      int32_t rank, int32_t size, comm_group **out);
+
+/* group.c; comm_device_reduce_scatter on host memory. */
+core_status comm_reduce_scatter_priv(comm_group *group, core_dtype dtype, void *data, const int64_t *count);
 
 /* mpi_transport.c */
 bool comm_mpi_launched_priv(int32_t *tasks_without_pmix);

@@ -164,27 +164,42 @@ static void reduce_into(comm_reduction operation, core_dtype dtype, void *restri
   }
 }
 
-/* One round: `data` is cut into `size` slices of at most `slice` elements; rank r sums slice r of everybody
- * in rank order, and hands the sum round. */
+/* Rank r sums slice r, elements [first[r], first[r] + slice[r]) of everybody's data, in rank order. The own
+ * sum is left in the scratch. first, slice: the group's lists, filled by the caller alike on all ranks. */
+static core_status reduce_slices(comm_group *group, const char *operation_name, comm_reduction operation,
+                                 core_dtype dtype, char *data) {
+  int64_t width = (int64_t)core_dtype_size(dtype), own = group->slice[group->rank];
+  comm_piece *send = group->list, *recv = group->list + group->size;
+  int32_t sends = 0, recvs = 0;
+  for (int32_t r = 0; r < group->size; r++) {
+    if (group->slice[r] > 0)
+      send[sends++] = (comm_piece){r, data + group->first[r] * width, group->slice[r] * width};
+    if (own > 0) recv[recvs++] = (comm_piece){r, group->scratch + r * group->piece, own * width};
+  }
+  TRY(exchange_as(group, operation_name, send, sends, recv, recvs));
+  for (int32_t r = 1; r < group->size && own > 0; r++)
+    reduce_into(operation, dtype, group->scratch, group->scratch + r * group->piece, own);
+  return CORE_OK;
+}
+
+/* One round: `data` is cut into `size` slices of at most `slice` elements, which are summed and handed round.
+ */
 static core_status reduce_round(comm_group *group, comm_reduction operation, core_dtype dtype, char *data,
                                 int64_t count, int64_t slice) {
   int64_t width = (int64_t)core_dtype_size(dtype);
   comm_piece *send = group->list, *recv = group->list + group->size;
-  int64_t mine = group->rank * slice, own = count - mine < slice ? count - mine : slice;
+  for (int32_t r = 0; r < group->size; r++) {
+    int64_t left = count - r * slice;
+    group->first[r] = r * slice;
+    group->slice[r] = left < 0 ? 0 : left < slice ? left : slice;
+  }
+  TRY(reduce_slices(group, "all-reduce", operation, dtype, data));
+  int64_t own = group->slice[group->rank];
   int32_t sends = 0, recvs = 0;
   for (int32_t r = 0; r < group->size; r++) {
-    int64_t first = r * slice, n = count - first < slice ? count - first : slice;
-    if (n > 0) send[sends++] = (comm_piece){r, data + first * width, n * width};
-    if (own > 0) recv[recvs++] = (comm_piece){r, group->scratch + r * group->piece, own * width};
-  }
-  TRY(exchange_as(group, "all-reduce", send, sends, recv, recvs));
-  for (int32_t r = 1; r < group->size && own > 0; r++)
-    reduce_into(operation, dtype, group->scratch, group->scratch + r * group->piece, own);
-  sends = recvs = 0;
-  for (int32_t r = 0; r < group->size; r++) {
-    int64_t first = r * slice, n = count - first < slice ? count - first : slice;
     if (own > 0) send[sends++] = (comm_piece){r, group->scratch, own * width};
-    if (n > 0) recv[recvs++] = (comm_piece){r, data + first * width, n * width};
+    if (group->slice[r] > 0)
+      recv[recvs++] = (comm_piece){r, data + group->first[r] * width, group->slice[r] * width};
   }
   TRY(exchange_as(group, "all-reduce", send, sends, recv, recvs));
   return CORE_OK;
@@ -202,6 +217,27 @@ core_status comm_all_reduce(comm_group *group, comm_reduction operation, core_dt
     int64_t left = count - done, round = left < most * group->size ? left : most * group->size;
     int64_t slice = (round + group->size - 1) / group->size;
     TRY(reduce_round(group, operation, dtype, (char *)data + done * width, round, slice));
+  }
+  return CORE_OK;
+}
+
+/* Rounds of at most a piece of every rank's range. */
+core_status comm_reduce_scatter_priv(comm_group *group, core_dtype dtype, void *data, const int64_t *count) {
+  int64_t width = (int64_t)core_dtype_size(dtype), most = group->piece / width, longest = 0, at = 0;
+  if (group->size == 1) return CORE_OK;
+  for (int32_t r = 0; r < group->size; r++)
+    if (count[r] > longest) longest = count[r];
+  for (int64_t done = 0; done < longest; done += most) {
+    at = 0;
+    for (int32_t r = 0; r < group->size; at += count[r++]) {
+      int64_t left = count[r] - done;
+      group->first[r] = at + done;
+      group->slice[r] = left < 0 ? 0 : left < most ? left : most;
+    }
+    TRY(reduce_slices(group, "reduce-scatter", COMM_SUM, dtype, data));
+    int64_t own = group->slice[group->rank];
+    if (own > 0)
+      memcpy((char *)data + group->first[group->rank] * width, group->scratch, (size_t)(own * width));
   }
   return CORE_OK;
 }

@@ -10,7 +10,8 @@
 
 typedef enum core_device_kind { CORE_DEVICE_CPU, CORE_DEVICE_CUDA } core_device_kind;
 
-/* Opaque handles of the implementation; NULL is the default stream. */
+/* Opaque handles of the implementation; NULL is the device's main stream, on which kernels run. A core_stream
+ * of the CUDA device is a cudaStream_t. */
 typedef struct core_stream core_stream;
 typedef struct core_event core_event;
 
@@ -22,8 +23,17 @@ typedef struct core_device {
   /* 64-byte aligned, uninitialised. Errors: ERR_MEMORY. */
   core_status (*allocate)(size_t bytes, void **out);
   void (*release)(void *pointer);
-  /* Ordered on the stream; either side may be host or device memory. */
+  /* Host memory that the device copies to and from at full speed (page-locked). Errors: ERR_MEMORY. */
+  core_status (*host_allocate)(size_t bytes, void **out);
+  void (*host_release)(void *pointer);
+  /* Bytes that could still be allocated, and bytes in all; 0 where unknown. */
+  core_status (*memory)(size_t *available, size_t *total);
+  /* Ordered on the stream; either side may be host or device memory. A copy to host memory returns when the
+   * bytes are there; a copy from host memory returns when the source may be changed. */
   core_status (*copy)(void *target, const void *source, size_t bytes, core_stream *stream);
+  /* The same, but returns at once; host memory must be of host_allocate and stay as it is until the stream
+   * has come so far. */
+  core_status (*copy_later)(void *target, const void *source, size_t bytes, core_stream *stream);
   core_status (*fill)(void *target, int byte, size_t bytes, core_stream *stream);
   core_status (*stream_create)(core_stream **out);
   void (*stream_destroy)(core_stream *stream);
@@ -33,6 +43,9 @@ typedef struct core_device {
   core_status (*event_record)(core_event *event, core_stream *stream);
   core_status (*event_query)(core_event *event, bool *done);
   core_status (*event_before)(core_stream *stream, core_event *event); /* stream waits for event */
+  /* Called again and again while the host waits for the device (stream_wait, copies to the host); a failure
+   * ends the wait with that status. comm polls for asynchronous errors and deadlines there. NULL: none. */
+  void (*watch)(core_status (*poll)(void *), void *context);
 } core_device;
 
 #endif

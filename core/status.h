@@ -29,7 +29,8 @@
   X(ERR_TIMEOUT, "deadline passed")                   \
   X(ERR_NON_FINITE, "non-finite value")               \
   X(ERR_STOPPED, "stopped on request")                \
-  X(ERR_INTERNAL, "internal error")
+  X(ERR_INTERNAL, "internal error")                   \
+  X(ERR_DEVICE, "device failure")
 
 typedef enum core_status {
 #define CORE_STATUS_ENUM(name, text) CORE_##name,

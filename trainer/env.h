@@ -22,10 +22,18 @@ typedef enum train_phase {
   TRAIN_PHASE_COUNT
 } train_phase;
 
+/* Memory of a session by lifetime and place. */
+typedef struct train_arenas {
+  core_arena *parameters, *activations, *objective; /* of the device */
+  core_arena *host;                                 /* what only the host works on, and its side of mirrors */
+  bool host_access;                                 /* the host can read the device's memory */
+} train_arenas;
+
 typedef struct train_env {
   const core_config *config;
   const train_settings *settings;
   const kern_ops *ops;
+  core_dtype active; /* dtype of activations and of the matrices they meet: core_real's, or BFLOAT16 */
   kern_context *kern;
   comm_world *comm;
   comm_group *world, *control;

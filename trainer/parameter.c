@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/checkpoint.h" /* CKPT_CELL */
 #include "core/random.h"
 
 core_status train_parameters_add(train_parameters *set, const train_parameter *parameter, int32_t *index) {
@@ -25,35 +26,90 @@ core_status train_parameters_add(train_parameters *set, const train_parameter *p
   return CORE_OK;
 }
 
-static int32_t scope_number(const train_parameter *parameter) {
+int32_t train_scope_number(const train_parameter *parameter) {
   return parameter->scope == TRAIN_SCOPE_MODALITY ? 2 + parameter->modality : (int32_t)parameter->scope;
+}
+
+comm_group *train_scope_group(const train_env *env, int32_t scope) {
+  return scope == TRAIN_SCOPE_WORLD    ? env->world
+         : scope == TRAIN_SCOPE_EXPERT ? env->replica
+                                       : env->modality[scope - 2];
 }
 
 void train_parameters_place(train_parameters *set) {
   int64_t at = 0;
-  enum { SCOPES = 2 + CORE_MAX_MODALITIES };
-  for (int32_t scope = 0; scope < SCOPES; scope++) {
+  for (int32_t scope = 0; scope < TRAIN_SCOPES; scope++) {
     at = (at + 15) / 16 * 16; /* a scope begins on a cache line */
     set->scope_first[scope] = at;
     for (int32_t i = 0; i < set->count; i++) {
-      if (scope_number(&set->list[i]) != scope) continue;
+      if (train_scope_number(&set->list[i]) != scope) continue;
       set->list[i].first = at;
       at += set->list[i].count;
     }
   }
-  set->scope_first[SCOPES] = set->total = at;
+  set->scope_first[TRAIN_SCOPES] = set->total = at;
 }
 
-core_status train_parameters_plan(train_parameters *set, core_arena *arena, bool training) {
+train_span train_parameter_within(const train_parameter *p, train_span span) {
+  int64_t first = p->first > span.first ? p->first : span.first;
+  int64_t last = p->first + p->count, end = span.first + span.count;
+  if (end < last) last = end;
+  return (train_span){first, last > first ? last - first : 0};
+}
+
+/* End of a scope's last parameter: gaps lie only between scopes. */
+static int64_t scope_end(const train_parameters *set, int32_t scope) {
+  int64_t end = set->scope_first[scope];
+  for (int32_t i = 0; i < set->count; i++)
+    if (train_scope_number(&set->list[i]) == scope) end = set->list[i].first + set->list[i].count;
+  return end;
+}
+
+/* The place nearest to `ideal` where a scope may be cut: at a parameter's ends or cells. */
+static int64_t nearest_cut(const train_parameters *set, int32_t scope, int64_t ideal) {
+  for (int32_t i = 0; i < set->count; i++) {
+    const train_parameter *p = &set->list[i];
+    int64_t inside = ideal - p->first;
+    if (train_scope_number(p) != scope || inside < 0 || inside >= p->count) continue;
+    int64_t low = inside / CKPT_CELL * CKPT_CELL,
+            high = low + CKPT_CELL < p->count ? low + CKPT_CELL : p->count;
+    return p->first + (inside - low <= high - inside ? low : high);
+  }
+  return ideal;
+}
+
+train_span train_parameters_share_of(const train_parameters *set, int32_t scope, int32_t rank, int32_t size) {
+  int64_t first = set->scope_first[scope], end = scope_end(set, scope), count = end - first;
+  if (count == 0) return (train_span){first, 0};
+  int64_t lo = rank == 0 ? first : nearest_cut(set, scope, first + count / size * rank);
+  int64_t hi = rank == size - 1 ? end : nearest_cut(set, scope, first + count / size * (rank + 1));
+  return (train_span){lo, hi - lo};
+}
+
+void train_parameters_share(train_parameters *set, const train_env *env, bool sharded) {
+  set->state_first[0] = 0;
+  for (int32_t scope = 0; scope < TRAIN_SCOPES; scope++) {
+    int64_t first = set->scope_first[scope];
+    const comm_group *group = train_scope_group(env, scope);
+    set->share[scope] = (train_span){first, 0};
+    if (group) set->share[scope] = train_parameters_share_of(set, scope, comm_rank(group), comm_size(group));
+    set->update[scope] = sharded ? set->share[scope] : (train_span){first, scope_end(set, scope) - first};
+    set->state_first[scope + 1] = set->state_first[scope] + (set->update[scope].count + 15) / 16 * 16;
+  }
+}
+
+core_status train_parameters_plan(train_parameters *set, const train_env *env, core_arena *arena,
+                                  bool training) {
   TRY(ARENA_TAKE(arena, set->total, &set->value));
+  if (env->active == CORE_BFLOAT16) TRY(ARENA_TAKE(arena, set->total, &set->copy));
   if (!training) return CORE_OK;
   TRY(ARENA_TAKE(arena, set->total, &set->gradient));
-  TRY(ARENA_TAKE(arena, set->total, &set->m));
-  TRY(ARENA_TAKE(arena, set->total, &set->v));
+  TRY(ARENA_TAKE(arena, set->state_first[TRAIN_SCOPES], &set->m));
+  TRY(ARENA_TAKE(arena, set->state_first[TRAIN_SCOPES], &set->v));
   return CORE_OK;
 }
 
-static void initialise(const train_parameter *parameter, uint64_t seed, core_real *value) {
+static void draw(const train_parameter *parameter, uint64_t seed, core_real *value) {
   uint64_t stream = core_random_stream(CORE_RANDOM_INIT, core_hash_text(parameter->name), 0);
   double fixed = parameter->init == TRAIN_INIT_ZERO  ? 0
                  : parameter->init == TRAIN_INIT_ONE ? 1
@@ -64,13 +120,47 @@ static void initialise(const train_parameter *parameter, uint64_t seed, core_rea
                    : (core_real)fixed;
 }
 
-void train_parameters_initialise(train_parameters *set, uint64_t seed) {
-  memset(set->value, 0, (size_t)set->total * sizeof *set->value); /* gaps between scopes too */
-  for (int32_t i = 0; i < set->count; i++) initialise(&set->list[i], seed, set->value + set->list[i].first);
-  if (!set->gradient) return;
-  memset(set->gradient, 0, (size_t)set->total * sizeof *set->gradient);
-  memset(set->m, 0, (size_t)set->total * sizeof *set->m);
-  memset(set->v, 0, (size_t)set->total * sizeof *set->v);
+/* Draws on the host; `stage` [largest parameter] is NULL where the host writes the values itself. */
+static core_status draw_all(train_parameters *set, const train_env *env, core_real *stage) {
+  for (int32_t i = 0; i < set->count; i++) {
+    const train_parameter *p = &set->list[i];
+    core_real *target = set->value + p->first;
+    draw(p, env->settings->run.seed, stage ? stage : target);
+    if (stage) TRY(env->ops->device->copy(target, stage, (size_t)p->count * sizeof *stage, NULL));
+  }
+  return CORE_OK;
+}
+
+static core_status zero(const train_env *env, core_real *data, int64_t count) {
+  if (data && count > 0) TRY(env->ops->device->fill(data, 0, (size_t)count * sizeof *data, NULL));
+  return CORE_OK;
+}
+
+core_status train_parameters_initialise(train_parameters *set, const train_env *env) {
+  int64_t largest = 1;
+  for (int32_t i = 0; i < set->count; i++)
+    if (set->list[i].count > largest) largest = set->list[i].count;
+  core_real *stage = NULL;
+  if (!env->ops->device->host_access) {
+    stage = malloc((size_t)largest * sizeof *stage);
+    CHECK(stage, CORE_ERR_MEMORY, "no memory for a parameter of %lld numbers", (long long)largest);
+  }
+  TRY(zero(env, set->value, set->total)); /* gaps between scopes too */
+  TRY(zero(env, set->gradient, set->total));
+  TRY(zero(env, set->m, set->state_first[TRAIN_SCOPES]));
+  TRY(zero(env, set->v, set->state_first[TRAIN_SCOPES]));
+  core_status status = draw_all(set, env, stage);
+  free(stage);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  TRY(train_parameters_round(set, env, (train_span){0, set->total}));
+  return CORE_OK;
+}
+
+core_status train_parameters_round(train_parameters *set, const train_env *env, train_span span) {
+  if (!set->copy || span.count == 0) return CORE_OK;
+  KERN(env, cast, core_tensor_1(set->value + span.first, CORE_REAL_DTYPE, span.count),
+       core_tensor_1(set->copy + span.first, CORE_BFLOAT16, span.count));
+  return CORE_OK;
 }
 
 void train_parameters_free(train_parameters *set) {
@@ -78,9 +168,12 @@ void train_parameters_free(train_parameters *set) {
   memset(set, 0, sizeof *set);
 }
 
-static core_tensor view(const train_parameters *set, core_real *base, int32_t index, int64_t count) {
+/* One parameter, or `count` > 0 neighbours, in one of the flat arrays. */
+static core_tensor view(const train_parameters *set, void *base, core_dtype dtype, int32_t index,
+                        int64_t count) {
   const train_parameter *p = &set->list[index];
-  core_tensor tensor = {base ? base + p->first : NULL, CORE_REAL_DTYPE, p->rank, {1, 1, 1, 1}};
+  core_tensor tensor = {NULL, dtype, p->rank, {1, 1, 1, 1}};
+  if (base) tensor.data = (char *)base + (size_t)p->first * core_dtype_size(dtype);
   if (count > 0) {
     tensor.rank = p->rank + 1;
     tensor.shape[0] = count;
@@ -90,17 +183,22 @@ static core_tensor view(const train_parameters *set, core_real *base, int32_t in
 }
 
 core_tensor train_parameter_value(const train_parameters *set, int32_t index) {
-  return view(set, set->value, index, 0);
+  return view(set, set->value, CORE_REAL_DTYPE, index, 0);
 }
 
 core_tensor train_parameter_gradient(const train_parameters *set, int32_t index) {
-  return view(set, set->gradient, index, 0);
+  return view(set, set->gradient, CORE_REAL_DTYPE, index, 0);
 }
 
-core_tensor train_parameter_values(const train_parameters *set, int32_t index, int64_t count) {
-  return view(set, set->value, index, count);
+core_tensor train_parameter_matrices(const train_parameters *set, int32_t index, int64_t count) {
+  return set->copy ? view(set, set->copy, CORE_BFLOAT16, index, count)
+                   : view(set, set->value, CORE_REAL_DTYPE, index, count);
+}
+
+core_tensor train_parameter_matrix(const train_parameters *set, int32_t index) {
+  return train_parameter_matrices(set, index, 0);
 }
 
 core_tensor train_parameter_gradients(const train_parameters *set, int32_t index, int64_t count) {
-  return view(set, set->gradient, index, count);
+  return view(set, set->gradient, CORE_REAL_DTYPE, index, count);
 }

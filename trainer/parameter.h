@@ -1,16 +1,18 @@
 /* Parameters: named tensors, laid out flat so that each set that is reduced together is one range.
  *
- * Models declare parameters first (name, shape, scope, initial values), then the set is placed: value,
- * gradient and both Adam moments in four equal flat arrays, ordered by scope. Parameters declared one after
- * another in one scope lie one after another, without gaps, so that the matrices of a layer's experts form
- * one [E, n, k] block. */
+ * Models declare parameters first (name, shape, scope, initial values), then the set is placed: values and
+ * gradients in flat arrays, ordered by scope. Parameters declared one after another in one scope lie one
+ * after another, without gaps, so that the matrices of a layer's experts form one [E, n, k] block.
+ *
+ * The ranks that hold copies of a scope divide its range into shares. Each saves its share; where the
+ * optimizer is sharded (ZeRO stage 1, Rajbhandari et al. 2020) it also keeps the moments of its share alone
+ * and updates nothing else. With bfloat16 activations the matrices are multiplied from a rounded copy; the
+ * values stay float32. */
 #ifndef TRAIN_PARAMETER_H
 #define TRAIN_PARAMETER_H
 
-#include "core/arena.h"
 #include "core/dims.h"
-#include "core/status.h"
-#include "core/tensor.h"
+#include "trainer/env.h"
 
 /* Over which ranks copies of a parameter exist; its gradient is summed over them. */
 typedef enum train_scope {
@@ -40,12 +42,27 @@ typedef struct train_parameter {
   int64_t steps;        /* updates so far, for Adam's bias correction */
 } train_parameter;
 
+enum {
+  TRAIN_SCOPES = 2 + CORE_MAX_MODALITIES, /* world, expert, modality 0.. */
+  TRAIN_MAX_RANKS = 4096                  /* of one group */
+};
+
+/* A range of the flat arrays. */
+typedef struct train_span {
+  int64_t first, count;
+} train_span;
+
 typedef struct train_parameters {
   train_parameter *list;
   int32_t count, capacity;
-  int64_t total;                                    /* elements */
-  int64_t scope_first[2 + CORE_MAX_MODALITIES + 1]; /* world, expert, modality 0.. */
-  core_real *value, *gradient, *m, *v;              /* [total] */
+  int64_t total;                         /* elements */
+  int64_t scope_first[TRAIN_SCOPES + 1]; /* ranges of the scopes */
+  train_span share[TRAIN_SCOPES];        /* what this rank saves; over its group they cover the scope */
+  train_span update[TRAIN_SCOPES];       /* what it updates: its share, or all of the scope */
+  int64_t state_first[TRAIN_SCOPES + 1]; /* where the moments of `update` lie in m and v */
+  core_real *value, *gradient;           /* [total], device */
+  uint16_t *copy;                        /* [total], device: values rounded to bfloat16; NULL: not needed */
+  core_real *m, *v;                      /* [state_first[TRAIN_SCOPES]], device */
 } train_parameters;
 
 /* Declares a parameter; *index is its number in the set. */
@@ -53,17 +70,36 @@ CORE_NODISCARD core_status train_parameters_add(train_parameters *set, const tra
                                                 int32_t *index);
 /* Orders by scope and fixes the ranges; no more declarations. */
 void train_parameters_place(train_parameters *set);
-/* Takes the four arrays (gradient, m, v only when `training`). Two passes, as core_arena. */
-CORE_NODISCARD core_status train_parameters_plan(train_parameters *set, core_arena *arena, bool training);
+/* Divides each scope among the ranks of its group, at cells of CKPT_CELL elements inside a parameter, as
+ * evenly as these allow. sharded: moments and updates follow the shares. After train_parameters_place. */
+void train_parameters_share(train_parameters *set, const train_env *env, bool sharded);
+/* The share of one rank of a scope's group. */
+train_span train_parameters_share_of(const train_parameters *set, int32_t scope, int32_t rank, int32_t size);
+/* The group whose ranks hold copies of a scope; NULL: this rank holds nothing of it. */
+comm_group *train_scope_group(const train_env *env, int32_t scope);
+int32_t train_scope_number(const train_parameter *parameter);
+/* The part of parameter p that lies in `span`, as a range of the flat arrays; count 0: none. */
+train_span train_parameter_within(const train_parameter *p, train_span span);
+
+/* Takes the arrays (gradient, m, v only when `training`). Two passes, as core_arena. */
+CORE_NODISCARD core_status train_parameters_plan(train_parameters *set, const train_env *env,
+                                                 core_arena *arena, bool training);
 /* Fills values from the seed, by name and global element number: the same on every layout. Gradients and
- * moments become zero. */
-void train_parameters_initialise(train_parameters *set, uint64_t seed);
+ * moments become zero. Takes host memory for the largest parameter where the host cannot reach the device's.
+ */
+CORE_NODISCARD core_status train_parameters_initialise(train_parameters *set, const train_env *env);
+/* Brings the rounded copy up to date with the values of a range. */
+CORE_NODISCARD core_status train_parameters_round(train_parameters *set, const train_env *env,
+                                                  train_span span);
 void train_parameters_free(train_parameters *set);
 
+/* As the optimizer and the ops of norms, biases and routers see a parameter: core_real. */
 core_tensor train_parameter_value(const train_parameters *set, int32_t index);
 core_tensor train_parameter_gradient(const train_parameters *set, int32_t index);
+/* As products with activations see it: the rounded copy where there is one. */
+core_tensor train_parameter_matrix(const train_parameters *set, int32_t index);
 /* `count` equal-shaped neighbours [n, k] as one [count, n, k]. */
-core_tensor train_parameter_values(const train_parameters *set, int32_t index, int64_t count);
+core_tensor train_parameter_matrices(const train_parameters *set, int32_t index, int64_t count);
 core_tensor train_parameter_gradients(const train_parameters *set, int32_t index, int64_t count);
 
 #endif

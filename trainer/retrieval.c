@@ -14,27 +14,37 @@ enum { BLOCK = 128 }; /* queries ranked at a time */
 typedef struct gallery {
   int64_t samples, Z;
   int32_t modalities;
-  core_real *z[CORE_MAX_MODALITIES];     /* [N, Z] */
+  core_tensor z[CORE_MAX_MODALITIES];    /* [N, Z], device */
   uint8_t *present[CORE_MAX_MODALITIES]; /* [N] */
   uint64_t *id;
   int32_t *label;
-  core_real *score; /* [BLOCK, N] */
+  core_tensor score;     /* [BLOCK, N], device */
+  core_real *host_score; /* the same where the host reads it */
   comm_piece *send, *recv;
 } gallery;
 
-static void gallery_free(gallery *g) {
+static void gallery_free(const core_device *device, gallery *g) {
   for (int32_t m = 0; m < g->modalities; m++) {
-    free(g->z[m]);
+    device->release(g->z[m].data);
     free(g->present[m]);
   }
+  if (g->host_score != g->score.data) free(g->host_score);
+  device->release(g->score.data);
   free(g->id);
   free(g->label);
-  free(g->score);
   free(g->send);
   free(g->recv);
 }
 
+static core_status on_device(const core_device *device, int64_t rows, int64_t columns, core_tensor *out) {
+  *out = core_tensor_2(NULL, CORE_REAL_DTYPE, rows, columns);
+  TRY(device->allocate(core_tensor_bytes(out), &out->data));
+  TRY(device->fill(out->data, 0, core_tensor_bytes(out), NULL));
+  return CORE_OK;
+}
+
 static core_status gallery_make(train_session *session, gallery *g) {
+  const core_device *device = session->env.ops->device;
   memset(g, 0, sizeof *g);
   size_t n = (size_t)data_set_samples(session->evaluation), pieces = (size_t)session->env.layout.ranks;
   g->samples = (int64_t)n;
@@ -42,16 +52,17 @@ static core_status gallery_make(train_session *session, gallery *g) {
   g->modalities = session->env.layout.modalities;
   bool good = true;
   for (int32_t m = 0; m < g->modalities; m++) {
-    g->z[m] = calloc(n * (size_t)g->Z, sizeof(core_real));
+    TRY(on_device(device, (int64_t)n, g->Z, &g->z[m]));
     g->present[m] = calloc(n, 1);
-    good = good && g->z[m] && g->present[m];
+    good = good && g->present[m];
   }
+  TRY(on_device(device, BLOCK, (int64_t)n, &g->score));
+  g->host_score = device->host_access ? g->score.data : malloc(n * BLOCK * sizeof *g->host_score);
   g->id = calloc(n, sizeof *g->id);
   g->label = calloc(n, sizeof *g->label);
-  g->score = malloc(n * BLOCK * sizeof *g->score);
   g->send = calloc(pieces, sizeof *g->send);
   g->recv = calloc(pieces, sizeof *g->recv);
-  CHECK(good && g->id && g->label && g->score && g->send && g->recv, CORE_ERR_MEMORY,
+  CHECK(good && g->id && g->label && g->host_score && g->send && g->recv, CORE_ERR_MEMORY,
         "no memory for the embeddings of %zu samples", n);
   return CORE_OK;
 }
@@ -68,12 +79,12 @@ static core_status take_batch(train_session *session, gallery *g, const data_bat
   TRY(train_model_forward(session->model, TRAIN_MODE_EVALUATE));
   for (int32_t m = 0; m < g->modalities; m++) {
     data_range range = train_layout_range(&layout, layout.rank, m, 0);
-    size_t bytes = (size_t)((range.hi - range.lo) * g->Z) * sizeof(core_real);
-    core_real *rows = g->z[m] + first * g->Z;
+    core_tensor rows = train_slice(g->z[m], first, batch->samples);
+    core_tensor own = train_slice(rows, range.lo, range.hi - range.lo);
     memcpy(g->present[m] + first, batch->present + m * batch->samples, (size_t)batch->samples);
-    if (bytes > 0)
-      TRY(env->ops->device->copy(rows + range.lo * g->Z, session->model->head[m].z.data, bytes, NULL));
-    TRY(train_share_rows(env, &layout, m, rows, g->Z * (int64_t)sizeof(core_real), g->send, g->recv));
+    if (own.shape[0] > 0)
+      TRY(env->ops->device->copy(own.data, session->model->head[m].z.data, core_tensor_bytes(&own), NULL));
+    TRY(train_share_rows(env, &layout, m, rows, g->send, g->recv));
   }
   return CORE_OK;
 }
@@ -158,11 +169,12 @@ static core_status rank_direction(train_session *session, gallery *g, int32_t a,
   for (int64_t lo = first; lo < last; lo += BLOCK) {
     CHECK(!core_stop_requested(), CORE_ERR_STOPPED, "stopped during evaluation");
     int64_t n = last - lo < BLOCK ? last - lo : BLOCK;
-    KERN(env, gemm, KERN_NT, core_tensor_2(g->z[a] + lo * g->Z, CORE_REAL_DTYPE, n, g->Z),
-         core_tensor_2(g->z[b], CORE_REAL_DTYPE, g->samples, g->Z), KERN_SET,
-         core_tensor_2(g->score, CORE_REAL_DTYPE, n, g->samples));
+    core_tensor score = train_rows(g->score, n);
+    KERN(env, gemm, KERN_NT, train_slice(g->z[a], lo, n), g->z[b], KERN_SET, score);
+    if (g->host_score != score.data)
+      TRY(env->ops->device->copy(g->host_score, score.data, core_tensor_bytes(&score), NULL));
     for (int64_t i = lo; i < lo + n; i++)
-      if (g->present[a][i]) rank_query(g, a, b, i, g->score + (i - lo) * g->samples, out);
+      if (g->present[a][i]) rank_query(g, a, b, i, g->host_score + (i - lo) * g->samples, out);
   }
   return CORE_OK;
 }
@@ -191,24 +203,29 @@ static core_status rank_all(train_session *session, gallery *g, train_retrieval 
   return CORE_OK;
 }
 
+/* The router's health figures, over all ranks. */
+static core_status add_up_sums(train_session *session) {
+  const train_moe_sums *sums = &session->model->sums;
+  comm_group *world = session->env.world;
+  TRY(comm_agree(session->env.control, train_moe_sums_down(&session->env, sums)));
+  TRY(comm_all_reduce(world, COMM_SUM, CORE_FLOAT64, sums->value.host,
+                      core_tensor_count(&sums->value.device)));
+  TRY(comm_all_reduce(world, COMM_SUM, CORE_INT64, sums->count.host, core_tensor_count(&sums->count.device)));
+  return CORE_OK;
+}
+
 core_status train_retrieval_run(train_session *session, train_retrieval *out) {
   memset(out, 0, sizeof *out);
   double start = core_clock_now();
   const train_moe_sums *sums = &session->model->sums;
   gallery g;
-  train_moe_sums_clear(sums);
+  TRY(comm_agree(session->env.control, train_moe_sums_clear(&session->env, sums)));
   core_status status = comm_agree(session->env.control, gallery_make(session, &g));
   if (status == CORE_OK) status = embed(session, &g);
   if (status == CORE_OK) status = rank_all(session, &g, out);
-  int64_t cells = (int64_t)sums->layers * sums->modalities;
-  comm_group *world = session->env.world;
-  if (status == CORE_OK)
-    status =
-        comm_all_reduce(world, COMM_SUM, CORE_FLOAT64, sums->value, cells * train_moe_value_stride(sums));
-  if (status == CORE_OK)
-    status = comm_all_reduce(world, COMM_SUM, CORE_INT64, sums->count, cells * train_moe_count_stride(sums));
+  if (status == CORE_OK) status = add_up_sums(session);
   out->samples = g.samples;
-  gallery_free(&g);
+  gallery_free(session->env.ops->device, &g);
   out->seconds = core_clock_now() - start;
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;

@@ -31,9 +31,9 @@ typedef struct run {
   int lock;
   data_stream *stream;
   data_position position;
-  int64_t saved_step; /* step of the newest checkpoint begun, -1 none */
-  int64_t failures;   /* non-finite steps in a row */
-  train_state_tensors tensors;
+  int64_t saved_step;        /* step of the newest checkpoint begun, -1 none */
+  int64_t failures;          /* non-finite steps in a row */
+  train_state_tensors saved; /* what the writer writes */
   ckpt_writer *writer;
   train_metrics *metrics;   /* rank 0 */
   double process_mebibytes; /* resident beside what is planned: libraries, MPI, the index of the shards */
@@ -97,13 +97,23 @@ static core_status check_meta(const run *r, const train_state_meta *meta, const 
   return CORE_OK;
 }
 
+static core_status load_tensors(run *r, ckpt_reader *reader) {
+  train_state_tensors wanted;
+  TRY(comm_agree(r->env->control, train_state_list(r->session->model, TRAIN_STATE_LOAD, &wanted)));
+  core_status status = ckpt_reader_load(reader, wanted.list, wanted.count);
+  train_state_free(&wanted);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  TRY(comm_agree(r->env->control, train_state_loaded(r->session->model)));
+  return CORE_OK;
+}
+
 static core_status load(run *r, ckpt_reader *reader) {
   train_state_meta meta;
   TRY(train_state_meta_read(ckpt_reader_meta(reader), &meta));
   core_status status = check_meta(r, &meta, ckpt_reader_path(reader));
   free(meta.config);
   TRY(comm_agree(r->env->control, status));
-  TRY(ckpt_reader_load(reader, r->tensors.list, r->tensors.count));
+  TRY(load_tensors(r, reader));
   r->env->step = meta.step;
   r->position = meta.position;
   LOG_INFO("resumed at step %lld from %s (written by %lld ranks, expert-parallel size %lld)",
@@ -413,9 +423,9 @@ static core_status describe(run *r) {
   double arenas = (double)memory.total / 1048576, process = r->process_mebibytes;
   LOG_INFO(
       "planned memory of rank 0: %.1f MiB (process %.1f, parameters and optimizer %.1f, activations %.1f, "
-      "objective %.1f, kernels %.1f, data and checkpoint %.1f)",
+      "objective %.1f, host %.1f, kernels %.1f, data and checkpoint %.1f)",
       process + arenas + (double)bytes / 1048576, process, (double)memory.parameters / 1048576,
-      (double)memory.activations / 1048576, (double)memory.objective / 1048576,
+      (double)memory.activations / 1048576, (double)memory.objective / 1048576, (double)memory.host / 1048576,
       (double)memory.kernels / 1048576, (double)bytes / 1048576);
   return CORE_OK;
 }
@@ -455,13 +465,13 @@ static core_status open_run(run *r, const train_run_options *options) {
   snprintf(r->directory, sizeof r->directory, "%s", s->run.directory);
   snprintf(r->checkpoints, sizeof r->checkpoints, "%.900s/checkpoints", s->run.directory);
   TRY(prepare_directory(r));
-  TRY(comm_agree(r->env->control, train_state_list(r->session->model, true, &r->tensors)));
+  TRY(comm_agree(r->env->control, train_state_list(r->session->model, TRAIN_STATE_SAVE, &r->saved)));
   ckpt_options saving = {.directory = r->checkpoints,
                          .keep = (int32_t)s->checkpoint.keep,
                          .level = (int32_t)s->checkpoint.level,
                          .threads = (int32_t)s->checkpoint.threads,
                          .keep_every = s->checkpoint.keep_every};
-  TRY(ckpt_writer_create(r->env->control, &saving, r->tensors.list, r->tensors.count, &r->writer));
+  TRY(ckpt_writer_create(r->env->control, &saving, r->saved.list, r->saved.count, &r->writer));
   TRY(start_or_resume(r, options->resume));
   TRY(comm_agree(r->env->control, open_local(r)));
   TRY(describe(r));
@@ -494,7 +504,7 @@ static void close_run(run *r) {
   ckpt_writer_destroy(r->writer);
   data_stream_close(r->stream);
   train_metrics_close(r->metrics);
-  train_state_free(&r->tensors);
+  train_state_free(&r->saved);
   if (r->lock >= 0) close(r->lock);
   train_session_close(r->session);
   core_log_close();

@@ -45,7 +45,8 @@ static core_status check_widths(const train_session *session) {
 static core_status open_data_local(train_session *session, const train_session_options *options) {
   const train_settings *s = session->env.settings;
   const char *path = options->data_path ? options->data_path : s->data.path;
-  TRY(kern_select(s->run.device, &session->env.ops));
+  TRY(kern_select(s->run.device, comm_local_rank(session->env.comm), &session->env.ops));
+  session->env.active = s->run.precision == CORE_BFLOAT16 ? CORE_BFLOAT16 : CORE_REAL_DTYPE;
   if (options->training_split) TRY(open_set(session, path, options->training_split, &session->training));
   if (options->evaluation_split)
     TRY(open_set(session, path, options->evaluation_split, &session->evaluation));
@@ -97,6 +98,17 @@ static core_status make_layout(train_session *session) {
   return CORE_OK;
 }
 
+/* Every group learns where the tensors lie. */
+static core_status serve_device(train_env *env) {
+  comm_device_transport transport = (comm_device_transport)env->settings->parallel.transport;
+  enum { STAGING = 32 << 20 };
+  comm_group *groups[3 + CORE_MAX_MODALITIES] = {env->world, env->expert, env->replica};
+  for (int32_t m = 0; m < env->layout.modalities; m++) groups[3 + m] = env->modality[m];
+  for (int32_t i = 0; i < 3 + env->layout.modalities; i++)
+    if (groups[i]) TRY(comm_group_device(groups[i], env->ops->device, transport, STAGING));
+  return CORE_OK;
+}
+
 static core_status make_groups(train_env *env) {
   const train_layout *layout = &env->layout;
   TRY(comm_group_create(env->comm, layout->group, "expert", &env->expert));
@@ -107,7 +119,7 @@ static core_status make_groups(train_env *env) {
     int32_t color = train_layout_holds(layout, layout->rank, m) ? 0 : -1;
     TRY(comm_group_create(env->comm, color, name, &env->modality[m]));
   }
-  return CORE_OK;
+  return serve_device(env);
 }
 
 /* ---- sizes ---- */
@@ -129,6 +141,17 @@ static void add_limits(const data_set *set, const train_layout *layout, int32_t 
   *group_rows = larger(*group_rows, rows);
 }
 
+/* Bytes of a stored number of modality m, in the wider of the sets. */
+static size_t stored_bytes(const train_session *session, int32_t m) {
+  size_t bytes = 0;
+  const data_set *sets[2] = {session->training, session->evaluation};
+  for (int i = 0; i < 2; i++) {
+    size_t its = sets[i] ? core_dtype_size(data_set_modality(sets[i], m)->dtype) : 0;
+    if (its > bytes) bytes = its;
+  }
+  return bytes;
+}
+
 static train_model_limits find_limits(const train_session *session) {
   const train_env *env = &session->env;
   train_model_limits limits = {.training = session->purpose == TRAIN_PURPOSE_TRAIN};
@@ -138,6 +161,7 @@ static train_model_limits find_limits(const train_session *session) {
     add_limits(session->training, &env->layout, m, &limits, &group_rows);
     add_limits(session->evaluation, &session->evaluation_layout, m, &limits, &group_rows);
     limits.width[m] = data_set_modality(any_set(session), m)->width;
+    limits.latent_bytes[m] = stored_bytes(session, m);
     limits.group_tokens += group_rows;
     own += limits.tokens[m];
   }
@@ -173,6 +197,8 @@ static kern_limits kernel_limits(const train_session *session, const train_model
     for (int i = 0; i < 2; i++)
       if (sets[i]) k.sequence = larger(k.sequence, data_set_modality(sets[i], m)->longest);
   }
+  k.updates = model->parameters.count;
+  for (int32_t m = 0; m < session->env.layout.modalities; m++) k.segments += limits->segments[m] + 1;
   k.rows = larger(larger(k.rows * s->model.moe.choose, limits->expert_rows), session->env.layout.batch);
   k.width = larger(width, session->env.layout.batch);
   return k;
@@ -181,8 +207,21 @@ static kern_limits kernel_limits(const train_session *session, const train_model
 /* ---- memory ---- */
 
 static core_status plan(train_session *session, const train_model_limits *limits) {
-  TRY(train_model_plan(session->model, limits, session->parameters, session->activations));
-  if (session->purpose == TRAIN_PURPOSE_TRAIN) TRY(train_stepper_plan(&session->stepper, session->objective));
+  TRY(train_model_plan(session->model, limits, &session->arenas));
+  if (session->purpose == TRAIN_PURPOSE_TRAIN) TRY(train_stepper_plan(&session->stepper, &session->arenas));
+  return CORE_OK;
+}
+
+enum { ARENAS = 4 };
+
+static core_status create_arenas(train_session *session) {
+  train_arenas *arenas = &session->arenas;
+  const core_device *device = session->env.ops->device;
+  arenas->host_access = device->host_access;
+  TRY(core_arena_create("parameters", device, &arenas->parameters));
+  TRY(core_arena_create("activations", device, &arenas->activations));
+  TRY(core_arena_create("objective", device, &arenas->objective));
+  TRY(core_arena_create("host", NULL, &arenas->host));
   return CORE_OK;
 }
 
@@ -194,14 +233,14 @@ static core_status allocate_local(train_session *session) {
   TRY(train_stepper_make(env, session->model, &session->stepper));
   kernel = kernel_limits(session, &limits);
   TRY(env->ops->context_create(&kernel, &env->kern));
-  core_arena **arenas[] = {&session->parameters, &session->activations, &session->objective};
-  static const char *const names[] = {"parameters", "activations", "objective"};
-  for (int i = 0; i < 3; i++) TRY(core_arena_create(names[i], env->ops->device, arenas[i]));
+  TRY(create_arenas(session));
   TRY(plan(session, &limits));
-  for (int i = 0; i < 3; i++) TRY(core_arena_commit(*arenas[i]));
+  core_arena *const arenas[ARENAS] = {session->arenas.parameters, session->arenas.activations,
+                                      session->arenas.objective, session->arenas.host};
+  for (int i = 0; i < ARENAS; i++) TRY(core_arena_commit(arenas[i]));
   TRY(plan(session, &limits));
-  for (int i = 0; i < 3; i++) core_arena_seal(*arenas[i]);
-  train_parameters_initialise(&session->model->parameters, env->settings->run.seed);
+  for (int i = 0; i < ARENAS; i++) core_arena_seal(arenas[i]);
+  TRY(train_model_prepare(session->model));
   return CORE_OK;
 }
 
@@ -238,9 +277,10 @@ void train_session_close(train_session *session) {
   data_set_close(session->training);
   data_set_close(session->evaluation);
   train_model_destroy(session->model);
-  core_arena_destroy(session->parameters);
-  core_arena_destroy(session->activations);
-  core_arena_destroy(session->objective);
+  core_arena_destroy(session->arenas.parameters);
+  core_arena_destroy(session->arenas.activations);
+  core_arena_destroy(session->arenas.objective);
+  core_arena_destroy(session->arenas.host);
   comm_group_destroy(session->env.expert);
   comm_group_destroy(session->env.replica);
   for (int32_t m = 0; m < CORE_MAX_MODALITIES; m++) comm_group_destroy(session->env.modality[m]);
@@ -277,15 +317,18 @@ static core_status wait_for_steps(train_session *session, int32_t m) {
   return CORE_OK;
 }
 
-static void take_standardisation(train_session *session, int32_t m, const double *shift,
-                                 const double *scale) {
+static core_status take_standardisation(train_session *session, int32_t m, const double *shift,
+                                        const double *scale) {
   train_connector_layer *layer = &session->model->connector[m];
-  core_real *to_shift = layer->shift.data, *to_scale = layer->scale.data;
-  if (!to_shift) return;
+  core_real *to_shift = layer->shift.host, *to_scale = layer->scale.host;
+  if (!to_shift) return CORE_OK;
   for (int64_t d = 0; d < layer->width; d++) {
     to_shift[d] = (core_real)shift[d];
     to_scale[d] = (core_real)scale[d];
   }
+  TRY(train_mirror_up(&session->env, &layer->shift, layer->width));
+  TRY(train_mirror_up(&session->env, &layer->scale, layer->width));
+  return CORE_OK;
 }
 
 /* The ranks share the modalities out: rank m mod W reads modality m. A failure of the reader between its
@@ -311,7 +354,7 @@ static core_status standardise_one(train_session *session, int32_t m, double *sh
   }
   TRY(comm_broadcast(env->world, reader, shift, (size_t)width * sizeof *shift));
   TRY(comm_broadcast(env->world, reader, scale, (size_t)width * sizeof *scale));
-  take_standardisation(session, m, shift, scale);
+  TRY(take_standardisation(session, m, shift, scale));
   return CORE_OK;
 }
 
@@ -355,13 +398,14 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
 }
 
 train_memory train_session_memory(const train_session *session) {
-  train_memory memory = {.parameters = core_arena_peak(session->parameters),
-                         .activations = core_arena_peak(session->activations),
-                         .objective = core_arena_peak(session->objective)};
+  train_memory memory = {.parameters = core_arena_peak(session->arenas.parameters),
+                         .activations = core_arena_peak(session->arenas.activations),
+                         .objective = core_arena_peak(session->arenas.objective),
+                         .host = core_arena_peak(session->arenas.host)};
   train_model_limits limits = session->model->limits;
   kern_limits kernel = kernel_limits(session, &limits);
   memory.kernels = session->env.ops->context_bytes(&kernel);
-  memory.total = memory.parameters + memory.activations + memory.objective + memory.kernels;
+  memory.total = memory.parameters + memory.activations + memory.objective + memory.host + memory.kernels;
   return memory;
 }
 

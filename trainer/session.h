@@ -23,7 +23,7 @@ typedef struct train_session {
   train_model *model;
   train_stepper stepper; /* training only */
   train_layout evaluation_layout;
-  core_arena *parameters, *activations, *objective;
+  train_arenas arenas;
 } train_session;
 
 /* Errors are agreed: every rank returns the same. Collective over the world. */
@@ -36,7 +36,7 @@ CORE_NODISCARD core_status train_session_standardise(train_session *session);
 
 /* Planned memory of this rank in bytes. */
 typedef struct train_memory {
-  size_t parameters, activations, objective, kernels, streams, checkpoint, total;
+  size_t parameters, activations, objective, host, kernels, total;
 } train_memory;
 train_memory train_session_memory(const train_session *session);
 

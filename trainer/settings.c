@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "comm/comm.h" /* comm_device_transport */
 #include "core/dims.h"
 #include "kernels/kernels.h" /* kern_gate */
 
@@ -36,6 +37,10 @@ static const cyaml_strval_t rate_words[] = {
 static const cyaml_strval_t non_finite_words[] = {{"stop", TRAIN_NON_FINITE_STOP},
                                                   {"skip", TRAIN_NON_FINITE_SKIP}};
 
+static const cyaml_strval_t precision_words[] = {{"float32", CORE_FLOAT32}, {"bfloat16", CORE_BFLOAT16}};
+static const cyaml_strval_t transport_words[] = {
+    {"auto", COMM_DEVICE_AUTO}, {"nccl", COMM_DEVICE_NCCL}, {"staged", COMM_DEVICE_STAGED}};
+
 #define M train_modality_settings
 static const cyaml_schema_field_t modality_fields[] = {TEXT("name", M, name),
                                                        WORD("connector", M, connector, connector_words),
@@ -59,6 +64,7 @@ static const cyaml_schema_field_t run_fields[] = {TEXT("directory", run_part, di
                                                   CYAML_FIELD_UINT("seed", NEEDED, run_part, seed),
                                                   CYAML_FIELD_INT("steps", NEEDED, run_part, steps),
                                                   TEXT("device", run_part, device),
+                                                  WORD("precision", run_part, precision, precision_words),
                                                   CYAML_FIELD_INT("threads", NEEDED, run_part, threads),
                                                   CYAML_FIELD_INT("log", NEEDED, run_part, log),
                                                   CYAML_FIELD_FLOAT("deadline", NEEDED, run_part, deadline),
@@ -107,6 +113,7 @@ static const cyaml_schema_field_t model_fields[] = {
     CYAML_FIELD_FLOAT("norm_epsilon", NEEDED, model_part, norm_epsilon),
     CYAML_FIELD_FLOAT("rope_base", NEEDED, model_part, rope_base),
     CORE_FIELD_BOOL("dense", model_part, dense),
+    CORE_FIELD_BOOL("recompute", model_part, recompute),
     CYAML_FIELD_MAPPING("moe", NEEDED, model_part, moe, moe_fields),
     CYAML_FIELD_END};
 
@@ -123,7 +130,9 @@ static const cyaml_schema_field_t objective_fields[] = {
 typedef PART(parallel) parallel_part;
 static const cyaml_schema_field_t parallel_fields[] = {
     CYAML_FIELD_INT("experts", NEEDED, parallel_part, experts),
-    WORD("placement", parallel_part, placement, placement_words), CYAML_FIELD_END};
+    WORD("placement", parallel_part, placement, placement_words),
+    CORE_FIELD_BOOL("shard_optimizer", parallel_part, shard_optimizer),
+    WORD("transport", parallel_part, transport, transport_words), CYAML_FIELD_END};
 
 typedef PART(optimizer) optimizer_part;
 static const cyaml_schema_field_t optimizer_fields[] = {
@@ -172,16 +181,17 @@ static const cyaml_schema_value_t top_value = {
 
 /* What a file may leave out. data.path, data.modalities, model.width, layers and heads have no default. */
 static const char defaults[] =
-    "run: {directory: run, seed: 1, steps: 1000, device: auto, threads: 0, log: 10, deadline: 600,"
+    "run: {directory: run, seed: 1, steps: 1000, device: auto, precision: float32, threads: 0, log: 10, "
+    "deadline: 600,"
     " non_finite: stop, failures: 10}\n"
     "data: {train: train, validation: validation, shuffle: 65536, threads: 1, queue: 2, cache: 256}\n"
     "model:\n"
     "  kv_heads: 0\n  head_width: 0\n  hidden: 0\n  embedding: 0\n  activation: swiglu\n"
-    "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  dense: false\n"
+    "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  dense: false\n  recompute: false\n"
     "  moe: {layers: every 2, experts: 8, choose: 1, hidden: 0, gate: softmax, dispatch: dropless,"
     " capacity: '1.05', group_samples: 8, priority: gate, noise: 1, buffer: 1.5}\n"
     "objective: {pairs: [], scale: 10, largest_scale: 100, importance: 0.005, load: 0.005, z: 0.001}\n"
-    "parallel: {experts: 1, placement: shared}\n"
+    "parallel: {experts: 1, placement: shared, shard_optimizer: true, transport: auto}\n"
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1}\n"
     "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1}\n"

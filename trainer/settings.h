@@ -43,6 +43,7 @@ typedef struct train_settings {
     uint64_t seed;
     int64_t steps;
     char *device;     /* auto, cpu, cuda */
+    int precision;    /* core_dtype of activations and the matrices they meet: float32 or bfloat16 */
     int64_t threads;  /* of a rank; 0: the host's cores divided among its ranks */
     int64_t log;      /* steps between log lines */
     double deadline;  /* seconds that a rank waits for another */
@@ -63,7 +64,8 @@ typedef struct train_settings {
     int64_t width, layers, heads, kv_heads, head_width, hidden, embedding;
     int activation; /* train_activation of every feed-forward */
     double norm_epsilon, rope_base;
-    int dense; /* replace each MoE layer by a dense one of equal FLOPs per token */
+    int dense;     /* replace each MoE layer by a dense one of equal FLOPs per token */
+    int recompute; /* keep only the blocks' outputs for backward and compute the rest again */
     struct {
       char *layers; /* none, all, every 2, first half, second half, or a list "1,3" */
       int64_t experts, choose;
@@ -85,8 +87,10 @@ typedef struct train_settings {
     double importance, load, z;
   } objective;
   struct {
-    int64_t experts; /* expert-parallel size e */
-    int placement;   /* train_placement */
+    int64_t experts;     /* expert-parallel size e */
+    int placement;       /* train_placement */
+    int shard_optimizer; /* each replica keeps the moments of its share only (ZeRO stage 1) */
+    int transport;       /* comm_device_transport, between devices */
   } parallel;
   struct {
     int64_t batch, accumulate;

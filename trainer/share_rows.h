@@ -6,10 +6,10 @@
 
 /* Pieces that train_share_rows may need. */
 int64_t train_share_pieces(const train_layout *layout);
-/* rows: host memory [layout->batch, row_bytes], of which each rank has filled the samples of modality m that
+/* rows: device memory [layout->batch, ...], of which each rank has filled the samples of modality m that
  * train_layout_range gives it; afterwards every rank has all. send, recv: scratch of train_share_pieces
  * entries each. Collective over the world. */
-CORE_NODISCARD core_status train_share_rows(train_env *env, const train_layout *layout, int32_t m, void *rows,
-                                            int64_t row_bytes, comm_piece *send, comm_piece *recv);
+CORE_NODISCARD core_status train_share_rows(train_env *env, const train_layout *layout, int32_t m,
+                                            core_tensor rows, comm_piece *send, comm_piece *recv);
 
 #endif

@@ -6,18 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/random.h" /* core_hash_text */
-
-/* Which rank of a parameter's group writes it: spread by name, so that files are of similar size. */
-static bool owns(const train_model *model, const train_parameter *p) {
-  const train_env *env = model->env;
-  comm_group *group = p->scope == TRAIN_SCOPE_WORLD    ? env->world
-                      : p->scope == TRAIN_SCOPE_EXPERT ? env->replica
-                                                       : env->modality[p->modality];
-  uint64_t hash = core_hash_text(p->name);
-  return hash % (uint64_t)comm_size(group) == (uint64_t)comm_rank(group);
-}
-
 static ckpt_tensor *add(train_state_tensors *out, const char *prefix, const char *name) {
   ckpt_tensor *tensor = &out->list[out->count];
   memset(tensor, 0, sizeof *tensor);
@@ -27,59 +15,87 @@ static ckpt_tensor *add(train_state_tensors *out, const char *prefix, const char
   return tensor;
 }
 
-static void add_parameter(const train_model *model, train_state_tensors *out, const char *prefix,
-                          const train_parameter *p, core_real *base) {
+/* Adds the part of parameter p that lies in `span`; base: where the span's first element lies. */
+static void add_part(const train_model *model, train_state_tensors *out, const char *prefix,
+                     const train_parameter *p, train_span span, core_real *base) {
+  train_span part = train_parameter_within(p, span);
+  if (part.count == 0) return;
   ckpt_tensor *tensor = add(out, prefix, p->name);
   tensor->dtype = CORE_REAL_DTYPE;
   tensor->rank = p->rank;
   memcpy(tensor->shape, p->shape, (size_t)p->rank * sizeof *p->shape);
-  tensor->count = p->count;
-  tensor->data = base + p->first;
-  tensor->owner = owns(model, p);
+  tensor->first = part.first - p->first;
+  tensor->count = part.count;
+  tensor->data = base + (part.first - span.first);
+  tensor->device = model->env->ops->device;
+  tensor->owner = true;
 }
 
-static void add_steps(const train_model *model, train_state_tensors *out, train_parameter *p) {
+/* The count belongs to the rank whose share begins the parameter. */
+static void add_steps(train_state_tensors *out, train_parameter *p, bool owner) {
   ckpt_tensor *tensor = add(out, "adam_steps", p->name);
   tensor->dtype = CORE_INT64;
   tensor->rank = 1;
   tensor->count = 1;
   tensor->data = &p->steps;
-  tensor->owner = owns(model, p);
+  tensor->owner = owner;
 }
 
-static void add_standardisation(const train_model *model, train_state_tensors *out, int32_t m) {
+static void add_parameter(train_model *model, train_state_tensors *out, train_parameter *p,
+                          train_state_purpose purpose) {
+  train_parameters *set = &model->parameters;
+  int32_t scope = train_scope_number(p);
+  train_span share = set->share[scope], update = set->update[scope], own = {p->first, p->count};
+  bool saves = purpose == TRAIN_STATE_SAVE;
+  if (!saves) share = own;
+  add_part(model, out, "parameter", p, share, set->value + share.first);
+  if (purpose == TRAIN_STATE_LOAD_MODEL) return;
+  train_span moments = saves ? set->share[scope] : update;
+  int64_t first = set->state_first[scope] + (moments.first - update.first);
+  add_part(model, out, "adam_m", p, moments, set->m + first);
+  add_part(model, out, "adam_v", p, moments, set->v + first);
+  bool begins =
+      p->first >= set->share[scope].first && p->first < set->share[scope].first + set->share[scope].count;
+  if (begins || !saves) add_steps(out, p, begins);
+}
+
+static void add_standardisation(train_model *model, train_state_tensors *out, int32_t m) {
   const train_connector_layer *layer = &model->connector[m];
-  const core_tensor *parts[2] = {&layer->shift, &layer->scale};
+  const train_mirror *parts[2] = {&layer->shift, &layer->scale};
   for (int i = 0; i < 2; i++) {
     ckpt_tensor *tensor =
         add(out, i == 0 ? "latent_shift" : "latent_scale", model->env->settings->data.modalities[m].name);
     tensor->dtype = CORE_REAL_DTYPE;
     tensor->rank = 1;
     tensor->shape[0] = tensor->count = layer->width;
-    tensor->data = parts[i]->data;
+    tensor->data = parts[i]->host;
     tensor->owner = comm_rank(model->env->modality[m]) == 0;
   }
 }
 
-core_status train_state_list(const train_model *model, bool training, train_state_tensors *out) {
-  const train_parameters *set = &model->parameters;
+core_status train_state_list(train_model *model, train_state_purpose purpose, train_state_tensors *out) {
+  train_parameters *set = &model->parameters;
   memset(out, 0, sizeof *out);
   size_t most = (size_t)set->count * 4 + 2 * CORE_MAX_MODALITIES;
   out->list = calloc(most, sizeof *out->list);
   out->names = calloc(most, sizeof *out->names);
   if (!out->list || !out->names) train_state_free(out);
   CHECK(out->list, CORE_ERR_MEMORY, "no memory for the list of %zu tensors", most);
-  for (int32_t i = 0; i < set->count; i++) {
-    train_parameter *p = &set->list[i];
-    add_parameter(model, out, "parameter", p, set->value);
-    if (!training) continue;
-    add_parameter(model, out, "adam_m", p, set->m);
-    add_parameter(model, out, "adam_v", p, set->v);
-    add_steps(model, out, p);
-  }
+  for (int32_t i = 0; i < set->count; i++) add_parameter(model, out, &set->list[i], purpose);
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
     if (train_layout_holds(&model->env->layout, model->env->layout.rank, m))
       add_standardisation(model, out, m);
+  return CORE_OK;
+}
+
+core_status train_state_loaded(train_model *model) {
+  train_parameters *set = &model->parameters;
+  TRY(train_parameters_round(set, model->env, (train_span){0, set->total}));
+  for (int32_t m = 0; m < model->env->layout.modalities; m++) {
+    const train_connector_layer *layer = &model->connector[m];
+    TRY(train_mirror_up(model->env, &layer->shift, layer->shift.device.shape[0]));
+    TRY(train_mirror_up(model->env, &layer->scale, layer->scale.device.shape[0]));
+  }
   return CORE_OK;
 }
 

@@ -13,10 +13,18 @@ typedef struct train_state_tensors {
   char (*names)[CORE_NAME];
 } train_state_tensors;
 
-/* Lists the model's tensors; training: optimizer state too. Each range is owned by exactly one of the ranks
- * that hold it, spread over the ranks. Free with train_state_free. */
-CORE_NODISCARD core_status train_state_list(const train_model *model, bool training,
+typedef enum train_state_purpose {
+  TRAIN_STATE_SAVE, /* what this rank writes: its share of every parameter and of the optimizer's state */
+  TRAIN_STATE_LOAD, /* what it needs: all its parameters, the optimizer's state of what it updates */
+  TRAIN_STATE_LOAD_MODEL /* without the optimizer's */
+} train_state_purpose;
+
+/* Lists the model's tensors. Saved ranges cover each element exactly once over all ranks. Free with
+ * train_state_free. */
+CORE_NODISCARD core_status train_state_list(train_model *model, train_state_purpose purpose,
                                             train_state_tensors *out);
+/* After loading: what is derived from the values. */
+CORE_NODISCARD core_status train_state_loaded(train_model *model);
 void train_state_free(train_state_tensors *tensors);
 
 /* Meta data of a checkpoint. */

@@ -9,7 +9,6 @@
 #include <string.h>
 
 #include "core/clock.h"
-#include "trainer/optimizer.h"
 #include "trainer/schedule/rate.h"
 
 core_status train_stepper_make(train_env *env, train_model *model, train_stepper *out) {
@@ -20,15 +19,16 @@ core_status train_stepper_make(train_env *env, train_model *model, train_stepper
   return CORE_OK;
 }
 
-core_status train_stepper_plan(train_stepper *stepper, core_arena *arena) {
+core_status train_stepper_plan(train_stepper *stepper, const train_arenas *arenas) {
   const train_moe_sums *sums = &stepper->model->sums;
   int64_t cells = (int64_t)sums->layers * sums->modalities, M = stepper->env->layout.modalities;
-  TRY(train_contrastive_plan(&stepper->contrastive, arena));
-  TRY(train_router_plan(&stepper->router, stepper->env, stepper->model->moe_layers, arena));
+  TRY(train_contrastive_plan(&stepper->contrastive, arenas));
+  TRY(train_router_plan(&stepper->router, stepper->env, stepper->model->moe_layers, arenas));
+  TRY(train_optimizer_plan(&stepper->optimizer, stepper->model, arenas));
   stepper->reduced_count = stepper->contrastive.pairs + cells * train_moe_value_stride(sums);
   stepper->counted_count = 2 * M + cells * train_moe_count_stride(sums);
-  TRY(ARENA_TAKE(arena, stepper->reduced_count, &stepper->reduced));
-  TRY(ARENA_TAKE(arena, stepper->counted_count, &stepper->counted));
+  TRY(ARENA_TAKE(arenas->host, stepper->reduced_count, &stepper->reduced));
+  TRY(ARENA_TAKE(arenas->host, stepper->counted_count, &stepper->counted));
   return CORE_OK;
 }
 
@@ -48,16 +48,17 @@ static void charge(train_env *env, train_phase phase, double *mark, double *exch
 
 static void count_items(train_stepper *stepper) {
   const train_items *items = &stepper->model->items;
+  const int64_t *offset = items->offset.host;
   int32_t M = stepper->env->layout.modalities;
   for (int32_t m = 0; m < M; m++) {
     stepper->counted[m] += items->row_first[m + 1] - items->row_first[m];
     for (int64_t s = items->segment_first[m]; s < items->segment_first[m + 1]; s++)
-      stepper->counted[M + m] += items->offset[s + 1] > items->offset[s];
+      stepper->counted[M + m] += offset[s + 1] > offset[s];
   }
 }
 
 static core_status forward_pass(train_stepper *stepper, const data_batch *batch) {
-  train_moe_sums_clear(&stepper->model->sums);
+  TRY(train_moe_sums_clear(stepper->env, &stepper->model->sums));
   memset(stepper->counted, 0, (size_t)stepper->counted_count * sizeof *stepper->counted);
   for (int64_t micro = 0; micro < stepper->env->layout.micro_batches; micro++) {
     TRY(train_model_take(stepper->model, batch, micro));
@@ -78,7 +79,7 @@ static core_status backward_pass(train_stepper *stepper, const data_batch *batch
       charge(env, TRAIN_PHASE_FORWARD, mark, exchanged);
     }
     TRY(train_contrastive_get(&stepper->contrastive, stepper->model, micro));
-    TRY(train_model_backward(stepper->model, stepper->router.weights));
+    TRY(train_model_backward(stepper->model, stepper->router.weights.device));
     charge(env, TRAIN_PHASE_BACKWARD, mark, exchanged);
   }
   return CORE_OK;
@@ -87,52 +88,67 @@ static core_status backward_pass(train_stepper *stepper, const data_batch *batch
 /* One reduction for all real sums of the step, one for all counts. */
 static core_status reduce_sums(train_stepper *stepper) {
   train_moe_sums *sums = &stepper->model->sums;
+  TRY(train_moe_sums_down(stepper->env, sums));
   int64_t pairs = stepper->contrastive.pairs, values = stepper->reduced_count - pairs;
   int64_t M2 = 2 * stepper->env->layout.modalities, counts = stepper->counted_count - M2;
   memcpy(stepper->reduced, stepper->contrastive.loss, (size_t)pairs * sizeof(double));
-  if (values > 0) memcpy(stepper->reduced + pairs, sums->value, (size_t)values * sizeof(double));
-  if (counts > 0) memcpy(stepper->counted + M2, sums->count, (size_t)counts * sizeof(int64_t));
+  if (values > 0) memcpy(stepper->reduced + pairs, sums->value.host, (size_t)values * sizeof(double));
+  if (counts > 0) memcpy(stepper->counted + M2, sums->count.host, (size_t)counts * sizeof(int64_t));
   TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_FLOAT64, stepper->reduced, stepper->reduced_count));
   TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_INT64, stepper->counted, stepper->counted_count));
-  if (values > 0) memcpy(sums->value, stepper->reduced + pairs, (size_t)values * sizeof(double));
-  if (counts > 0) memcpy(sums->count, stepper->counted + M2, (size_t)counts * sizeof(int64_t));
+  if (values > 0) memcpy(sums->value.host, stepper->reduced + pairs, (size_t)values * sizeof(double));
+  if (counts > 0) memcpy(sums->count.host, stepper->counted + M2, (size_t)counts * sizeof(int64_t));
   return CORE_OK;
 }
 
-static void fill_losses(train_stepper *stepper, train_report *report) {
+static core_status fill_losses(train_stepper *stepper, train_report *report) {
   const train_contrastive *c = &stepper->contrastive;
   report->contrastive = train_contrastive_total(c, stepper->reduced);
   for (int32_t p = 0; p < c->pairs; p++)
     report->pair[p] = c->count[p] > 0 ? stepper->reduced[p] / (double)c->count[p] : 0;
-  train_router_evaluate(&stepper->router, &stepper->model->sums, &report->router);
+  TRY(train_router_evaluate(&stepper->router, &stepper->model->sums, &report->router));
   const train_router_loss *r = &report->router;
   report->loss = report->contrastive + r->importance + r->load + r->z + r->local + r->global;
   for (int32_t m = 0; m < stepper->env->layout.modalities; m++) {
     report->tokens[m] = stepper->counted[m];
     report->items[m] = stepper->counted[stepper->env->layout.modalities + m];
   }
+  return CORE_OK;
+}
+
+/* The one number that the host reads before the forward pass, and the gradient that it writes. */
+static core_status read_scale(train_stepper *stepper, double *scale) {
+  core_tensor value = train_parameter_value(&stepper->model->parameters, stepper->model->log_scale);
+  core_real number;
+  TRY(stepper->env->ops->device->copy(&number, value.data, sizeof number, NULL));
+  *scale = exp((double)number);
+  return CORE_OK;
+}
+
+static core_status write_scale_gradient(train_stepper *stepper, double scale) {
+  core_tensor gradient = train_parameter_gradient(&stepper->model->parameters, stepper->model->log_scale);
+  core_real number = (core_real)(*(double *)stepper->contrastive.d_scale.host * scale);
+  TRY(stepper->env->ops->device->copy(gradient.data, &number, sizeof number, NULL));
+  return CORE_OK;
 }
 
 core_status train_stepper_gradients(train_stepper *stepper, const data_batch *batch, train_report *report) {
   train_env *env = stepper->env;
   double mark = core_clock_now(), exchanged = env->seconds[TRAIN_PHASE_EXCHANGE];
-  core_tensor log_scale = train_parameter_value(&stepper->model->parameters, stepper->model->log_scale);
-  report->scale = exp((double)*(core_real *)log_scale.data);
+  TRY(read_scale(stepper, &report->scale));
   TRY(train_optimizer_clear(stepper->model));
   TRY(forward_pass(stepper, batch));
   charge(env, TRAIN_PHASE_FORWARD, &mark, &exchanged);
   comm_note(env->comm, env->step, -1, "objective");
   TRY(train_contrastive_evaluate(&stepper->contrastive, batch, report->scale));
   TRY(reduce_sums(stepper));
-  fill_losses(stepper, report);
+  TRY(fill_losses(stepper, report));
   charge(env, TRAIN_PHASE_LOSS, &mark, &exchanged);
   TRY(backward_pass(stepper, batch, &mark, &exchanged));
-  core_real *d_log_scale =
-      train_parameter_gradient(&stepper->model->parameters, stepper->model->log_scale).data;
-  *d_log_scale += (core_real)(stepper->contrastive.d_scale * report->scale);
+  TRY(write_scale_gradient(stepper, report->scale));
   comm_note(env->comm, env->step, -1, "gradient reduction");
   TRY(train_optimizer_reduce(stepper->model));
-  TRY(train_optimizer_norm(stepper->model, &report->norm));
+  TRY(train_optimizer_norm(&stepper->optimizer, stepper->model, &report->norm));
   charge(env, TRAIN_PHASE_REDUCE, &mark, &exchanged);
   return CORE_OK;
 }
@@ -148,7 +164,8 @@ core_status train_stepper_run(train_stepper *stepper, const data_batch *batch, t
       s->optimizer.clip > 0 && report->norm > s->optimizer.clip ? s->optimizer.clip / report->norm : 1;
   /* loss and norm come out of reductions that give equal bits everywhere, so all ranks decide alike */
   report->skipped = !isfinite(report->loss) || !isfinite(report->norm);
-  if (!report->skipped) TRY(train_optimizer_update(stepper->model, report->rate, report->clip));
+  if (!report->skipped)
+    TRY(train_optimizer_update(&stepper->optimizer, stepper->model, report->rate, report->clip));
   env->seconds[TRAIN_PHASE_OPTIMIZER] += core_clock_now() - mark;
   return CORE_OK;
 }

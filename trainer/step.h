@@ -3,6 +3,7 @@
 #define TRAIN_STEP_H
 
 #include "trainer/objective/objective.h"
+#include "trainer/optimizer.h"
 
 /* "data", "forward" and so on, as metrics name them. */
 const char *train_phase_name(train_phase phase);
@@ -26,6 +27,7 @@ typedef struct train_stepper {
   train_model *model;
   train_contrastive contrastive;
   train_router_objective router;
+  train_optimizer optimizer;
   double *reduced; /* [pairs + sums] */
   int64_t reduced_count;
   int64_t *counted; /* [sums + 2 M] */
@@ -33,8 +35,9 @@ typedef struct train_stepper {
 } train_stepper;
 
 CORE_NODISCARD core_status train_stepper_make(train_env *env, train_model *model, train_stepper *out);
-CORE_NODISCARD core_status train_stepper_plan(train_stepper *stepper, core_arena *arena);
-/* Gradients of one global batch, summed over ranks, are left in the model; nothing is updated. Fills
+CORE_NODISCARD core_status train_stepper_plan(train_stepper *stepper, const train_arenas *arenas);
+/* Gradients of one global batch, summed over ranks, are left in the model (train_optimizer_reduce says which
+ * on which rank); nothing is updated. Fills
  * everything of the report but rate, clip, skipped, wall. env->step numbers the noise. Collective over the
  * world. */
 CORE_NODISCARD core_status train_stepper_gradients(train_stepper *stepper, const data_batch *batch,

@@ -52,12 +52,13 @@ core_status kern_context_create_cpu(const kern_limits *limits, kern_context **ou
   context_plan plan;
   *out = NULL;
   CHECK(limits->rows >= 0 && limits->width >= 0 && limits->experts >= 0 && limits->sequence >= 0 &&
-            limits->heads >= 0 && limits->threads >= 0,
+            limits->segments >= 0 && limits->heads >= 0 && limits->updates >= 0 && limits->threads >= 0,
         CORE_ERR_ARGUMENT,
-        "kernel limits must not be negative: rows %lld, width %lld, experts %lld, sequence %lld, heads %lld, "
-        "threads %d",
+        "kernel limits must not be negative: rows %lld, width %lld, experts %lld, sequence %lld, "
+        "segments %lld, heads %lld, updates %lld, threads %d",
         (long long)limits->rows, (long long)limits->width, (long long)limits->experts,
-        (long long)limits->sequence, (long long)limits->heads, (int)limits->threads);
+        (long long)limits->sequence, (long long)limits->segments, (long long)limits->heads,
+        (long long)limits->updates, (int)limits->threads);
   CHECK(limits->experts <= CORE_MAX_EXPERTS, CORE_ERR_ARGUMENT, "%lld experts in a layer: the most is %d",
         (long long)limits->experts, (int)CORE_MAX_EXPERTS);
   CHECK(context_plan_make(limits, &plan), CORE_ERR_ARGUMENT,

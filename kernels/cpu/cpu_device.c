@@ -3,6 +3,7 @@
 #include <stdlib.h>   /* aligned_alloc, free */
 #include <string.h>   /* memmove, memset */
 #include <sys/mman.h> /* madvise */
+#include <unistd.h>   /* sysconf */
 
 #include "cpu_impl.h" /* kern_device_cpu_priv */
 
@@ -23,6 +24,13 @@ static core_status cpu_allocate(size_t bytes, void **out) {
 
 static void cpu_release(void *pointer) {
   free(pointer);
+}
+
+static core_status cpu_memory(size_t *available, size_t *total) {
+  const long page = sysconf(_SC_PAGESIZE), open = sysconf(_SC_AVPHYS_PAGES), all = sysconf(_SC_PHYS_PAGES);
+  *available = page > 0 && open > 0 ? (size_t)page * (size_t)open : 0;
+  *total = page > 0 && all > 0 ? (size_t)page * (size_t)all : 0;
+  return CORE_OK;
 }
 
 static core_status cpu_copy(void *target, const void *source, size_t bytes, core_stream *stream) {
@@ -68,6 +76,9 @@ static core_status cpu_event_before(core_stream *stream, core_event *event) {
   (void)event, (void)stream;
   return CORE_OK;
 }
+static void cpu_watch(core_status (*poll)(void *), void *context) {
+  (void)poll, (void)context; /* the host never waits for itself */
+}
 
 const core_device kern_device_cpu_priv = {
     .kind = CORE_DEVICE_CPU,
@@ -75,7 +86,11 @@ const core_device kern_device_cpu_priv = {
     .host_access = true,
     .allocate = cpu_allocate,
     .release = cpu_release,
+    .host_allocate = cpu_allocate,
+    .host_release = cpu_release,
+    .memory = cpu_memory,
     .copy = cpu_copy,
+    .copy_later = cpu_copy,
     .fill = cpu_fill,
     .stream_create = cpu_stream_create,
     .stream_destroy = cpu_stream_destroy,
@@ -85,4 +100,5 @@ const core_device kern_device_cpu_priv = {
     .event_record = cpu_event_record,
     .event_query = cpu_event_query,
     .event_before = cpu_event_before,
+    .watch = cpu_watch,
 };

@@ -69,6 +69,9 @@ static inline int64_t kern_line_at(kern_split split, int64_t block, int64_t elem
   KERN_PRAGMA(omp parallel for schedule(static) num_threads((context)->threads) if ((split).count > 1)) \
   for (int64_t block = 0; block < (split).count; block++)
 
+/* y[rows, n] = softmax of the rows of x; a row's bits do not depend on its address. y may be x. */
+void kern_softmax_rows_priv(const core_real *x, core_real *y, int64_t rows, int64_t n);
+
 /* out[i] += sum over blocks, in order, of partial[block * stride + i]. */
 void kern_partial_add_priv(const core_real *partial, int64_t blocks, int64_t stride, int64_t n,
                            core_real *out);
@@ -83,11 +86,18 @@ CORE_NODISCARD core_status kern_check_priv(const char *op, const char *name, con
 #define KERN_CHECK(tensor, dtype, ...)                                                       \
   TRY(kern_check_priv(__func__, #tensor, &(tensor), (dtype), (const int64_t[]){__VA_ARGS__}, \
                       (int32_t)(sizeof((const int64_t[]){__VA_ARGS__}) / sizeof(int64_t))))
+/* What an Active tensor must be, given what it is: the build in double has no bfloat16. */
+static inline core_dtype kern_active_dtype(core_dtype dtype) {
+  return dtype == CORE_BFLOAT16 && CORE_REAL_DTYPE == CORE_FLOAT32 ? CORE_BFLOAT16 : CORE_REAL_DTYPE;
+}
 #define KERN_CHECK_REAL(tensor, ...) KERN_CHECK(tensor, CORE_REAL_DTYPE, __VA_ARGS__)
-/* Any shape, core_real; and the same shape as another tensor. */
+/* core_real, or bfloat16 in the float build. */
+#define KERN_CHECK_ACTIVE(tensor, ...) KERN_CHECK(tensor, kern_active_dtype((tensor).dtype), __VA_ARGS__)
+/* Any shape; and the shape and type of another tensor. */
 #define KERN_CHECK_ANY(tensor) KERN_CHECK_REAL(tensor, KERN_ANY, KERN_ANY, KERN_ANY, KERN_ANY)
+#define KERN_CHECK_ANY_ACTIVE(tensor) KERN_CHECK_ACTIVE(tensor, KERN_ANY, KERN_ANY, KERN_ANY, KERN_ANY)
 #define KERN_CHECK_LIKE(tensor, other) \
-  KERN_CHECK_REAL(tensor, (other).shape[0], (other).shape[1], (other).shape[2], (other).shape[3])
+  KERN_CHECK(tensor, (other).dtype, (other).shape[0], (other).shape[1], (other).shape[2], (other).shape[3])
 
 /* Every int32 of the tensor lies in [low, high). */
 CORE_NODISCARD core_status kern_check_index_priv(const char *op, const char *name, const core_tensor *tensor,
@@ -137,6 +147,9 @@ core_status kern_attention_bwd_cpu(kern_context *context, const kern_attention *
                                    core_tensor qkv, core_tensor out, core_tensor lse, core_tensor dqkv);
 core_status kern_router_logits_cpu(kern_context *context, core_tensor x, core_tensor weight, core_tensor bias,
                                    core_tensor logits);
+core_status kern_router_logits_bwd_cpu(kern_context *context, core_tensor dlogits, core_tensor x,
+                                       core_tensor weight, kern_write write, core_tensor dx,
+                                       core_tensor dweight, core_tensor dbias);
 core_status kern_router_noise_cpu(kern_context *context, core_tensor logits, uint64_t seed, uint64_t stream,
                                   core_tensor key, double sigma, core_tensor noisy);
 core_status kern_softmax_fwd_cpu(kern_context *context, core_tensor logits, core_tensor prob);
@@ -146,10 +159,12 @@ core_status kern_router_gate_bwd_cpu(kern_context *context, kern_gate form, core
                                      core_tensor prob, core_tensor choice, core_tensor gate, kern_write write,
                                      core_tensor dlogits);
 core_status kern_router_sums_cpu(kern_context *context, core_tensor logits, core_tensor prob,
-                                 core_tensor noisy, core_tensor choice, double sigma, kern_router_sums *sums);
-core_status kern_router_sums_bwd_cpu(kern_context *context, const kern_router_weights *weights,
-                                     core_tensor logits, core_tensor prob, core_tensor noisy,
-                                     core_tensor choice, core_tensor dlogits);
+                                 core_tensor noisy, core_tensor choice, double sigma, core_tensor sums);
+core_status kern_router_sums_bwd_cpu(kern_context *context, core_tensor weights, core_tensor logits,
+                                     core_tensor prob, core_tensor noisy, core_tensor choice, double sigma,
+                                     core_tensor dlogits);
+core_status kern_router_count_cpu(kern_context *context, core_tensor choice, core_tensor slot,
+                                  core_tensor count);
 core_status kern_dispatch_plan_cpu(kern_context *context, core_tensor choice, core_tensor keep,
                                    int64_t experts, int64_t *count, core_tensor slot, core_tensor index);
 core_status kern_gather_rows_cpu(kern_context *context, core_tensor x, core_tensor index, core_tensor y);
@@ -172,16 +187,17 @@ core_status kern_contrastive_fwd_cpu(kern_context *context, const kern_contrasti
                                      core_tensor lse, core_tensor positive);
 core_status kern_contrastive_bwd_cpu(kern_context *context, const kern_contrastive *rows, double weight,
                                      core_tensor lse_row, core_tensor lse_column, core_tensor cosine,
-                                     double *dscale);
+                                     core_tensor dscale);
 core_status kern_cross_entropy_fwd_cpu(kern_context *context, core_tensor logits, core_tensor target,
                                        core_tensor lse, core_tensor loss);
 core_status kern_cross_entropy_bwd_cpu(kern_context *context, double weight, core_tensor lse,
                                        core_tensor target, core_tensor logits);
 core_status kern_standardize_cpu(kern_context *context, core_tensor x, core_tensor shift, core_tensor scale,
                                  core_tensor y);
-core_status kern_adamw_cpu(kern_context *context, const kern_adamw *adamw, core_tensor gradient,
-                           core_tensor parameter, core_tensor m, core_tensor v);
-core_status kern_sum_squares_cpu(kern_context *context, core_tensor x, double *out);
+core_status kern_adamw_cpu(kern_context *context, const kern_adamw *list, int64_t n, core_tensor gradient,
+                           core_tensor parameter, core_tensor m, core_tensor v, core_tensor copy);
+core_status kern_sum_squares_cpu(kern_context *context, core_tensor x, core_tensor out);
+core_status kern_cast_cpu(kern_context *context, core_tensor x, core_tensor y);
 core_status kern_axpy_cpu(kern_context *context, double alpha, core_tensor x, core_tensor y);
 core_status kern_scale_cpu(kern_context *context, double alpha, core_tensor x);
 core_status kern_fill_cpu(kern_context *context, double value, core_tensor x);

@@ -6,67 +6,91 @@
 #define GELU_TWICE_ROOT ((core_real)1.59576912160573071176)
 #define GELU_CUBE ((core_real)0.044715)
 
-KERN_CLONES static void gelu_erf(const core_real *x, core_real *y, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) y[i] = x[i] * kern_normal_below(x[i]);
-}
+typedef struct gelu_job {
+  core_dtype dtype;
+  kern_write write;
+  const void *x, *dy;
+  void *to; /* y or dx */
+} gelu_job;
 
-KERN_CLONES static void gelu_tanh(const core_real *x, core_real *y, int64_t n) {
+KERN_INLINE void gelu_erf(const gelu_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const void *x = job->x;
+  void *y = job->to;
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++)
-    y[i] = x[i] * kern_sigmoid(GELU_TWICE_ROOT * (x[i] + GELU_CUBE * x[i] * x[i] * x[i]));
-}
-
-KERN_CLONES static void gelu_erf_back(const core_real *dy, const core_real *x, core_real *dx, int64_t n,
-                                      kern_write write) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++)
-    kern_put(&dx[i], write, dy[i] * (kern_normal_below(x[i]) + x[i] * kern_normal_density(x[i])));
-}
-
-KERN_CLONES static void gelu_tanh_back(const core_real *dy, const core_real *x, core_real *dx, int64_t n,
-                                       kern_write write) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const core_real square = x[i] * x[i];
-    const core_real below = kern_sigmoid(GELU_TWICE_ROOT * (x[i] + GELU_CUBE * square * x[i]));
-    const core_real slope = GELU_TWICE_ROOT * (1 + 3 * GELU_CUBE * square);
-    kern_put(&dx[i], write, dy[i] * (below + x[i] * below * (1 - below) * slope));
+  for (int64_t i = begin; i < end; i++) {
+    const core_real v = kern_at(x, dtype, i);
+    kern_to(y, dtype, i, KERN_SET, v * kern_normal_below(v));
   }
 }
+KERN_ACTIVE_RUN(gelu_erf, gelu_job)
+
+KERN_INLINE void gelu_tanh(const gelu_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const void *x = job->x;
+  void *y = job->to;
+#pragma omp simd
+  for (int64_t i = begin; i < end; i++) {
+    const core_real v = kern_at(x, dtype, i);
+    kern_to(y, dtype, i, KERN_SET, v * kern_sigmoid(GELU_TWICE_ROOT * (v + GELU_CUBE * v * v * v)));
+  }
+}
+KERN_ACTIVE_RUN(gelu_tanh, gelu_job)
+
+KERN_INLINE void gelu_erf_back(const gelu_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const void *x = job->x, *dy = job->dy;
+  void *dx = job->to;
+  const kern_write write = job->write;
+#pragma omp simd
+  for (int64_t i = begin; i < end; i++) {
+    const core_real v = kern_at(x, dtype, i), slope = kern_normal_below(v) + v * kern_normal_density(v);
+    kern_to(dx, dtype, i, write, kern_at(dy, dtype, i) * slope);
+  }
+}
+KERN_ACTIVE_RUN(gelu_erf_back, gelu_job)
+
+KERN_INLINE void gelu_tanh_back(const gelu_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const void *x = job->x, *dy = job->dy;
+  void *dx = job->to;
+  const kern_write write = job->write;
+#pragma omp simd
+  for (int64_t i = begin; i < end; i++) {
+    const core_real v = kern_at(x, dtype, i), square = v * v;
+    const core_real below = kern_sigmoid(GELU_TWICE_ROOT * (v + GELU_CUBE * square * v));
+    const core_real slope = GELU_TWICE_ROOT * (1 + 3 * GELU_CUBE * square);
+    kern_to(dx, dtype, i, write, kern_at(dy, dtype, i) * (below + v * below * (1 - below) * slope));
+  }
+}
+KERN_ACTIVE_RUN(gelu_tanh_back, gelu_job)
 
 core_status kern_gelu_fwd_cpu(kern_context *context, kern_gelu form, core_tensor x, core_tensor y) {
-  KERN_CHECK_ANY(x);
+  KERN_CHECK_ANY_ACTIVE(x);
   KERN_CHECK_LIKE(y, x);
+  const gelu_job job = {.dtype = x.dtype, .x = x.data, .to = y.data};
   const int64_t n = core_tensor_count(&x);
   const kern_split split = kern_split_lines(n);
   KERN_FOR_BLOCKS(context, split, block) {
-    const int64_t begin = kern_line_at(split, block, n), count = kern_line_at(split, block + 1, n) - begin;
-    const core_real *from = (const core_real *)x.data + begin;
-    core_real *to = (core_real *)y.data + begin;
+    const int64_t begin = kern_line_at(split, block, n), end = kern_line_at(split, block + 1, n);
     if (form == KERN_GELU_ERF)
-      gelu_erf(from, to, count);
+      gelu_erf_run(&job, begin, end);
     else
-      gelu_tanh(from, to, count);
+      gelu_tanh_run(&job, begin, end);
   }
   return CORE_OK;
 }
 
 core_status kern_gelu_bwd_cpu(kern_context *context, kern_gelu form, core_tensor dy, core_tensor x,
                               kern_write write, core_tensor dx) {
-  KERN_CHECK_ANY(x);
+  KERN_CHECK_ANY_ACTIVE(x);
   KERN_CHECK_LIKE(dy, x);
   KERN_CHECK_LIKE(dx, x);
+  const gelu_job job = {.dtype = x.dtype, .write = write, .x = x.data, .dy = dy.data, .to = dx.data};
   const int64_t n = core_tensor_count(&x);
   const kern_split split = kern_split_lines(n);
   KERN_FOR_BLOCKS(context, split, block) {
-    const int64_t begin = kern_line_at(split, block, n), count = kern_line_at(split, block + 1, n) - begin;
-    const core_real *from = (const core_real *)dy.data + begin, *at = (const core_real *)x.data + begin;
-    core_real *to = (core_real *)dx.data + begin;
+    const int64_t begin = kern_line_at(split, block, n), end = kern_line_at(split, block + 1, n);
     if (form == KERN_GELU_ERF)
-      gelu_erf_back(from, at, to, count, write);
+      gelu_erf_back_run(&job, begin, end);
     else
-      gelu_tanh_back(from, at, to, count, write);
+      gelu_tanh_back_run(&job, begin, end);
   }
   return CORE_OK;
 }

@@ -2,67 +2,93 @@
  * dx = r (g - mean(g) - h mean(g h)); dweight = sum dy h; dbias = sum dy. */
 #include <string.h> /* memset */
 
-#include "vecmath_impl.h" /* kern_put */
+#include "active_impl.h" /* kern_at, kern_to */
+
+typedef struct layer_job {
+  core_dtype dtype; /* of x, y, dy and dx */
+  kern_write write;
+  int64_t c;
+  core_real epsilon;
+  const void *x, *dy;             /* [T, C] */
+  void *to;                       /* y or dx */
+  const core_real *weight, *bias; /* [C] */
+  core_real *stat;                /* [T, 2] */
+  core_real *dweight, *dbias;     /* [C] */
+} layer_job;
 
 /* Two passes for the variance: a row lies in the first cache, and the shifted sum does not cancel. */
-KERN_CLONES static void layer_rows(const core_real *restrict x, const core_real *restrict weight,
-                                   const core_real *restrict bias, core_real epsilon, core_real *restrict y,
-                                   core_real *restrict stat, int64_t rows, int64_t c) {
-  for (int64_t t = 0; t < rows; t++) {
-    const core_real *restrict from = x + t * c;
+KERN_INLINE void layer_rows(const layer_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const core_real *restrict weight = job->weight, *restrict bias = job->bias;
+  const int64_t c = job->c;
+  for (int64_t t = begin; t < end; t++) {
+    const void *restrict x = kern_element(job->x, dtype, t * c);
+    void *restrict y = kern_element(job->to, dtype, t * c);
     core_real sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < c; i++) sum += from[i];
+    for (int64_t i = 0; i < c; i++) sum += kern_at(x, dtype, i);
     const core_real mean = sum / (core_real)c;
 #pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < c; i++) square += (from[i] - mean) * (from[i] - mean);
-    const core_real r = 1 / core_real_sqrt(square / (core_real)c + epsilon);
-    stat[2 * t] = mean;
-    stat[2 * t + 1] = r;
+    for (int64_t i = 0; i < c; i++) square += (kern_at(x, dtype, i) - mean) * (kern_at(x, dtype, i) - mean);
+    const core_real r = 1 / core_real_sqrt(square / (core_real)c + job->epsilon);
+    job->stat[2 * t] = mean;
+    job->stat[2 * t + 1] = r;
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++) y[t * c + i] = (from[i] - mean) * r * weight[i] + bias[i];
+    for (int64_t i = 0; i < c; i++)
+      kern_to(y, dtype, i, KERN_SET, (kern_at(x, dtype, i) - mean) * r * weight[i] + bias[i]);
   }
 }
+KERN_ACTIVE_RUN(layer_rows, layer_job)
 
-KERN_CLONES static void layer_rows_back(const core_real *restrict dy, const core_real *restrict x,
-                                        const core_real *restrict weight, const core_real *restrict stat,
-                                        kern_write write, core_real *restrict dx, core_real *restrict dweight,
-                                        core_real *restrict dbias, int64_t rows, int64_t c) {
-  for (int64_t t = 0; t < rows; t++) {
-    const core_real *restrict d = dy + t * c, *restrict from = x + t * c;
-    core_real *restrict to = dx + t * c;
-    const core_real mean = stat[2 * t], r = stat[2 * t + 1];
+KERN_INLINE void layer_rows_back(const layer_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const core_real *restrict weight = job->weight;
+  core_real *restrict dweight = job->dweight, *restrict dbias = job->dbias;
+  const int64_t c = job->c;
+  const kern_write write = job->write;
+  for (int64_t t = begin; t < end; t++) {
+    const void *restrict dy = kern_element(job->dy, dtype, t * c);
+    const void *restrict x = kern_element(job->x, dtype, t * c);
+    void *restrict dx = kern_element(job->to, dtype, t * c);
+    const core_real mean = job->stat[2 * t], r = job->stat[2 * t + 1];
     core_real sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
     for (int64_t i = 0; i < c; i++) {
-      const core_real h = (from[i] - mean) * r, g = d[i] * weight[i];
+      const core_real d = kern_at(dy, dtype, i);
+      const core_real h = (kern_at(x, dtype, i) - mean) * r, g = d * weight[i];
       sum += g;
       dot += g * h;
-      dweight[i] += d[i] * h;
-      dbias[i] += d[i];
+      dweight[i] += d * h;
+      dbias[i] += d;
     }
     sum /= (core_real)c;
     dot /= (core_real)c;
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++)
-      kern_put(&to[i], write, r * (d[i] * weight[i] - sum - (from[i] - mean) * r * dot));
+    for (int64_t i = 0; i < c; i++) {
+      const core_real h = (kern_at(x, dtype, i) - mean) * r;
+      kern_to(dx, dtype, i, write, r * (kern_at(dy, dtype, i) * weight[i] - sum - h * dot));
+    }
   }
 }
+KERN_ACTIVE_RUN(layer_rows_back, layer_job)
 
 core_status kern_layernorm_fwd_cpu(kern_context *context, core_tensor x, core_tensor weight, core_tensor bias,
                                    double epsilon, core_tensor y, core_tensor stat) {
-  KERN_CHECK_REAL(x, KERN_ANY, KERN_ANY);
+  KERN_CHECK_ACTIVE(x, KERN_ANY, KERN_ANY);
   const int64_t rows = x.shape[0], c = x.shape[1];
   KERN_CHECK_REAL(weight, c);
   KERN_CHECK_REAL(bias, c);
   KERN_CHECK_LIKE(y, x);
   KERN_CHECK_REAL(stat, rows, 2);
+  const layer_job job = {.dtype = x.dtype,
+                         .c = c,
+                         .epsilon = (core_real)epsilon,
+                         .x = x.data,
+                         .to = y.data,
+                         .weight = weight.data,
+                         .bias = bias.data,
+                         .stat = stat.data};
   const kern_split split = kern_split_rows(rows, c);
   KERN_FOR_BLOCKS(context, split, block) {
-    const int64_t begin = kern_split_at(split, block);
-    layer_rows((const core_real *)x.data + begin * c, weight.data, bias.data, (core_real)epsilon,
-               (core_real *)y.data + begin * c, (core_real *)stat.data + begin * 2,
-               kern_split_at(split, block + 1) - begin, c);
+    layer_rows_run(&job, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
   return CORE_OK;
 }
@@ -70,7 +96,7 @@ core_status kern_layernorm_fwd_cpu(kern_context *context, core_tensor x, core_te
 core_status kern_layernorm_bwd_cpu(kern_context *context, core_tensor dy, core_tensor x, core_tensor weight,
                                    core_tensor stat, kern_write write, core_tensor dx, core_tensor dweight,
                                    core_tensor dbias) {
-  KERN_CHECK_REAL(x, KERN_ANY, KERN_ANY);
+  KERN_CHECK_ACTIVE(x, KERN_ANY, KERN_ANY);
   const int64_t rows = x.shape[0], c = x.shape[1];
   KERN_CHECK_LIKE(dy, x);
   KERN_CHECK_REAL(weight, c);
@@ -80,15 +106,20 @@ core_status kern_layernorm_bwd_cpu(kern_context *context, core_tensor dy, core_t
   KERN_CHECK_REAL(dbias, c);
   TRY(kern_check_limit_priv(__func__, "width", c, context->limits.width));
   if (rows == 0 || c == 0) return CORE_OK;
+  const layer_job all = {.dtype = x.dtype,
+                         .write = write,
+                         .c = c,
+                         .x = x.data,
+                         .dy = dy.data,
+                         .to = dx.data,
+                         .weight = weight.data,
+                         .stat = stat.data};
   const kern_split split = kern_split_rows(rows, c);
   KERN_FOR_BLOCKS(context, split, block) {
-    const int64_t begin = kern_split_at(split, block);
-    core_real *sum = context->partial + block * 2 * c;
-    memset(sum, 0, (size_t)(2 * c) * sizeof *sum);
-    layer_rows_back((const core_real *)dy.data + begin * c, (const core_real *)x.data + begin * c,
-                    weight.data, (const core_real *)stat.data + begin * 2, write,
-                    (core_real *)dx.data + begin * c, sum, sum + c, kern_split_at(split, block + 1) - begin,
-                    c);
+    layer_job job = all;
+    job.dweight = context->partial + block * 2 * c, job.dbias = job.dweight + c;
+    memset(job.dweight, 0, (size_t)(2 * c) * sizeof *job.dweight);
+    layer_rows_back_run(&job, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
   kern_partial_add_priv(context->partial, split.count, 2 * c, c, dweight.data);
   kern_partial_add_priv(context->partial + c, split.count, 2 * c, c, dbias.data);

@@ -1,64 +1,85 @@
 /* RMSNorm. With r = inv: dx = r (w dy) - x r^3 / C <w dy, x>; dweight = sum over rows of dy x r. */
 #include <string.h> /* memset */
 
-#include "vecmath_impl.h" /* kern_put */
+#include "active_impl.h" /* kern_at, kern_to */
 
-KERN_CLONES static void rms_rows(const core_real *restrict x, const core_real *restrict weight,
-                                 core_real epsilon, core_real *restrict y, core_real *restrict inv,
-                                 int64_t rows, int64_t c) {
-  for (int64_t t = 0; t < rows; t++) {
-    const core_real *restrict from = x + t * c;
+typedef struct rms_job {
+  core_dtype dtype; /* of x, y, dy and dx */
+  kern_write write;
+  int64_t c;
+  core_real epsilon;
+  const void *x, *dy;       /* [T, C] */
+  void *to;                 /* y or dx */
+  const core_real *weight;  /* [C] */
+  core_real *inv, *dweight; /* [T], [C] */
+} rms_job;
+
+KERN_INLINE void rms_rows(const rms_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const core_real *restrict weight = job->weight;
+  const int64_t c = job->c;
+  for (int64_t t = begin; t < end; t++) {
+    const void *restrict x = kern_element(job->x, dtype, t * c);
+    void *restrict y = kern_element(job->to, dtype, t * c);
     core_real sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < c; i++) sum += from[i] * from[i];
-    const core_real r = 1 / core_real_sqrt(sum / (core_real)c + epsilon);
-    inv[t] = r;
+    for (int64_t i = 0; i < c; i++) sum += kern_at(x, dtype, i) * kern_at(x, dtype, i);
+    const core_real r = 1 / core_real_sqrt(sum / (core_real)c + job->epsilon);
+    job->inv[t] = r;
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++) y[t * c + i] = from[i] * r * weight[i];
+    for (int64_t i = 0; i < c; i++) kern_to(y, dtype, i, KERN_SET, kern_at(x, dtype, i) * r * weight[i]);
   }
 }
+KERN_ACTIVE_RUN(rms_rows, rms_job)
 
-KERN_CLONES static void rms_rows_back(const core_real *restrict dy, const core_real *restrict x,
-                                      const core_real *restrict weight, const core_real *restrict inv,
-                                      kern_write write, core_real *restrict dx, core_real *restrict dweight,
-                                      int64_t rows, int64_t c) {
-  for (int64_t t = 0; t < rows; t++) {
-    const core_real *restrict d = dy + t * c, *restrict from = x + t * c;
-    core_real *restrict to = dx + t * c;
-    const core_real r = inv[t];
+KERN_INLINE void rms_rows_back(const rms_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const core_real *restrict weight = job->weight;
+  core_real *restrict dweight = job->dweight;
+  const int64_t c = job->c;
+  const kern_write write = job->write;
+  for (int64_t t = begin; t < end; t++) {
+    const void *restrict d = kern_element(job->dy, dtype, t * c);
+    const void *restrict x = kern_element(job->x, dtype, t * c);
+    void *restrict dx = kern_element(job->to, dtype, t * c);
+    const core_real r = job->inv[t];
     core_real dot = 0;
 #pragma omp simd reduction(+ : dot)
     for (int64_t i = 0; i < c; i++) {
-      const core_real product = d[i] * from[i];
+      const core_real product = kern_at(d, dtype, i) * kern_at(x, dtype, i);
       dot += product * weight[i];
       dweight[i] += product * r;
     }
     const core_real along = dot * r * r * r / (core_real)c;
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++) kern_put(&to[i], write, d[i] * weight[i] * r - from[i] * along);
+    for (int64_t i = 0; i < c; i++)
+      kern_to(dx, dtype, i, write, kern_at(d, dtype, i) * weight[i] * r - kern_at(x, dtype, i) * along);
   }
 }
+KERN_ACTIVE_RUN(rms_rows_back, rms_job)
 
 core_status kern_rmsnorm_fwd_cpu(kern_context *context, core_tensor x, core_tensor weight, double epsilon,
                                  core_tensor y, core_tensor inv) {
-  KERN_CHECK_REAL(x, KERN_ANY, KERN_ANY);
+  KERN_CHECK_ACTIVE(x, KERN_ANY, KERN_ANY);
   const int64_t rows = x.shape[0], c = x.shape[1];
   KERN_CHECK_REAL(weight, c);
-  KERN_CHECK_REAL(y, rows, c);
+  KERN_CHECK_LIKE(y, x);
   KERN_CHECK_REAL(inv, rows);
+  const rms_job job = {.dtype = x.dtype,
+                       .c = c,
+                       .epsilon = (core_real)epsilon,
+                       .x = x.data,
+                       .to = y.data,
+                       .weight = weight.data,
+                       .inv = inv.data};
   const kern_split split = kern_split_rows(rows, c);
   KERN_FOR_BLOCKS(context, split, block) {
-    const int64_t begin = kern_split_at(split, block);
-    rms_rows((const core_real *)x.data + begin * c, weight.data, (core_real)epsilon,
-             (core_real *)y.data + begin * c, (core_real *)inv.data + begin,
-             kern_split_at(split, block + 1) - begin, c);
+    rms_rows_run(&job, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
   return CORE_OK;
 }
 
 core_status kern_rmsnorm_bwd_cpu(kern_context *context, core_tensor dy, core_tensor x, core_tensor weight,
                                  core_tensor inv, kern_write write, core_tensor dx, core_tensor dweight) {
-  KERN_CHECK_REAL(x, KERN_ANY, KERN_ANY);
+  KERN_CHECK_ACTIVE(x, KERN_ANY, KERN_ANY);
   const int64_t rows = x.shape[0], c = x.shape[1];
   KERN_CHECK_LIKE(dy, x);
   KERN_CHECK_REAL(weight, c);
@@ -67,14 +88,20 @@ core_status kern_rmsnorm_bwd_cpu(kern_context *context, core_tensor dy, core_ten
   KERN_CHECK_REAL(dweight, c);
   TRY(kern_check_limit_priv(__func__, "width", c, context->limits.width));
   if (rows == 0 || c == 0) return CORE_OK;
+  const rms_job all = {.dtype = x.dtype,
+                       .write = write,
+                       .c = c,
+                       .x = x.data,
+                       .dy = dy.data,
+                       .to = dx.data,
+                       .weight = weight.data,
+                       .inv = inv.data};
   const kern_split split = kern_split_rows(rows, c);
   KERN_FOR_BLOCKS(context, split, block) {
-    const int64_t begin = kern_split_at(split, block);
-    core_real *sum = context->partial + block * c;
-    memset(sum, 0, (size_t)c * sizeof *sum);
-    rms_rows_back((const core_real *)dy.data + begin * c, (const core_real *)x.data + begin * c, weight.data,
-                  (const core_real *)inv.data + begin, write, (core_real *)dx.data + begin * c, sum,
-                  kern_split_at(split, block + 1) - begin, c);
+    rms_job job = all;
+    job.dweight = context->partial + block * c;
+    memset(job.dweight, 0, (size_t)c * sizeof *job.dweight);
+    rms_rows_back_run(&job, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
   kern_partial_add_priv(context->partial, split.count, c, c, dweight.data);
   return CORE_OK;

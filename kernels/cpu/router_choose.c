@@ -1,4 +1,4 @@
-/* Choice of the K largest logits, the gates of the chosen, and the gates' gradient.
+/* Softmax of the logits, choice of the K largest, the gates of the chosen, and the gates' gradient.
  *
  * NaN ranks below every number, equal to minus infinity: a row of NaN chooses experts 0..K-1 and its gates
  * are NaN, which the loss then shows; an index is never out of range. */
@@ -7,9 +7,9 @@
 typedef struct choose_rows {
   kern_gate form;
   int64_t experts, k;
-  const core_real *logits, *prob;
+  const core_real *logits;
+  core_real *prob, *gate;
   int32_t *choice;
-  core_real *gate;
 } choose_rows;
 
 /* Insertion into the list of the best so far; only a strictly larger logit passes an earlier expert. */
@@ -31,6 +31,8 @@ static void choose_row(const core_real *restrict logits, int64_t experts, int64_
 
 static void choose_run(const choose_rows *job, int64_t begin, int64_t end) {
   core_real best[CORE_MAX_CHOICES];
+  kern_softmax_rows_priv(job->logits + begin * job->experts, job->prob + begin * job->experts, end - begin,
+                         job->experts);
   for (int64_t t = begin; t < end; t++) {
     const core_real *logits = job->logits + t * job->experts;
     int32_t *choice = job->choice + t * job->k;
@@ -54,7 +56,7 @@ core_status kern_router_choose_cpu(kern_context *context, kern_gate form, core_t
   CHECK(k >= 1 && k <= CORE_MAX_CHOICES && k <= experts, CORE_ERR_ARGUMENT,
         "%s: %lld choices among %lld experts, expected 1 to %d and at most the experts", __func__,
         (long long)k, (long long)experts, (int)CORE_MAX_CHOICES);
-  if (form == KERN_GATE_SOFTMAX) KERN_CHECK_LIKE(prob, logits);
+  KERN_CHECK_LIKE(prob, logits);
   KERN_CHECK_REAL(gate, rows, k);
   const choose_rows job = {.form = form,
                            .experts = experts,

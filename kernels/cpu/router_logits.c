@@ -1,6 +1,6 @@
-/* The router's own product, row by row in one order: the logits of a token must not depend on the tokens that
- * lie beside it, and GEMM libraries give other last bits for other row counts. Compiled without peeling for
- * alignment (CMakeLists.txt), which would make the order depend on the row's address. */
+/* The router's own product. Forward row by row in one order: the logits of a token must not depend on the
+ * tokens that lie beside it, and GEMM libraries give other last bits for other row counts. Compiled without
+ * peeling for alignment (CMakeLists.txt), which would make the order depend on the row's address. */
 #include "cpu_impl.h" /* checks, blocks */
 
 /* Four experts at a time share the loads of x. */
@@ -49,5 +49,22 @@ core_status kern_router_logits_cpu(kern_context *context, core_tensor x, core_te
                 (core_real *)logits.data + begin * experts, kern_split_at(split, block + 1) - begin, c,
                 experts);
   }
+  return CORE_OK;
+}
+
+/* Three products like any other: nothing is decided by the last bits of a gradient. */
+core_status kern_router_logits_bwd_cpu(kern_context *context, core_tensor dlogits, core_tensor x,
+                                       core_tensor weight, kern_write write, core_tensor dx,
+                                       core_tensor dweight, core_tensor dbias) {
+  KERN_CHECK_REAL(dlogits, KERN_ANY, KERN_ANY);
+  const int64_t rows = dlogits.shape[0], experts = dlogits.shape[1];
+  KERN_CHECK_REAL(x, rows, KERN_ANY);
+  const int64_t c = x.shape[1];
+  KERN_CHECK_REAL(weight, experts, c);
+  KERN_CHECK_LIKE(dx, x);
+  KERN_CHECK_LIKE(dweight, weight);
+  TRY(kern_gemm_cpu(context, KERN_NN, dlogits, weight, write, dx));
+  TRY(kern_gemm_cpu(context, KERN_TN, dlogits, x, KERN_ADD, dweight));
+  if (dbias.data != NULL) TRY(kern_bias_bwd_cpu(context, dlogits, dbias));
   return CORE_OK;
 }

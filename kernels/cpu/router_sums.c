@@ -82,10 +82,10 @@ static sums_rows sums_job(core_tensor logits, core_tensor prob, core_tensor nois
 }
 
 core_status kern_router_sums_cpu(kern_context *context, core_tensor logits, core_tensor prob,
-                                 core_tensor noisy, core_tensor choice, double sigma,
-                                 kern_router_sums *sums) {
+                                 core_tensor noisy, core_tensor choice, double sigma, core_tensor sums) {
   TRY(sums_check(__func__, logits, prob, noisy, choice, sigma));
   const int64_t rows = logits.shape[0], experts = logits.shape[1], stride = 2 + 2 * experts;
+  KERN_CHECK(sums, CORE_FLOAT64, kern_router_sums_count(experts));
   TRY(kern_check_limit_priv(__func__, "experts", experts, context->limits.experts));
   const sums_rows job = sums_job(logits, prob, noisy, choice, sigma);
   const kern_split split = kern_split_of(rows, 32);
@@ -94,28 +94,30 @@ core_status kern_router_sums_cpu(kern_context *context, core_tensor logits, core
     memset(sum, 0, (size_t)stride * sizeof *sum);
     sums_run(&job, sum, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
-  sums->tokens += (double)rows;
-  for (int64_t block = 0; block < split.count; block++) {
-    const double *sum = context->sums + block * stride;
-    sums->z += sum[0];
-    sums->entropy += sum[1];
-    for (int64_t e = 0; e < experts; e++) sums->prob[e] += sum[2 + e];
-    for (int64_t e = 0; job.noisy != NULL && e < experts; e++) sums->load[e] += sum[2 + experts + e];
-  }
+  double *total = sums.data;
+  total[0] += (double)rows;
+  for (int64_t block = 0; block < split.count; block++)
+    for (int64_t i = 0; i < stride; i++) total[1 + i] += context->sums[block * stride + i];
   return CORE_OK;
 }
 
+/* Derivatives of the loss by the sums, as they lie in the tensor. */
+typedef struct sums_weights {
+  double z, entropy;
+  const double *prob, *load;
+} sums_weights;
+
 /* d/dl_e of each sum: z 2 lse p_e; entropy -p_e (log p_e + H); prob p_e (w_e - <w, p>). */
-KERN_INLINE void sums_row_back(const kern_router_weights *weights, const core_real *restrict logits,
+KERN_INLINE void sums_row_back(const sums_weights *weights, const core_real *restrict logits,
                                const core_real *restrict prob, int64_t experts, core_real *restrict dlogits) {
   const row_measures row = measure_row(logits, prob, experts);
   double dot = 0;
-  for (int64_t e = 0; weights->prob != NULL && e < experts; e++) dot += weights->prob[e] * (double)prob[e];
+  for (int64_t e = 0; e < experts; e++) dot += weights->prob[e] * (double)prob[e];
   const double base = 2 * weights->z * row.lse + weights->entropy * (row.lse - row.entropy) - dot;
   for (int64_t e = 0; e < experts; e++) {
     if (!(prob[e] > 0) && prob[e] == prob[e]) continue;
-    const double own = weights->prob != NULL ? weights->prob[e] : 0;
-    dlogits[e] += (core_real)((double)prob[e] * (base + own - weights->entropy * (double)logits[e]));
+    dlogits[e] +=
+        (core_real)((double)prob[e] * (base + weights->prob[e] - weights->entropy * (double)logits[e]));
   }
 }
 
@@ -136,26 +138,29 @@ KERN_INLINE void load_row_back(const sums_rows *job, const double *restrict weig
   dlogits[job->choice[t * job->k + job->k - 1]] -= total;
 }
 
-KERN_CLONES static void sums_run_back(const sums_rows *job, const kern_router_weights *weights,
-                                      core_real *dlogits, int64_t begin, int64_t end) {
+KERN_CLONES static void sums_run_back(const sums_rows *job, const sums_weights *weights, core_real *dlogits,
+                                      int64_t begin, int64_t end) {
   const int64_t experts = job->experts;
   for (int64_t t = begin; t < end; t++) {
     sums_row_back(weights, job->logits + t * experts, job->prob + t * experts, experts,
                   dlogits + t * experts);
-    if (job->noisy != NULL && weights->load != NULL)
-      load_row_back(job, weights->load, t, dlogits + t * experts);
+    if (job->noisy != NULL) load_row_back(job, weights->load, t, dlogits + t * experts);
   }
 }
 
-core_status kern_router_sums_bwd_cpu(kern_context *context, const kern_router_weights *weights,
-                                     core_tensor logits, core_tensor prob, core_tensor noisy,
-                                     core_tensor choice, core_tensor dlogits) {
-  TRY(sums_check(__func__, logits, prob, noisy, choice, weights->sigma));
+core_status kern_router_sums_bwd_cpu(kern_context *context, core_tensor weights, core_tensor logits,
+                                     core_tensor prob, core_tensor noisy, core_tensor choice, double sigma,
+                                     core_tensor dlogits) {
+  TRY(sums_check(__func__, logits, prob, noisy, choice, sigma));
+  const int64_t experts = logits.shape[1];
+  KERN_CHECK(weights, CORE_FLOAT64, kern_router_sums_count(experts));
   KERN_CHECK_LIKE(dlogits, logits);
-  const sums_rows job = sums_job(logits, prob, noisy, choice, weights->sigma);
+  const double *w = weights.data;
+  const sums_weights by = {.z = w[1], .entropy = w[2], .prob = w + 3, .load = w + 3 + experts};
+  const sums_rows job = sums_job(logits, prob, noisy, choice, sigma);
   const kern_split split = kern_split_of(logits.shape[0], 32);
   KERN_FOR_BLOCKS(context, split, block) {
-    sums_run_back(&job, weights, dlogits.data, kern_split_at(split, block), kern_split_at(split, block + 1));
+    sums_run_back(&job, &by, dlogits.data, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
   return CORE_OK;
 }

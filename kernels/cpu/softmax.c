@@ -1,7 +1,8 @@
-/* Softmax of rows. */
+/* Softmax of rows. Compiled without peeling for alignment (CMakeLists.txt), so that router_choose, which
+ * calls it on other memory, gives the same bits. */
 #include "vecmath_impl.h" /* kern_exp, kern_row_max */
 
-KERN_CLONES static void softmax_rows(const core_real *x, core_real *y, int64_t rows, int64_t n) {
+KERN_CLONES void kern_softmax_rows_priv(const core_real *x, core_real *y, int64_t rows, int64_t n) {
   for (int64_t t = 0; t < rows; t++) {
     const core_real most = kern_row_max(x + t * n, n);
     core_real sum = 0;
@@ -24,8 +25,8 @@ core_status kern_softmax_fwd_cpu(kern_context *context, core_tensor logits, core
   const kern_split split = kern_split_rows(n > 0 ? rows : 0, n);
   KERN_FOR_BLOCKS(context, split, block) {
     const int64_t begin = kern_split_at(split, block);
-    softmax_rows((const core_real *)logits.data + begin * n, (core_real *)prob.data + begin * n,
-                 kern_split_at(split, block + 1) - begin, n);
+    kern_softmax_rows_priv((const core_real *)logits.data + begin * n, (core_real *)prob.data + begin * n,
+                           kern_split_at(split, block + 1) - begin, n);
   }
   return CORE_OK;
 }

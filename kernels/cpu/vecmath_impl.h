@@ -4,20 +4,7 @@
 #ifndef KERN_VECMATH_IMPL_H
 #define KERN_VECMATH_IMPL_H
 
-#include <string.h> /* memcpy */
-
-#include "cpu_impl.h" /* KERN_INLINE */
-
-KERN_INLINE float kern_float_of(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-KERN_INLINE uint32_t kern_bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
+#include "active_impl.h" /* kern_float_of, KERN_INLINE */
 
 /* float16 to float32: exponents are rebased by a multiplication, which also normalises subnormals. */
 KERN_INLINE float kern_half_to_float(uint16_t half) {
@@ -131,11 +118,6 @@ KERN_INLINE core_real kern_row_max(const core_real *x, int64_t n) {
   for (; i < n; i++) best = x[i] > best ? x[i] : best;
   for (int64_t l = 0; l < KERN_LANES; l++) best = lane[l] > best ? lane[l] : best;
   return best;
-}
-
-/* target = value or target + value. */
-KERN_INLINE void kern_put(core_real *target, kern_write write, core_real value) {
-  *target = write == KERN_ADD ? *target + value : value;
 }
 
 #endif

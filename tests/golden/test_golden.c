@@ -11,6 +11,7 @@
 #include <cmocka.h>
 
 #include "golden_case.h"
+#include "tests/support/test_device.h"
 #include "trainer/session.h"
 
 #define FOLDER ANTIPHON_SOURCE_DIR "/tests/golden"
@@ -128,39 +129,52 @@ static int64_t find(check *c, const train_parameter *p) {
 }
 
 /* Sets this rank's parameters; all ranks together must hold every one. */
-static void load(check *c, train_parameters *set) {
+static void load(check *c, train_model *model) {
   const golden_case *golden = c->golden;
+  train_parameters *set = &model->parameters;
+  core_tensor all = core_tensor_1(set->value, CORE_REAL_DTYPE, set->total);
+  core_real *values = test_fetch(model->env->ops->device, all);
   int32_t *held = calloc((size_t)golden->parameters, sizeof *held);
   assert_non_null(held);
   for (int32_t n = 0; n < set->count; n++) {
     int64_t i = find(c, &set->list[n]);
     for (int64_t j = 0; i >= 0 && j < golden->size[i]; j++)
-      set->value[set->list[n].first + j] = (core_real)golden->value[golden->first[i] + j];
+      values[set->list[n].first + j] = (core_real)golden->value[golden->first[i] + j];
     if (i >= 0) held[i] = 1;
   }
+  test_store(model->env->ops->device, all, values);
+  free(values);
   must(comm_all_reduce(comm_world_group(world), COMM_MAX, CORE_INT32, held, golden->parameters));
   for (int64_t i = 0; i < golden->parameters; i++)
     if (!held[i]) WRONG(c, "no rank holds %.*s", GOLDEN_NAME, golden->name[i]);
   free(held);
 }
 
-static void compare_gradients(check *c, const train_parameters *set) {
+static void compare_gradients(check *c, train_model *model) {
+  const train_parameters *set = &model->parameters;
+  must(train_optimizer_gather(model));
+  core_real *gradient =
+      test_fetch(model->env->ops->device, core_tensor_1(set->gradient, CORE_REAL_DTYPE, set->total));
   for (int32_t n = 0; n < set->count; n++) {
     const train_parameter *p = &set->list[n];
     int64_t i = golden_find(c->golden, p->name);
     if (i < 0) continue;
     double *got = calloc((size_t)p->count, sizeof *got);
     assert_non_null(got);
-    for (int64_t j = 0; j < p->count; j++) got[j] = (double)set->gradient[p->first + j];
+    for (int64_t j = 0; j < p->count; j++) got[j] = (double)gradient[p->first + j];
     double error = compare_tensor(c, "the gradient", p->name, got, c->golden->gradient + c->golden->first[i],
                                   p->count, 0);
     c->worst_gradient = fmax(c->worst_gradient, error);
     free(got);
   }
+  free(gradient);
 }
 
 /* What `steps` steps have added; each rounds the values once more. */
-static void compare_updates(check *c, const train_parameters *set, const double *want, int steps) {
+static void compare_updates(check *c, const train_model *model, const double *want, int steps) {
+  const train_parameters *set = &model->parameters;
+  core_real *value =
+      test_fetch(model->env->ops->device, core_tensor_1(set->value, CORE_REAL_DTYPE, set->total));
   for (int32_t n = 0; n < set->count; n++) {
     const train_parameter *p = &set->list[n];
     int64_t i = golden_find(c->golden, p->name);
@@ -169,7 +183,7 @@ static void compare_updates(check *c, const train_parameters *set, const double 
     assert_non_null(got);
     for (int64_t j = 0; j < p->count; j++) {
       double before = (double)c->golden->value[c->golden->first[i] + j];
-      got[j] = (double)set->value[p->first + j] - before;
+      got[j] = (double)value[p->first + j] - before;
       size += before * before;
     }
     double error = compare_tensor(c, "the update", p->name, got, want + c->golden->first[i], p->count,
@@ -177,6 +191,7 @@ static void compare_updates(check *c, const train_parameters *set, const double 
     c->worst_update = fmax(c->worst_update, error);
     free(got);
   }
+  free(value);
 }
 
 /* ---- a step ---- */
@@ -205,8 +220,8 @@ static void compare_sums(check *c, const train_moe_sums *sums) {
     WRONG(c, "%d MoE layers are not as many as expected", sums->layers);
   } else if (cells > 0) {
     /* of terms of about one; an expert's load may be the sum of far tails alone */
-    compare_numbers(c, "router sum", sums->value, c->golden->sums, c->golden->sum_count, 1);
-    compare_counts(c, sums->count);
+    compare_numbers(c, "router sum", sums->value.host, c->golden->sums, c->golden->sum_count, 1);
+    compare_counts(c, sums->count.host);
   }
 }
 
@@ -215,8 +230,9 @@ static void compare_embeddings(check *c, const train_model *model, int64_t batch
   const train_items *items = &model->items;
   int64_t Z = model->Z;
   for (int32_t m = 0; m < model->env->layout.modalities; m++) {
-    const core_real *z = model->head[m].z.data;
     int64_t count = items->segment_first[m + 1] - items->segment_first[m];
+    if (count == 0) continue; /* perhaps not held */
+    core_real *z = test_fetch(model->env->ops->device, model->head[m].z);
     for (int64_t i = 0; i < count; i++) {
       double got[256];
       char name[64];
@@ -227,6 +243,7 @@ static void compare_embeddings(check *c, const train_model *model, int64_t batch
                                     c->golden->embedding + (m * batch + sample) * Z, Z, 0);
       c->worst_embedding = fmax(c->worst_embedding, error);
     }
+    free(z);
   }
 }
 
@@ -246,24 +263,23 @@ static void compare_evaluation(check *c, train_session *session, const data_batc
 
 static void compare_step(check *c, train_session *session, const data_batch *batch) {
   train_report report = {0};
-  train_parameters *set = &session->model->parameters;
-  load(c, set);
+  load(c, session->model);
   session->env.step = 0;
   compare_evaluation(c, session, batch);
   must(train_stepper_gradients(&session->stepper, batch, &report));
   compare_report(c, &report, &session->stepper);
   compare_sums(c, &session->model->sums);
-  compare_gradients(c, set);
+  compare_gradients(c, session->model);
 
   must(train_stepper_run(&session->stepper, batch, &report));
   compare_report(c, &report, &session->stepper);
   compare_number(c, "clip", report.clip, c->golden->scalar.clip);
   compare_number(c, "rate", report.rate, c->golden->scalar.rate);
-  compare_updates(c, set, c->golden->update, 1);
+  compare_updates(c, session->model, c->golden->update, 1);
 
   session->env.step = 1;
   must(train_stepper_run(&session->stepper, batch, &report));
-  compare_updates(c, set, c->golden->update_two, 2);
+  compare_updates(c, session->model, c->golden->update_two, 2);
   compare_number(c, "loss after the step", report.loss, c->golden->scalar.loss_after);
 }
 

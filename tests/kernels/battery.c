@@ -10,8 +10,8 @@
 
 enum { GUARD = 64, GUARD_BYTE = 0xA5 };
 
-static const double allowed_error[] = {
-    [TOL_EXACT] = 0, [TOL_ROUND] = 1e-12, [TOL_SUM] = 1e-11, [TOL_CHAIN] = 1e-10};
+static const double allowed_error[] = {[TOL_EXACT] = 0,   [TOL_DOUBLE] = 1e-24, [TOL_ROUND] = 1e-12,
+                                       [TOL_SUM] = 1e-11, [TOL_CHAIN] = 1e-10,  [TOL_BRIEF] = 2e-5};
 
 static double get(const void *data, core_dtype dtype, int64_t i) {
   switch (dtype) {
@@ -21,6 +21,8 @@ static double get(const void *data, core_dtype dtype, int64_t i) {
       return ((const double *)data)[i];
     case CORE_INT32:
       return ((const int32_t *)data)[i];
+    case CORE_INT64:
+      return (double)((const int64_t *)data)[i];
     case CORE_UINT64:
       return (double)((const uint64_t *)data)[i];
     case CORE_UINT8:
@@ -42,6 +44,9 @@ static void put(void *data, core_dtype dtype, int64_t i, double value) {
       break;
     case CORE_INT32:
       ((int32_t *)data)[i] = (int32_t)value;
+      break;
+    case CORE_INT64:
+      ((int64_t *)data)[i] = (int64_t)value;
       break;
     case CORE_UINT64:
       ((uint64_t *)data)[i] = (uint64_t)value;
@@ -115,8 +120,11 @@ kern_segments battery_segments(battery *b, int64_t t, int64_t *offset) {
     offset[count + 1] = next < t ? next : t;
     count++;
   }
-  offset[count + 1] = t; /* an empty one at the end */
-  return (kern_segments){offset, count + 1};
+  offset[++count] = t; /* an empty one at the end */
+  item *it = battery_add(b, "offset", CORE_INT64, TOL_EXACT, 0, (const int64_t[]){count + 1}, 1);
+  for (int64_t s = 0; s <= count; s++) it->ref[s] = (double)offset[s];
+  battery_upload(b, it);
+  return (kern_segments){.offset = offset, .device_offset = it->tensor, .count = count};
 }
 
 static void judge_guards(const battery *b, const item *it, const char *stage) {
@@ -180,8 +188,14 @@ static void run_cases(battery *b, const battery_case *cases, int count) {
 }
 
 void battery_run_all(const kern_ops *ops) {
-  const kern_limits limits = {
-      .rows = 4096, .width = 4096, .experts = 64, .sequence = 1024, .heads = 16, .threads = 2};
+  const kern_limits limits = {.rows = 4096,
+                              .width = 4096,
+                              .experts = 64,
+                              .sequence = 1024,
+                              .segments = 1024,
+                              .heads = 16,
+                              .updates = 8,
+                              .threads = 2};
   battery b = {.ops = ops, .name = "context_create"};
   battery_expect_ok(&b, ops->context_create(&limits, &b.context));
   run_cases(&b, battery_dense, battery_dense_count);

@@ -12,11 +12,16 @@
 /* Largest normalised mean squared error, sum (x - r)^2 / sum (r^2 + 0.01), by what the op does to its
  * numbers. */
 typedef enum tolerance {
-  TOL_EXACT, /* copies, integers, inputs: no rounding at all */
-  TOL_ROUND, /* a few roundings an element: 1e-12, about 8 units in the last place in float32 */
-  TOL_SUM,   /* sums of hundreds of terms in another order, or differences of like terms: 1e-11 */
-  TOL_CHAIN  /* sums of products of sums: attention gradients, normalisation gradients: 1e-10 */
+  TOL_EXACT,  /* copies, integers, inputs: no rounding at all */
+  TOL_DOUBLE, /* sums taken in double: 1e-24 */
+  TOL_ROUND,  /* a few roundings an element: 1e-12, about 8 units in the last place in float32 */
+  TOL_SUM,    /* sums of hundreds of terms in another order, or differences of like terms: 1e-11 */
+  TOL_CHAIN,  /* sums of products of sums: attention gradients, normalisation gradients: 1e-10 */
+  TOL_BRIEF  /* rounded to bfloat16: 2^-16, one rounding of a lone element: 2e-5 */
 } tolerance;
+
+/* The build in double has no bfloat16. */
+enum { BATTERY_BFLOAT = CORE_REAL_DTYPE == CORE_FLOAT32 };
 
 typedef struct item {
   const char *name;
@@ -66,7 +71,8 @@ void battery_upload(battery *b, item *it);
 void battery_expect_ok(const battery *b, core_status status);
 /* Uniform integer in [0, n). */
 int64_t battery_pick(battery *b, int64_t n);
-/* T rows cut into segments, empty ones among them; offset has room for *count + 1 <= T + 4. */
+/* T rows cut into segments, empty ones among them; offset has room for *count + 1 <= T + 4. Its copy in the
+ * backend's memory is an item like any other. */
 kern_segments battery_segments(battery *b, int64_t t, int64_t *offset);
 /* Compares all tensors and guards and releases them. */
 void battery_judge(battery *b);

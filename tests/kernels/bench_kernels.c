@@ -7,6 +7,7 @@
  * Segments are 7 to 20 tokens; top-1 routing in expert order; F is 8/3 of the width, in whole vectors. */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h> /* memset */
 
 #include "core/clock.h"  /* core_clock_now */
 #include "core/random.h" /* core_random_normal */
@@ -21,9 +22,9 @@ typedef struct bench {
   core_tensor x, dx, y, weight, dweight, inv, qkv, dqkv, out, dout, lse;
   core_tensor w_qkv, dw_qkv, w_out, dw_out, rows, drows, w_up, dw_up, hidden, dhidden, act, dact, w_down,
       dw_down;
-  core_tensor w_router, logits, noisy, prob, dlogits, choice, gate, dgate, slot, index, key;
+  core_tensor w_router, dw_router, logits, noisy, prob, dlogits, choice, gate, dgate, slot, index, key;
   core_tensor p, g, m, v;
-  kern_router_sums sums;
+  core_tensor sums, squares;
 } bench;
 
 static core_tensor make(core_dtype dtype, int64_t rows, int64_t columns) {
@@ -35,6 +36,12 @@ static core_tensor make(core_dtype dtype, int64_t rows, int64_t columns) {
 }
 static core_tensor real(int64_t rows, int64_t columns) {
   return make(CORE_REAL_DTYPE, rows, columns);
+}
+static core_tensor zeros(int64_t count) {
+  core_tensor tensor = core_tensor_1(NULL, CORE_FLOAT64, count);
+  if (kern_cpu()->device->allocate(core_tensor_bytes(&tensor), &tensor.data) != CORE_OK) exit(1);
+  memset(tensor.data, 0, core_tensor_bytes(&tensor));
+  return tensor;
 }
 static core_tensor stack(int64_t n, int64_t rows, int64_t columns) {
   core_tensor tensor = real(n * rows, columns);
@@ -48,7 +55,7 @@ static void bench_segments(bench *b) {
     int64_t next = b->offset[count] + 7 + (int64_t)core_random_below(1, 2, (uint64_t)count, 14);
     b->offset[++count] = next < b->t ? next : b->t;
   }
-  b->attention.segments = (kern_segments){b->offset, count};
+  b->attention.segments = (kern_segments){.offset = b->offset, .count = count};
   b->row = calloc((size_t)b->experts + 1, sizeof *b->row);
   for (int64_t e = 0; e <= b->experts; e++) b->row[e] = b->t * e / b->experts;
 }
@@ -65,7 +72,8 @@ static void bench_tensors(bench *b) {
   b->act = real(t, f), b->dact = real(t, f);
   b->w_up = stack(e, 2 * f, c), b->dw_up = stack(e, 2 * f, c);
   b->w_down = stack(e, c, f), b->dw_down = stack(e, c, f);
-  b->w_router = real(e, c), b->logits = real(t, e), b->noisy = real(t, e), b->prob = real(t, e);
+  b->w_router = real(e, c), b->dw_router = real(e, c), b->logits = real(t, e), b->noisy = real(t, e),
+  b->prob = real(t, e);
   b->dlogits = real(t, e), b->gate = real(t, 1), b->dgate = real(t, 1);
   b->choice = make(CORE_INT32, t, 1), b->slot = make(CORE_INT32, t, 1), b->key = make(CORE_UINT64, t, 1);
   b->index = make(CORE_INT32, t, 1);
@@ -80,8 +88,7 @@ static void bench_tensors(bench *b) {
   b->p = real(b->parameters, 1), b->g = real(b->parameters, 1);
   b->m = real(b->parameters, 1), b->v = real(b->parameters, 1);
   for (int64_t i = 0; i < b->parameters; i++) ((core_real *)b->v.data)[i] = 1;
-  b->sums.prob = calloc((size_t)e, sizeof(double));
-  b->sums.load = calloc((size_t)e, sizeof(double));
+  b->sums = zeros(kern_router_sums_count(e)), b->squares = zeros(1);
 }
 
 /* One line of the table: an op as the layer calls it. */
@@ -109,25 +116,23 @@ RUN(swiglu_fwd, swiglu_fwd(b->context, b->hidden, b->act))
 RUN(swiglu_bwd, swiglu_bwd(b->context, b->dact, b->hidden, KERN_SET, b->dhidden))
 RUN(router_logits, router_logits(b->context, b->x, b->w_router, (core_tensor){0}, b->logits))
 RUN(router_noise, router_noise(b->context, b->logits, 1, 2, b->key, 0.125, b->noisy))
-RUN(softmax_fwd, softmax_fwd(b->context, b->logits, b->prob))
 RUN(router_choose, router_choose(b->context, KERN_GATE_SOFTMAX, b->logits, b->prob, b->choice, b->gate))
 RUN(router_gate_bwd, router_gate_bwd(b->context, KERN_GATE_SOFTMAX, b->dgate, b->prob, b->choice, b->gate,
                                      KERN_SET, b->dlogits))
-RUN(router_sums, router_sums(b->context, b->logits, b->prob, b->noisy, b->choice, 0.125, &b->sums))
-static core_status run_router_sums_bwd(bench *b) {
-  const kern_router_weights weights = {
-      .z = 1e-3, .entropy = 1e-3, .prob = b->sums.prob, .load = b->sums.load, .sigma = 0.125};
-  return b->ops->router_sums_bwd(b->context, &weights, b->logits, b->prob, b->noisy, b->choice, b->dlogits);
-}
+RUN(router_logits_bwd, router_logits_bwd(b->context, b->dlogits, b->x, b->w_router, KERN_ADD, b->dx,
+                                         b->dw_router, (core_tensor){0}))
+RUN(router_sums, router_sums(b->context, b->logits, b->prob, b->noisy, b->choice, 0.125, b->sums))
+RUN(router_sums_bwd,
+    router_sums_bwd(b->context, b->sums, b->logits, b->prob, b->noisy, b->choice, 0.125, b->dlogits))
 RUN(gather_rows, gather_rows(b->context, b->x, b->index, b->rows))
 RUN(gather_rows_bwd, combine_fwd(b->context, b->drows, b->slot, (core_tensor){0}, KERN_ADD, b->dx))
 RUN(combine_fwd, combine_fwd(b->context, b->rows, b->slot, b->gate, KERN_ADD, b->y))
 RUN(combine_bwd, combine_bwd(b->context, b->y, b->rows, b->slot, b->gate, b->drows, b->dgate))
 RUN(fill_gradient, fill(b->context, 0, b->g))
-RUN(sum_squares, sum_squares(b->context, b->g, &b->sums.z))
+RUN(sum_squares, sum_squares(b->context, b->g, b->squares))
 static core_status run_adamw(bench *b) {
-  const kern_adamw adamw = {1e-6, 0.9, 0.999, 1e-8, 0.1, 0.1, 0.001, 1};
-  return b->ops->adamw(b->context, &adamw, b->g, b->p, b->m, b->v);
+  const kern_adamw adamw = {0, b->parameters, 1e-6, 0.9, 0.999, 1e-8, 0.1, 0.1, 0.001, 1};
+  return b->ops->adamw(b->context, &adamw, 1, b->g, b->p, b->m, b->v, (core_tensor){0});
 }
 
 typedef struct bench_line {
@@ -140,16 +145,21 @@ typedef struct bench_line {
 #define LINE(name, times, flop) \
   { #name, run_##name, times, flop }
 static const bench_line lines[] = {
-    LINE(gemm_qkv, 1, 6),        LINE(gemm_qkv_dx, 1, 6),     LINE(gemm_qkv_dw, 1, 6),
-    LINE(gemm_out, 1, 2),        LINE(gemm_out_dx, 1, 2),     LINE(gemm_out_dw, 1, 2),
-    LINE(gemm_up, 1, -4),        LINE(gemm_up_dx, 1, -4),     LINE(gemm_up_dw, 1, -4),
-    LINE(gemm_down, 1, -2),      LINE(gemm_down_dx, 1, -2),   LINE(gemm_down_dw, 1, -2),
-    LINE(rmsnorm_fwd, 2, 0),     LINE(rmsnorm_bwd, 2, 0),     LINE(attention_fwd, 1, 0),
-    LINE(attention_bwd, 1, 0),   LINE(swiglu_fwd, 1, 0),      LINE(swiglu_bwd, 1, 0),
-    LINE(router_logits, 1, 0),   LINE(router_noise, 1, 0),    LINE(softmax_fwd, 1, 0),
-    LINE(router_choose, 1, 0),   LINE(router_gate_bwd, 1, 0), LINE(router_sums, 1, 0),
-    LINE(router_sums_bwd, 1, 0), LINE(gather_rows, 1, 0),     LINE(gather_rows_bwd, 1, 0),
-    LINE(combine_fwd, 1, 0),     LINE(combine_bwd, 1, 0),     LINE(fill_gradient, 1, 0),
+    LINE(gemm_qkv, 1, 6),        LINE(gemm_qkv_dx, 1, 6),
+    LINE(gemm_qkv_dw, 1, 6),     LINE(gemm_out, 1, 2),
+    LINE(gemm_out_dx, 1, 2),     LINE(gemm_out_dw, 1, 2),
+    LINE(gemm_up, 1, -4),        LINE(gemm_up_dx, 1, -4),
+    LINE(gemm_up_dw, 1, -4),     LINE(gemm_down, 1, -2),
+    LINE(gemm_down_dx, 1, -2),   LINE(gemm_down_dw, 1, -2),
+    LINE(rmsnorm_fwd, 2, 0),     LINE(rmsnorm_bwd, 2, 0),
+    LINE(attention_fwd, 1, 0),   LINE(attention_bwd, 1, 0),
+    LINE(swiglu_fwd, 1, 0),      LINE(swiglu_bwd, 1, 0),
+    LINE(router_logits, 1, 0),   LINE(router_logits_bwd, 1, 0),
+    LINE(router_noise, 1, 0),    LINE(router_choose, 1, 0),
+    LINE(router_gate_bwd, 1, 0), LINE(router_sums, 1, 0),
+    LINE(router_sums_bwd, 1, 0), LINE(gather_rows, 1, 0),
+    LINE(gather_rows_bwd, 1, 0), LINE(combine_fwd, 1, 0),
+    LINE(combine_bwd, 1, 0),     LINE(fill_gradient, 1, 0),
     LINE(sum_squares, 1, 0),     LINE(adamw, 1, 0),
 };
 enum { LINES = sizeof lines / sizeof *lines, ROUNDS = 9 };
@@ -198,8 +208,15 @@ static core_status bench_main(int argc, char **argv) {
                                  .head_width = (int32_t)head,
                                  .mask = KERN_BIDIRECTIONAL,
                                  .scale = 0.125};
-  const kern_limits limits = {b.t, 6 * b.c, b.experts, 64, b.attention.heads, threads};
   bench_segments(&b);
+  const kern_limits limits = {.rows = b.t,
+                              .width = 6 * b.c,
+                              .experts = b.experts,
+                              .sequence = 64,
+                              .segments = b.attention.segments.count,
+                              .heads = b.attention.heads,
+                              .updates = 1,
+                              .threads = threads};
   bench_tensors(&b);
   TRY(b.ops->context_create(&limits, &b.context));
   TRY(bench_time(&b, best));

@@ -49,6 +49,26 @@ static void case_router_logits(battery *b) {
   }
 }
 
+/* Variant 1 has no bias. */
+static void case_router_logits_bwd(battery *b) {
+  const int64_t t = b->s.t, c = b->s.c, e = b->s.e;
+  item *d = ADD(b, "dlogits", TOL_EXACT, 1, t, e), *x = ADD(b, "x", TOL_EXACT, 1, t, c);
+  item *w = ADD(b, "weight", TOL_EXACT, 1, e, c), *dx = ADD(b, "dx", TOL_SUM, 1, t, c);
+  item *dw = ADD(b, "dweight", TOL_SUM, 1, e, c), *dbias = ADD(b, "dbias", TOL_SUM, 1, e);
+  battery_expect_ok(
+      b, b->ops->router_logits_bwd(b->context, d->tensor, x->tensor, w->tensor, b->s.write, dx->tensor,
+                                   dw->tensor, b->s.variant ? (core_tensor){0} : dbias->tensor));
+  for (int64_t i = 0; b->s.write == KERN_SET && i < t * c; i++) dx->ref[i] = 0;
+  for (int64_t at = 0; at < t * e; at++) {
+    const int64_t row = at / e, expert = at % e;
+    if (!b->s.variant) dbias->ref[expert] += d->ref[at];
+    for (int64_t j = 0; j < c; j++) {
+      dx->ref[row * c + j] += d->ref[at] * w->ref[expert * c + j];
+      dw->ref[expert * c + j] += d->ref[at] * x->ref[row * c + j];
+    }
+  }
+}
+
 static void case_router_noise(battery *b) {
   const int64_t t = b->s.t, e = b->s.e;
   item *logits = ADD(b, "logits", TOL_EXACT, 1, t, e), *noisy = ADD(b, "noisy", TOL_ROUND, 1, t, e);
@@ -72,7 +92,6 @@ static void case_router_choose(battery *b) {
   for (int64_t i = 0; i < t * e; i++)
     if (i / e % 3 == 0) logits->ref[i] = (double)(i * 5 % 3);
   battery_upload(b, logits);
-  battery_expect_ok(b, b->ops->softmax_fwd(b->context, logits->tensor, prob->tensor));
   battery_expect_ok(
       b, b->ops->router_choose(b->context, form, logits->tensor, prob->tensor, choice->tensor, gate->tensor));
   for (int64_t row = 0; row < t; row++) {
@@ -84,6 +103,13 @@ static void case_router_choose(battery *b) {
     for (int64_t i = 0; form == KERN_GATE_SOFTMAX && i < k; i++)
       gate->ref[row * k + i] = prob->ref[row * e + (int64_t)choice->ref[row * k + i]];
   }
+}
+
+static void case_softmax(battery *b) {
+  const int64_t t = b->s.t, e = b->s.e;
+  item *logits = ADD(b, "logits", TOL_EXACT, 2, t, e), *prob = ADD(b, "prob", TOL_ROUND, 1, t, e);
+  battery_expect_ok(b, b->ops->softmax_fwd(b->context, logits->tensor, prob->tensor));
+  for (int64_t row = 0; row < t; row++) ref_softmax(logits->ref + row * e, e, prob->ref + row * e);
 }
 
 /* By the full Jacobian of the gates. */
@@ -116,39 +142,85 @@ static void case_router_gate_bwd(battery *b) {
     }
 }
 
-/* Sums start from 1, to see that they are added to. Variant 1 has no noise. */
-static void case_router_sums(battery *b) {
+/* What the sums' cases share: variant 0 has noise, 1 has none (noisy is logits), 2 has sigma 0. */
+typedef struct sums_case {
+  item *logits, *prob, *noisy, *choice;
+  double sigma;
+  int64_t k;
+} sums_case;
+
+static sums_case make_sums(battery *b) {
   const int64_t t = b->s.t, e = b->s.e, k = choices(b);
-  item *logits = ADD(b, "logits", TOL_EXACT, 1, t, e), *prob = ADD(b, "prob", TOL_EXACT, 0, t, e);
-  item *noise = ADD(b, "noisy", TOL_EXACT, 1, t, e), *choice = ADD_INT(b, "choice", t, k);
-  double p[EXPERTS], load[EXPERTS], got_p[EXPERTS], got_load[EXPERTS], z = 1, entropy = 1;
-  kern_router_sums sums = {1, 1, 1, got_p, got_load};
-  for (int64_t i = 0; i < e; i++) p[i] = load[i] = got_p[i] = got_load[i] = 1;
-  const double *noisy = b->s.variant ? logits->ref : noise->ref;
+  sums_case s = {.sigma = b->s.variant == 2 ? 0 : 0.5, .k = k};
+  s.logits = ADD(b, "logits", TOL_EXACT, 1, t, e), s.prob = ADD(b, "prob", TOL_EXACT, 0, t, e);
+  s.noisy = b->s.variant == 1 ? s.logits : ADD(b, "noisy", TOL_EXACT, 1, t, e);
+  s.choice = ADD_INT(b, "choice", t, k);
   for (int64_t row = 0; row < t; row++) {
-    ref_softmax(logits->ref + row * e, e, prob->ref + row * e);
-    ref_choose(noisy + row * e, e, k, choice->ref + row * k);
+    ref_softmax(s.logits->ref + row * e, e, s.prob->ref + row * e);
+    ref_choose(s.noisy->ref + row * e, e, k, s.choice->ref + row * k);
   }
-  battery_upload(b, prob), battery_upload(b, choice);
-  battery_expect_ok(
-      b, b->ops->router_sums(b->context, logits->tensor, prob->tensor,
-                             b->s.variant ? logits->tensor : noise->tensor, choice->tensor, 0.5, &sums));
+  battery_upload(b, s.prob), battery_upload(b, s.choice);
+  return s;
+}
+
+/* One row's logsumexp and entropy; its distances (threshold - logit) / sigma into far. */
+static double ref_measures(const sums_case *s, int64_t row, int64_t e, double *entropy, double *far) {
+  const double *l = s->logits->ref + row * e;
+  const double threshold = s->noisy->ref[row * e + (int64_t)s->choice->ref[row * s->k + s->k - 1]];
+  double sum = 0;
+  *entropy = 0;
+  for (int64_t i = 0; i < e; i++) sum += exp(l[i]);
+  for (int64_t i = 0; i < e; i++) {
+    *entropy -= exp(l[i]) / sum * (l[i] - log(sum));
+    far[i] = (threshold - l[i]) / s->sigma;
+  }
+  return log(sum);
+}
+
+/* Sums start from random numbers, to see that they are added to. */
+static void case_router_sums(battery *b) {
+  const int64_t t = b->s.t, e = b->s.e;
+  const sums_case s = make_sums(b);
+  item *sums = battery_add(b, "sums", CORE_FLOAT64, TOL_SUM, 1, (const int64_t[]){3 + 2 * e}, 1);
+  battery_expect_ok(b, b->ops->router_sums(b->context, s.logits->tensor, s.prob->tensor, s.noisy->tensor,
+                                           s.choice->tensor, s.sigma, sums->tensor));
   for (int64_t row = 0; row < t; row++) {
-    const double *l = logits->ref + row * e;
-    double sum = 0;
-    for (int64_t i = 0; i < e; i++) sum += exp(l[i]);
-    z += log(sum) * log(sum);
+    double entropy, far[EXPERTS];
+    const double lse = ref_measures(&s, row, e, &entropy, far);
+    sums->ref[0] += 1;
+    sums->ref[1] += lse * lse;
+    sums->ref[2] += entropy;
     for (int64_t i = 0; i < e; i++) {
-      const double own = exp(l[i]) / sum, threshold = noisy[row * e + (int64_t)choice->ref[row * k + k - 1]];
-      entropy -= own * log(own);
-      p[i] += own;
-      if (!b->s.variant) load[i] += 0.5 * erfc((threshold - l[i]) / 0.5 / sqrt(2.0));
+      sums->ref[3 + i] += exp(s.logits->ref[row * e + i] - lse);
+      if (b->s.variant == 0) sums->ref[3 + e + i] += 0.5 * erfc(far[i] / sqrt(2.0));
     }
   }
-  assert_true(sums.tokens == 1 + (double)t);
-  assert_true(fabs(sums.z - z) <= 1e-5 * z && fabs(sums.entropy - entropy) <= 1e-5 * entropy);
-  for (int64_t i = 0; i < e; i++)
-    assert_true(fabs(got_p[i] - p[i]) <= 1e-5 * p[i] && fabs(got_load[i] - load[i]) <= 1e-5 * load[i]);
+}
+
+/* By the full Jacobians of each row's sums. */
+static void case_router_sums_bwd(battery *b) {
+  const int64_t t = b->s.t, e = b->s.e;
+  const sums_case s = make_sums(b);
+  item *weights = battery_add(b, "weights", CORE_FLOAT64, TOL_EXACT, 1, (const int64_t[]){3 + 2 * e}, 1);
+  item *dlogits = ADD(b, "dlogits", TOL_CHAIN, 1, t, e);
+  battery_expect_ok(b, b->ops->router_sums_bwd(b->context, weights->tensor, s.logits->tensor, s.prob->tensor,
+                                               s.noisy->tensor, s.choice->tensor, s.sigma, dlogits->tensor));
+  const double *w = weights->ref;
+  for (int64_t row = 0; row < t; row++) {
+    double entropy, far[EXPERTS], *to = dlogits->ref + row * e;
+    const double lse = ref_measures(&s, row, e, &entropy, far);
+    const int64_t last = (int64_t)s.choice->ref[row * s.k + s.k - 1];
+    for (int64_t i = 0; i < e; i++) {
+      const double log_p = s.logits->ref[row * e + i] - lse, p = exp(log_p);
+      to[i] += w[1] * 2 * lse * p - w[2] * p * (log_p + entropy);
+      for (int64_t j = 0; j < e; j++)
+        to[j] += w[3 + i] * p * ((i == j) - exp(s.logits->ref[row * e + j] - lse));
+      if (b->s.variant != 0) continue;
+      const double slope = w[3 + e + i] * exp(-far[i] * far[i] / 2) / sqrt(2 * M_PI) / s.sigma;
+      to[i] += slope;
+      to[last] -= slope;
+    }
+  }
 }
 
 /* slot: a random injection of (t, k) into the rows of x, some -1. */
@@ -235,11 +307,41 @@ static void case_dispatch_plan(battery *b) {
   }
 }
 
+/* Counts start from what is there. */
+static void case_router_count(battery *b) {
+  const int64_t t = b->s.t, e = b->s.e, k = choices(b);
+  item *choice = ADD_INT(b, "choice", t, k), *slot = ADD_INT(b, "slot", t, k);
+  item *count = battery_add(b, "count", CORE_INT64, TOL_EXACT, 100, (const int64_t[]){2 * e + 2}, 1);
+  for (int64_t i = 0; i < t * k; i++) {
+    choice->ref[i] = (double)((i / k * 3 + i % k) % e);
+    slot->ref[i] = battery_pick(b, 3) == 0 ? (double)i : -1;
+  }
+  battery_upload(b, choice), battery_upload(b, slot);
+  battery_expect_ok(b, b->ops->router_count(b->context, choice->tensor, slot->tensor, count->tensor));
+  for (int64_t row = 0; row < t; row++) {
+    int kept = 0;
+    for (int64_t i = row * k; i < (row + 1) * k; i++) {
+      count->ref[(int64_t)choice->ref[i]] += 1;
+      if (slot->ref[i] >= 0) count->ref[e + (int64_t)choice->ref[i]] += 1, kept = 1;
+    }
+    count->ref[2 * e] += kept;
+    count->ref[2 * e + 1] += 1;
+  }
+}
+
 const battery_case battery_router[] = {
-    {"dispatch_plan", case_dispatch_plan, 1, 2},     {"router_logits", case_router_logits, 1, 2},
-    {"router_noise", case_router_noise, 1, 1},       {"router_choose", case_router_choose, 1, 2},
-    {"router_gate_bwd", case_router_gate_bwd, 2, 2}, {"router_sums", case_router_sums, 1, 2},
-    {"combine_fwd", case_combine_fwd, 2, 2},         {"combine_bwd", case_combine_bwd, 1, 2},
+    {"dispatch_plan", case_dispatch_plan, 1, 2},
+    {"router_logits", case_router_logits, 1, 2},
+    {"router_logits_bwd", case_router_logits_bwd, 2, 2},
+    {"router_noise", case_router_noise, 1, 1},
+    {"softmax_fwd", case_softmax, 1, 1},
+    {"router_choose", case_router_choose, 1, 2},
+    {"router_gate_bwd", case_router_gate_bwd, 2, 2},
+    {"router_sums", case_router_sums, 1, 3},
+    {"router_sums_bwd", case_router_sums_bwd, 1, 3},
+    {"router_count", case_router_count, 1, 1},
+    {"combine_fwd", case_combine_fwd, 2, 2},
+    {"combine_bwd", case_combine_bwd, 1, 2},
     {"gather_rows", case_gather_rows, 1, 1},
 };
 const int battery_router_count = sizeof battery_router / sizeof *battery_router;

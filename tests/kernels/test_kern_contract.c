@@ -44,13 +44,13 @@ static void wrong_arguments_are_refused(void **state) {
                                   KERN_SET, core_tensor_2(memory, real, 2, 12)),
                  CORE_ERR_ARGUMENT, "combine_fwd", "slot[0] is 9", "-1 to 7");
   const int64_t down[] = {0, 6, 4, 8}, shy[] = {0, 4, 7}, whole[] = {0, 8};
-  expect_refusal(
-      ops->segment_mean_fwd(context, (kern_segments){down, 3}, x, core_tensor_2(memory, real, 3, 12)),
-      CORE_ERR_ARGUMENT, "segment_mean_fwd", "descends from 6 to 4", "at 1");
-  expect_refusal(
-      ops->segment_mean_fwd(context, (kern_segments){shy, 2}, x, core_tensor_2(memory, real, 2, 12)),
-      CORE_ERR_ARGUMENT, "segment_mean_fwd", "0 to 7", "0 to 8");
-  const kern_attention attention = {{whole, 1}, 1, 1, 4, KERN_CAUSAL, 0.5};
+  expect_refusal(ops->segment_mean_fwd(context, (kern_segments){.offset = down, .count = 3}, x,
+                                       core_tensor_2(memory, real, 3, 12)),
+                 CORE_ERR_ARGUMENT, "segment_mean_fwd", "descends from 6 to 4", "at 1");
+  expect_refusal(ops->segment_mean_fwd(context, (kern_segments){.offset = shy, .count = 2}, x,
+                                       core_tensor_2(memory, real, 2, 12)),
+                 CORE_ERR_ARGUMENT, "segment_mean_fwd", "0 to 7", "0 to 8");
+  const kern_attention attention = {{.offset = whole, .count = 1}, 1, 1, 4, KERN_CAUSAL, 0.5};
   expect_refusal(ops->attention_fwd(context, &attention, x, core_tensor_2(memory, real, 8, 4),
                                     core_tensor_2(memory, real, 8, 1)),
                  CORE_ERR_ARGUMENT, "attention_fwd", "length is 8", "at most 4");
@@ -66,8 +66,11 @@ static void limits_are_checked(void **state) {
       .rows = 8, .width = -1, .experts = 4, .sequence = 4, .heads = 2, .threads = 1};
   const kern_limits endless = {
       .rows = 8, .width = INT64_MAX, .experts = 4, .sequence = 4, .heads = 2, .threads = 1};
+  const kern_limits few = {.segments = -2, .threads = 1}, none = {.updates = -3, .threads = 1};
   expect_refusal(kern_cpu()->context_create(&negative, &context), CORE_ERR_ARGUMENT, "limits", "width", "-1");
   assert_null(context);
+  expect_refusal(kern_cpu()->context_create(&few, &context), CORE_ERR_ARGUMENT, "limits", "segments", "-2");
+  expect_refusal(kern_cpu()->context_create(&none, &context), CORE_ERR_ARGUMENT, "limits", "updates", "-3");
   expect_refusal(kern_cpu()->context_create(&endless, &context), CORE_ERR_ARGUMENT, "limits", "overflow",
                  "width");
   assert_true(kern_cpu()->context_bytes(&endless) == SIZE_MAX);
@@ -76,13 +79,13 @@ static void limits_are_checked(void **state) {
 static void backends_are_selected_by_name(void **state) {
   (void)state;
   const kern_ops *ops = NULL;
-  assert_int_equal(kern_select("auto", &ops), CORE_OK);
+  assert_int_equal(kern_select("auto", 0, &ops), CORE_OK);
   assert_ptr_equal(ops, kern_cpu());
-  assert_int_equal(kern_select("cpu", &ops), CORE_OK);
+  assert_int_equal(kern_select("cpu", 0, &ops), CORE_OK);
   assert_ptr_equal(ops, kern_cpu());
-  expect_refusal(kern_select("cuda", &ops), CORE_ERR_UNSUPPORTED, "cuda", "without CUDA", "cpu");
+  expect_refusal(kern_select("cuda", 0, &ops), CORE_ERR_UNSUPPORTED, "cuda", "without CUDA", "cpu");
   assert_null(ops);
-  expect_refusal(kern_select("tpu", &ops), CORE_ERR_UNSUPPORTED, "tpu", "expected", "auto");
+  expect_refusal(kern_select("tpu", 0, &ops), CORE_ERR_UNSUPPORTED, "tpu", "expected", "auto");
 }
 
 int main(void) {

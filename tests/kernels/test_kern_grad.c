@@ -206,7 +206,7 @@ static void l2norm_backward(grad *g) {
 
 /* --- sequences --- */
 static const int64_t segment_offset[] = {0, 4, 4, 5, T};
-static const kern_segments segments = {segment_offset, 4};
+static const kern_segments segments = {.offset = segment_offset, .count = 4};
 static int32_t positions[T] = {0, 1, 2, 3, 9, 40, 41};
 
 static core_tensor rope_frequency(void) {
@@ -297,7 +297,6 @@ static void gate_setup(grad *g) {
   g->aux = take(g, T, E, 0);
 }
 static double gate_loss(grad *g) {
-  must(g->ops->softmax_fwd(g->context, g->value[0], g->aux));
   must(g->ops->router_choose(g->context, (kern_gate)g->variant, g->value[0], g->aux, choice_of(), g->out));
   return dot(g->seed, g->out);
 }
@@ -306,15 +305,36 @@ static void gate_backward(grad *g) {
                                KERN_ADD, g->gradient[0]));
 }
 
+/* Logits from x, with and without a bias. */
+static void logits_setup(grad *g) {
+  input(g, T, C);
+  input(g, E, C);
+  if (g->variant) input(g, 1, E);
+  output(g, T, E);
+}
+static core_tensor bias_or_none(const grad *g, const core_tensor *of) {
+  return g->variant ? flat(of[2]) : (core_tensor){0};
+}
+static double logits_loss(grad *g) {
+  must(g->ops->router_logits(g->context, g->value[0], g->value[1], bias_or_none(g, g->value), g->out));
+  return dot(g->seed, g->out);
+}
+static void logits_backward(grad *g) {
+  must(g->ops->router_logits_bwd(g->context, g->seed, g->value[0], g->value[1], KERN_ADD, g->gradient[0],
+                                 g->gradient[1], bias_or_none(g, g->gradient)));
+}
+
 /* Each term alone (variants 0-3), then all together. seed keeps the noise, out the noisy logits. */
-static void sums_weights(const grad *g, kern_router_weights *w, double prob[E], double load[E]) {
+enum { SUMS = 3 + 2 * E };
+static void sums_weights(const grad *g, double weights[SUMS]) {
   const int v = g->variant;
+  weights[0] = 0;
+  weights[1] = v == 0 || v == 4 ? 0.7 : 0;
+  weights[2] = v == 1 || v == 4 ? -0.9 : 0;
   for (int e = 0; e < E; e++) {
-    prob[e] = v == 2 || v == 4 ? 0.3 * e - 0.5 : 0;
-    load[e] = v == 3 || v == 4 ? 0.7 - 0.4 * e : 0;
+    weights[3 + e] = v == 2 || v == 4 ? 0.3 * e - 0.5 : 0;
+    weights[3 + E + e] = v == 3 || v == 4 ? 0.7 - 0.4 * e : 0;
   }
-  *w = (kern_router_weights){v == 0 || v == 4 ? 0.7 : 0, v == 1 || v == 4 ? -0.9 : 0,
-                             v == 2 || v == 4 ? prob : NULL, v == 3 || v == 4 ? load : NULL, 0.4};
 }
 static void sums_setup(grad *g) {
   input(g, T, E);
@@ -323,26 +343,24 @@ static void sums_setup(grad *g) {
   g->aux = take(g, T, E, 0);
 }
 static double sums_loss(grad *g) {
-  double prob[E], load[E], prob_sum[E] = {0}, load_sum[E] = {0};
-  kern_router_weights w;
-  kern_router_sums sums = {.prob = prob_sum, .load = load_sum};
+  double weights[SUMS], sums[SUMS] = {0}, loss = 0;
   const core_tensor gate = take(g, T, K, 0);
   g->used -= T * K;
-  sums_weights(g, &w, prob, load);
+  sums_weights(g, weights);
   memcpy(g->out.data, g->value[0].data, core_tensor_bytes(&g->out));
   must(g->ops->axpy(g->context, 0.1, g->seed, g->out));
-  must(g->ops->softmax_fwd(g->context, g->value[0], g->aux));
   must(g->ops->router_choose(g->context, KERN_GATE_SOFTMAX, g->out, g->aux, choice_of(), gate));
-  must(g->ops->router_sums(g->context, g->value[0], g->aux, g->out, choice_of(), 0.4, &sums));
-  double loss = w.z * sums.z + w.entropy * sums.entropy;
-  for (int e = 0; e < E; e++) loss += prob[e] * prob_sum[e] + load[e] * load_sum[e];
+  must(g->ops->softmax_fwd(g->context, g->value[0], g->aux));
+  must(g->ops->router_sums(g->context, g->value[0], g->aux, g->out, choice_of(), 0.4,
+                           core_tensor_1(sums, CORE_FLOAT64, SUMS)));
+  for (int i = 0; i < SUMS; i++) loss += weights[i] * sums[i];
   return loss;
 }
 static void sums_backward(grad *g) {
-  double prob[E], load[E];
-  kern_router_weights w;
-  sums_weights(g, &w, prob, load);
-  must(g->ops->router_sums_bwd(g->context, &w, g->value[0], g->aux, g->out, choice_of(), g->gradient[0]));
+  double weights[SUMS];
+  sums_weights(g, weights);
+  must(g->ops->router_sums_bwd(g->context, core_tensor_1(weights, CORE_FLOAT64, SUMS), g->value[0], g->aux,
+                               g->out, choice_of(), 0.4, g->gradient[0]));
 }
 
 /* --- permutation --- */
@@ -384,7 +402,6 @@ static void gather_backward(grad *g) {
 
 /* --- losses --- */
 /* The full symmetric loss over q[T,C], k[T,C] and the scale, by row blocks of both directions. */
-static int64_t own[T] = {0, 1, 2, 3, 4, 5, 6};
 static uint8_t valid[T] = {1, 1, 0, 1, 1, 1, 1};
 static int32_t label[T] = {-1, 3, 3, 3, -1, 2, 2};
 static uint64_t ids[T] = {9, 8, 7, 6, 9, 5, 4};
@@ -409,7 +426,10 @@ static direction direction_of(const grad *g, int way) {
                      core_tensor_1(values(g->out) + (2 + way) * T, CORE_REAL_DTYPE, T)};
 }
 static kern_contrastive contrastive_of(const grad *g) {
-  return (kern_contrastive){(double)values(g->value[2])[0], own, valid, label, ids};
+  return (kern_contrastive){.scale = (double)values(g->value[2])[0],
+                            .valid = core_tensor_1(valid, CORE_UINT8, T),
+                            .label = core_tensor_1(label, CORE_INT32, T),
+                            .id = core_tensor_1(ids, CORE_UINT64, T)};
 }
 static double contrastive_loss(grad *g) {
   const kern_contrastive c = contrastive_of(g);
@@ -430,10 +450,11 @@ static void contrastive_backward(grad *g) {
     for (int64_t begin = 0; begin < T; begin += 4) {
       const int64_t n = T - begin < 4 ? T - begin : 4;
       kern_contrastive c = contrastive_of(g);
-      c.own = own + begin;
+      c.first = begin;
       const core_tensor cosine = core_tensor_2(values(d.cosine) + begin * T, CORE_REAL_DTYPE, n, T);
       const core_tensor lse = core_tensor_1(values(d.lse) + begin, CORE_REAL_DTYPE, n);
-      must(g->ops->contrastive_bwd(g->context, &c, contrastive_weight, lse, opposite.lse, cosine, &dscale));
+      must(g->ops->contrastive_bwd(g->context, &c, contrastive_weight, lse, opposite.lse, cosine,
+                                   core_tensor_1(&dscale, CORE_FLOAT64, 1)));
     }
     must(g->ops->gemm(g->context, KERN_NN, d.cosine, d.columns, KERN_ADD, g->gradient[way]));
   }
@@ -466,10 +487,11 @@ static void cross_entropy_backward(grad *g) {
 #define CASE(name, variants) \
   { #name, name##_setup, name##_loss, name##_backward, variants }
 static const grad_case cases[] = {
-    CASE(gemm, 3),         CASE(grouped, 1),     CASE(bias, 1),          CASE(gelu, 2), CASE(swiglu, 1),
-    CASE(rmsnorm, 1),      CASE(layernorm, 1),   CASE(l2norm, 1),        CASE(rope, 1), CASE(attention, 4),
-    CASE(segment_mean, 1), CASE(position, 1),    CASE(gate, 2),          CASE(sums, 5), CASE(combine, 1),
-    CASE(gather, 1),       CASE(contrastive, 1), CASE(cross_entropy, 1),
+    CASE(gemm, 3),   CASE(grouped, 1),     CASE(bias, 1),          CASE(gelu, 2),
+    CASE(swiglu, 1), CASE(rmsnorm, 1),     CASE(layernorm, 1),     CASE(l2norm, 1),
+    CASE(rope, 1),   CASE(attention, 4),   CASE(segment_mean, 1),  CASE(position, 1),
+    CASE(gate, 2),   CASE(logits, 2),      CASE(sums, 5),          CASE(combine, 1),
+    CASE(gather, 1), CASE(contrastive, 1), CASE(cross_entropy, 1),
 };
 
 /* Each element of each input: (L(x + h) - L(x - h)) / 2h. */

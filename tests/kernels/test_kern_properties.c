@@ -85,14 +85,13 @@ static routed route(int32_t threads) {
                     choice = integers(ROWS, CHOICES);
   static uint64_t key[ROWS];
   double all[2 * EXPERTS + 3] = {0};
-  kern_router_sums sums = {.prob = all + 3, .load = all + 3 + EXPERTS};
   for (uint64_t i = 0; i < ROWS; i++) key[i] = 3 * i;
   must(ops->router_logits(context, x, weight, core_tensor_1(bias.data, bias.dtype, EXPERTS), logits));
   must(ops->router_noise(context, logits, 1, 2, core_tensor_1(key, CORE_UINT64, ROWS), 0.3, noisy));
-  must(ops->softmax_fwd(context, logits, prob));
   must(ops->router_choose(context, KERN_GATE_RENORMALISED, noisy, prob, choice, gate));
-  must(ops->router_sums(context, logits, prob, noisy, choice, 0.3, &sums));
-  all[0] = sums.tokens, all[1] = sums.z, all[2] = sums.entropy;
+  must(ops->softmax_fwd(context, logits, prob));
+  must(ops->router_sums(context, logits, prob, noisy, choice, 0.3,
+                        core_tensor_1(all, CORE_FLOAT64, kern_router_sums_count(EXPERTS))));
   const routed result = {hash(logits), hash(noisy), hash(choice), hash(gate), core_hash(all, sizeof all, 0)};
   drop(x), drop(weight), drop(bias), drop(logits), drop(noisy), drop(prob), drop(gate), drop(choice);
   ops->context_destroy(context);
@@ -107,6 +106,23 @@ static void routing_is_the_same_on_every_thread_count(void **state) {
   assert_memory_equal(&one, &five, sizeof one);
 }
 
+/* The choice's own softmax is the same bits as the op's, also on memory that lies differently. */
+static void probabilities_do_not_depend_on_the_op(void **state) {
+  (void)state;
+  kern_context *context = context_of(2);
+  for (int64_t experts = 1; experts < 70; experts += 17) {
+    const core_tensor logits = normals(ROWS, experts, 1), prob = normals(ROWS, experts, 2);
+    const core_tensor room = normals(ROWS + 1, experts, 3), gate = normals(ROWS, 1, 4);
+    const core_tensor again = core_tensor_2(values(room) + 1, room.dtype, ROWS, experts);
+    const core_tensor choice = integers(ROWS, 1);
+    must(kern_cpu()->softmax_fwd(context, logits, prob));
+    must(kern_cpu()->router_choose(context, KERN_GATE_SOFTMAX, logits, again, choice, gate));
+    assert_memory_equal(prob.data, again.data, core_tensor_bytes(&prob));
+    drop(logits), drop(prob), drop(room), drop(gate), drop(choice);
+  }
+  kern_cpu()->context_destroy(context);
+}
+
 /* Backward reductions over rows and tiles: same bits run after run, on one thread and on two. */
 static uint64_t backward_hash(int32_t threads) {
   const kern_ops *ops = kern_cpu();
@@ -116,13 +132,13 @@ static uint64_t backward_hash(int32_t threads) {
   const core_tensor qkv = normals(ROWS, 3 * WIDTH, 7), dqkv = normals(ROWS, 3 * WIDTH, 8),
                     lse = normals(ROWS, 1, 9);
   const int64_t offset[] = {0, 3, 50, 51, 300, ROWS};
-  const kern_attention attention = {{offset, 5}, 1, 1, WIDTH, KERN_CAUSAL, 0.2};
+  const kern_attention attention = {{.offset = offset, .count = 5}, 1, 1, WIDTH, KERN_CAUSAL, 0.2};
   double squares = 0;
   must(ops->rmsnorm_bwd(context, dy, x, weight, inv, KERN_SET, dx, dweight));
   must(ops->bias_bwd(context, dy, dweight));
   must(ops->attention_fwd(context, &attention, qkv, dx, lse));
   must(ops->attention_bwd(context, &attention, dy, qkv, dx, lse, dqkv));
-  must(ops->sum_squares(context, dqkv, &squares));
+  must(ops->sum_squares(context, dqkv, core_tensor_1(&squares, CORE_FLOAT64, 1)));
   const uint64_t all[] = {hash(dx), hash(dweight), hash(dqkv), core_hash(&squares, sizeof squares, 0)};
   drop(dy), drop(x), drop(weight), drop(inv), drop(dx), drop(dweight), drop(qkv), drop(dqkv), drop(lse);
   ops->context_destroy(context);
@@ -166,17 +182,15 @@ static void choices_survive_nan(void **state) {
   const int32_t want[4][2] = {{0, 1}, {1, 0}, {0, 1}, {0, 2}};
   core_real prob[4][3], gate[4][2];
   int32_t choice[4][2];
-  double by_expert[3] = {0}, load[3] = {0};
-  kern_router_sums sums = {.prob = by_expert, .load = load};
+  double sums[9] = {0};
   const core_tensor l = core_tensor_2(logits, CORE_REAL_DTYPE, 4, 3),
                     p = core_tensor_2(prob, CORE_REAL_DTYPE, 4, 3);
   const core_tensor c = core_tensor_2(choice, CORE_INT32, 4, 2);
-  must(kern_cpu()->softmax_fwd(context, l, p));
   must(kern_cpu()->router_choose(context, KERN_GATE_SOFTMAX, l, p, c,
                                  core_tensor_2(gate, CORE_REAL_DTYPE, 4, 2)));
   assert_memory_equal(choice, want, sizeof want);
-  must(kern_cpu()->router_sums(context, l, p, l, c, 0, &sums));
-  assert_true(sums.tokens == 4 && isnan(sums.z));
+  must(kern_cpu()->router_sums(context, l, p, l, c, 0, core_tensor_1(sums, CORE_FLOAT64, 9)));
+  assert_true(sums[0] == 4 && isnan(sums[1]));
   kern_cpu()->context_destroy(context);
 }
 
@@ -188,11 +202,11 @@ static void long_causal_attention_equals_its_prefixes(void **state) {
   const core_tensor qkv = normals(LONG, 3 * A, 1), out = normals(LONG, A, 2), lse = normals(LONG, 1, 3);
   const core_tensor part = normals(LONG, A, 4), part_lse = normals(LONG, 1, 5);
   const int64_t whole[] = {0, LONG};
-  const kern_attention causal = {{whole, 1}, 1, 1, A, KERN_CAUSAL, 0.5};
+  const kern_attention causal = {{.offset = whole, .count = 1}, 1, 1, A, KERN_CAUSAL, 0.5};
   must(kern_cpu()->attention_fwd(context, &causal, qkv, out, lse));
   for (int64_t length = 1; length <= LONG; length += 157) {
     const int64_t prefix[] = {0, length};
-    const kern_attention open = {{prefix, 1}, 1, 1, A, KERN_BIDIRECTIONAL, 0.5};
+    const kern_attention open = {{.offset = prefix, .count = 1}, 1, 1, A, KERN_BIDIRECTIONAL, 0.5};
     must(kern_cpu()->attention_fwd(context, &open, core_tensor_2(qkv.data, qkv.dtype, length, 3 * A),
                                    core_tensor_2(part.data, part.dtype, length, A),
                                    core_tensor_2(part_lse.data, part_lse.dtype, length, 1)));
@@ -237,7 +251,7 @@ static void nothing_needs_no_memory(void **state) {
   const core_tensor experts = normals(3 * 4, 12, 1), weight = normals(12, 1, 2), mean = normals(2, 12, 3);
   const core_tensor stack = core_tensor_3(experts.data, none.dtype, 3, 4, 12);
   const int64_t zeros[4] = {0};
-  const kern_attention attention = {{zeros, 2}, 1, 1, 4, KERN_CAUSAL, 0.5};
+  const kern_attention attention = {{.offset = zeros, .count = 2}, 1, 1, 4, KERN_CAUSAL, 0.5};
   const uint64_t before = hash(weight);
   must(ops->attention_fwd(context, &attention, none, narrow, one));
   must(ops->attention_bwd(context, &attention, narrow, none, narrow, one, none));
@@ -273,10 +287,28 @@ static void device_allocates_aligned_memory(void **state) {
   assert_null(none);
 }
 
+static void device_knows_its_memory(void **state) {
+  (void)state;
+  const core_device *device = kern_cpu()->device;
+  size_t available = 0, total = 0;
+  must(device->memory(&available, &total));
+  assert_true(available > 0 && available <= total);
+  void *host = NULL;
+  must(device->host_allocate(100, &host));
+  must(device->fill(host, 7, 100, NULL));
+  char bytes[100] = {0};
+  must(device->copy_later(bytes, host, 100, NULL));
+  must(device->stream_wait(NULL));
+  for (int i = 0; i < 100; i++) assert_int_equal(bytes[i], 7);
+  device->host_release(host);
+  device->watch(NULL, NULL);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(router_logits_do_not_depend_on_neighbours),
       cmocka_unit_test(routing_is_the_same_on_every_thread_count),
+      cmocka_unit_test(probabilities_do_not_depend_on_the_op),
       cmocka_unit_test(backward_is_deterministic),
       cmocka_unit_test(combine_undoes_gather),
       cmocka_unit_test(choices_survive_nan),
@@ -284,6 +316,7 @@ int main(void) {
       cmocka_unit_test(extreme_values_are_handled),
       cmocka_unit_test(nothing_needs_no_memory),
       cmocka_unit_test(device_allocates_aligned_memory),
+      cmocka_unit_test(device_knows_its_memory),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "tests/support/test_device.h"
 #include "tests/support/test_set.h"
 #include "trainer/session.h"
 
@@ -85,8 +86,8 @@ typedef struct outcome {
   core_config *config;
   train_report report[STEPS];
   uint64_t id[STEPS][16];
-  int64_t *counts[STEPS]; /* routed counts of all layers and modalities */
-  core_real *gradient;    /* of the last step, all local parameters */
+  int64_t *counts[STEPS];      /* routed counts of all layers and modalities */
+  core_real *gradient, *value; /* after the last step, all local parameters, on the host */
   int64_t near_ties, tokens;
 } outcome;
 
@@ -95,27 +96,32 @@ static int64_t count_size(const train_session *session) {
   return (int64_t)sums->layers * sums->modalities * train_moe_count_stride(sums);
 }
 
+static void *fetch(const train_env *env, core_tensor tensor) {
+  return test_fetch(env->ops->device, tensor);
+}
+
 /* All logits of one expert lifted: every token chooses it. Depends on names only, so it is the same on every
  * layout. */
-static void heat_router(train_session *session) {
+static core_status heat_router(train_session *session) {
   train_model *model = session->model;
+  const core_device *device = session->env.ops->device;
   for (int64_t l = 0; l < model->L; l++) {
     if (!model->block[l].has_moe) continue;
     core_tensor weight = train_parameter_value(&model->parameters, model->block[l].moe.router);
     core_tensor norm = train_parameter_value(&model->parameters, model->block[l].forward_norm.weight);
-    core_real *row = weight.data, *scale = norm.data;
-    for (int64_t c = 0; c < model->C; c++) {
-      scale[c] = c == 0 ? (core_real)0.01 : 1;
-      for (int64_t e = 0; e < weight.shape[0]; e++) row[e * model->C + c] = 0;
-    }
+    core_real scale[64];
+    for (int64_t c = 0; c < model->C; c++) scale[c] = c == 0 ? (core_real)0.01 : 1;
+    TRY(device->fill(weight.data, 0, core_tensor_bytes(&weight), NULL));
+    TRY(device->copy(norm.data, scale, core_tensor_bytes(&norm), NULL));
   }
+  return CORE_OK;
 }
 
 static core_status collect_counts(outcome *o, int step) {
   int64_t size = count_size(o->session);
   o->counts[step] = calloc((size_t)size + 1, sizeof(int64_t));
   CHECK(o->counts[step], CORE_ERR_MEMORY, "no memory");
-  if (size > 0) memcpy(o->counts[step], o->session->model->sums.count, (size_t)size * sizeof(int64_t));
+  if (size > 0) memcpy(o->counts[step], o->session->model->sums.count.host, (size_t)size * sizeof(int64_t));
   return CORE_OK;
 }
 
@@ -126,8 +132,8 @@ static void count_near_ties(outcome *o) {
   for (int64_t l = 0; l < model->L; l++) {
     const train_moe *moe = &model->block[l].moe;
     if (!model->block[l].has_moe) continue;
-    const core_real *logits = moe->noise ? moe->noisy.data : moe->logits.data;
-    const int32_t *choice = moe->choice.data;
+    core_real *logits = fetch(&o->session->env, moe->noise ? moe->noisy : moe->logits);
+    int32_t *choice = fetch(&o->session->env, moe->choice);
     int64_t E = moe->logits.shape[1], K = moe->choice.shape[1];
     for (int64_t t = 0; t < model->items.tokens; t++) {
       double last = logits[t * E + choice[t * K + K - 1]], next = -INFINITY, low = INFINITY, high = -INFINITY;
@@ -143,6 +149,8 @@ static void count_near_ties(outcome *o) {
       double gap = last - next; /* an exact tie is decided by the index, on every layout alike */
       o->near_ties += E > K && gap > 0 && gap < 1e-5 * (high - low);
     }
+    free(logits);
+    free(choice);
   }
 }
 
@@ -159,9 +167,9 @@ static core_status run_steps(outcome *o, data_stream *stream) {
     o->session->env.step++;
   }
   const train_parameters *set = &o->session->model->parameters;
-  o->gradient = malloc((size_t)set->total * sizeof *o->gradient);
-  CHECK(o->gradient, CORE_ERR_MEMORY, "no memory");
-  memcpy(o->gradient, set->gradient, (size_t)set->total * sizeof *o->gradient);
+  TRY(train_optimizer_gather(o->session->model));
+  o->gradient = fetch(&o->session->env, core_tensor_1(set->gradient, CORE_REAL_DTYPE, set->total));
+  o->value = fetch(&o->session->env, core_tensor_1(set->value, CORE_REAL_DTYPE, set->total));
   return CORE_OK;
 }
 
@@ -182,7 +190,7 @@ static core_status run_side(comm_world *world, const char *root, const layout_ca
                                    .training_split = "train"};
   TRY(train_session_open(&options, &o->session));
   TRY(train_session_standardise(o->session));
-  if (c->hot) heat_router(o->session);
+  if (c->hot) TRY(heat_router(o->session));
   data_stream *stream = NULL;
   data_position start = {0, 0, 0};
   TRY(train_session_stream(o->session, o->session->training, &o->session->env.layout, &start, true, &stream));
@@ -196,6 +204,7 @@ static void free_side(outcome *o) {
   core_config_destroy(o->config);
   for (int i = 0; i < STEPS; i++) free(o->counts[i]);
   free(o->gradient);
+  free(o->value);
 }
 
 /* ---- comparing ---- */
@@ -243,7 +252,7 @@ static void compare_tensors(const outcome *got, const outcome *expected, const c
     double d = distance(got->gradient + p->first, expected->gradient + q->first, p->count, &size);
     if (!(d <= gradient_tolerance * (size + 0.01 * norm))) complain(what, where, d, size);
     snprintf(what, sizeof what, "value of %s after %d steps", p->name, STEPS);
-    d = distance(a->value + p->first, b->value + q->first, p->count, &size);
+    d = distance(got->value + p->first, expected->value + q->first, p->count, &size);
     if (!(d <= parameter_tolerance * (size + 1e-3))) complain(what, where, d, size);
   }
 }
@@ -283,17 +292,25 @@ static void compare(const outcome *got, const outcome *expected, const char *whe
 
 /* ---- crossing ---- */
 
+/* How a layout is computed must not matter either: the `way` crosses a sharded optimizer with recomputation.
+ */
 static core_status cross(const char *root, const layout_case *c, const outcome *reference, int e,
-                         bool partitioned, int accumulate) {
+                         bool partitioned, int accumulate, int way) {
   char experts[40], micro[40], where[256];
+  bool sharded = way & 1, recomputed = way & 2;
   int32_t ranks = comm_size(comm_world_group(job));
   outcome got;
   snprintf(experts, sizeof experts, "parallel.experts=%d", e);
   snprintf(micro, sizeof micro, "optimizer.accumulate=%d", accumulate);
-  const char *layout[] = {experts, micro,
-                          partitioned ? "parallel.placement=partitioned" : "parallel.placement=shared", NULL};
-  snprintf(where, sizeof where, "%s: %d ranks, expert-parallel %d, %s, %d micro-batches", c->name, ranks, e,
-           partitioned ? "partitioned" : "shared", accumulate);
+  const char *layout[] = {experts,
+                          micro,
+                          partitioned ? "parallel.placement=partitioned" : "parallel.placement=shared",
+                          sharded ? "parallel.shard_optimizer=true" : "parallel.shard_optimizer=false",
+                          recomputed ? "model.recompute=true" : "model.recompute=false",
+                          NULL};
+  snprintf(where, sizeof where, "%s: %d ranks, expert-parallel %d, %s, %d micro-batches%s%s", c->name, ranks,
+           e, partitioned ? "partitioned" : "shared", accumulate, sharded ? ", sharded" : "",
+           recomputed ? ", recomputed" : "");
   TRY(run_side(job, root, c, layout, &got));
   compare(&got, reference, where);
   int64_t rounds = 1;
@@ -304,13 +321,14 @@ static core_status cross(const char *root, const layout_case *c, const outcome *
   free_side(&got);
   int64_t total = failures;
   TRY(comm_all_reduce(comm_control_group(job), COMM_SUM, CORE_INT64, &total, 1));
-  if (comm_rank(comm_world_group(job)) == 0) printf("%-100s %s\n", where, total == 0 ? "ok" : "FAILED");
+  if (comm_rank(comm_world_group(job)) == 0) printf("%-125s %s\n", where, total == 0 ? "ok" : "FAILED");
   fflush(stdout);
   return CORE_OK;
 }
 
 static core_status run_case(const char *root, const layout_case *c) {
-  const char *none[] = {NULL};
+  const char *none[] = {"parallel.shard_optimizer=false", NULL};
+  int way = 0;
   int32_t ranks = comm_size(comm_world_group(job));
   outcome reference;
   TRY(run_side(alone, root, c, none, &reference));
@@ -322,7 +340,7 @@ static core_status run_case(const char *root, const layout_case *c) {
   for (int e = 1; e <= ranks; e *= 2)
     for (int partitioned = 0; partitioned < 2; partitioned++)
       for (int accumulate = 1; accumulate <= 2; accumulate++)
-        TRY(cross(root, c, &reference, e, partitioned, accumulate));
+        TRY(cross(root, c, &reference, e, partitioned, accumulate, way++));
   free_side(&reference);
   return CORE_OK;
 }

@@ -37,8 +37,8 @@ static int set_up(void **state) {
   if (!model || !contrastive) return -1;
   model->env = &env;
   model->sums = (train_moe_sums){.layers = LAYERS, .modalities = M, .experts = E};
-  model->sums.value = calloc(LAYERS * M * (3 + 2 * E), sizeof(double));
-  model->sums.count = calloc(LAYERS * M * (2 + 2 * E), sizeof(int64_t));
+  model->sums.value.host = calloc(LAYERS * M * (3 + 2 * E), sizeof(double));
+  model->sums.count.host = calloc(LAYERS * M * (2 + 2 * E), sizeof(int64_t));
   contrastive->pairs = 1;
   contrastive->second[0] = 1;
   snprintf(directory, sizeof directory, "/tmp/antiphon-metrics-XXXXXX");
@@ -49,8 +49,8 @@ static int set_up(void **state) {
 
 static int tear_down(void **state) {
   (void)state;
-  free(model->sums.value);
-  free(model->sums.count);
+  free(model->sums.value.host);
+  free(model->sums.count.host);
   free(model);
   free(contrastive);
   test_remove_tree(directory);

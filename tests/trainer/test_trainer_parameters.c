@@ -1,8 +1,10 @@
 /* Initial values depend on the seed and on names only; experts of a layer lie one after another. */
 #include <math.h>
+#include <stdlib.h>
 #include <stdio.h>
 
 #include "tests/support/test_unit.h"
+#include "checkpoint/checkpoint.h" /* CKPT_CELL */
 #include "trainer/parameter.h"
 
 enum { EXPERTS = 4, ROWS = 6, COLUMNS = 10 };
@@ -37,10 +39,13 @@ static void add_experts(model *m, int first, int count) {
 static void finish(model *m, uint64_t seed, bool training) {
   train_parameters_place(&m->set);
   assert_ok(core_arena_create("parameters", NULL, &m->arena));
-  assert_ok(train_parameters_plan(&m->set, m->arena, training));
+  train_settings settings = {.run.seed = seed};
+  train_env env = {.settings = &settings, .ops = kern_cpu(), .active = CORE_REAL_DTYPE};
+  train_parameters_share(&m->set, &env, false);
+  assert_ok(train_parameters_plan(&m->set, &env, m->arena, training));
   assert_ok(core_arena_commit(m->arena));
-  assert_ok(train_parameters_plan(&m->set, m->arena, training));
-  train_parameters_initialise(&m->set, seed);
+  assert_ok(train_parameters_plan(&m->set, &env, m->arena, training));
+  assert_ok(train_parameters_initialise(&m->set, &env));
 }
 
 static void destroy(model *m) {
@@ -95,7 +100,7 @@ static void values_depend_on_seed_and_name_only(void **state) {
 static void experts_are_one_block(void **state) {
   (void)state;
   model m = make(7, false);
-  core_tensor all = train_parameter_values(&m.set, m.first_expert, EXPERTS),
+  core_tensor all = train_parameter_matrices(&m.set, m.first_expert, EXPERTS),
               gradients = train_parameter_gradients(&m.set, m.first_expert, EXPERTS);
   assert_int_equal(all.rank, 3);
   assert_int_equal(all.shape[0], EXPERTS);
@@ -159,6 +164,46 @@ static void kinds_of_initial_values(void **state) {
   destroy(&m);
 }
 
+/* Shares of every rank: disjoint, in order, together the whole scope; cut only where a checkpoint may cut;
+ * and even, up to one cell. */
+static void check_shares(const train_parameters *set, int64_t total, int32_t size) {
+  int64_t at = set->scope_first[0];
+  for (int32_t r = 0; r < size; r++) {
+    train_span share = train_parameters_share_of(set, 0, r, size);
+    assert_int_equal(share.first, at);
+    assert_true(share.count >= 0);
+    at += share.count;
+    bool legal = at == set->scope_first[0] + total;
+    for (int32_t i = 0; i < set->count; i++) {
+      int64_t inside = at - set->list[i].first;
+      legal = legal || (inside >= 0 && inside < set->list[i].count && inside % CKPT_CELL == 0);
+    }
+    assert_true(legal);
+    assert_true(llabs(share.count - total / size) <= CKPT_CELL + size);
+  }
+  assert_int_equal(at, set->scope_first[0] + total);
+}
+
+static void shares_cover_their_scope(void **state) {
+  (void)state;
+  static const int64_t counts[] = {7, 3 * CKPT_CELL + 5, 1, CKPT_CELL, CKPT_CELL - 1, 40, 2 * CKPT_CELL};
+  train_parameters set = {0};
+  int64_t total = 0;
+  for (size_t i = 0; i < sizeof counts / sizeof *counts; i++, total += counts[i - 1]) {
+    train_parameter p = {.rank = 1, .shape = {counts[i]}};
+    int32_t index;
+    snprintf(p.name, sizeof p.name, "p%zu", i);
+    assert_ok(train_parameters_add(&set, &p, &index));
+  }
+  train_parameters_place(&set);
+  for (int32_t size = 1; size <= 40; size++) check_shares(&set, total, size);
+  train_span span = {set.list[1].first + 5, 2 * CKPT_CELL};
+  assert_int_equal(train_parameter_within(&set.list[1], span).count, 2 * CKPT_CELL);
+  assert_int_equal(train_parameter_within(&set.list[0], span).count, 0);
+  assert_int_equal(train_parameter_within(&set.list[2], span).count, 0);
+  train_parameters_free(&set);
+}
+
 static void impossible_shapes_are_refused(void **state) {
   (void)state;
   train_parameters set = {0};
@@ -175,8 +220,11 @@ static void impossible_shapes_are_refused(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(values_depend_on_seed_and_name_only),   cmocka_unit_test(experts_are_one_block),
-      cmocka_unit_test(scopes_are_ranges_that_do_not_overlap), cmocka_unit_test(kinds_of_initial_values),
+      cmocka_unit_test(values_depend_on_seed_and_name_only),
+      cmocka_unit_test(experts_are_one_block),
+      cmocka_unit_test(scopes_are_ranges_that_do_not_overlap),
+      cmocka_unit_test(kinds_of_initial_values),
+      cmocka_unit_test(shares_cover_their_scope),
       cmocka_unit_test(impossible_shapes_are_refused),
   };
   return cmocka_run_group_tests_name("trainer, parameters", tests, NULL, NULL);

@@ -26,10 +26,12 @@ static int set_up(void **state) {
   env.settings = &settings;
   env.layout.modalities = M;
   sums = (train_moe_sums){.layers = LAYERS, .modalities = M, .experts = E};
-  sums.value = calloc(LAYERS * M * (3 + 2 * E), sizeof *sums.value);
-  if (!sums.value || core_arena_create("test", NULL, &arena) != CORE_OK) return -1;
+  sums.value.host = calloc(LAYERS * M * (3 + 2 * E), sizeof(double));
+  env.ops = kern_cpu();
+  if (!sums.value.host || core_arena_create("test", NULL, &arena) != CORE_OK) return -1;
+  train_arenas arenas = {.objective = arena, .host = arena, .host_access = true};
   for (int phase = 0; phase < 2; phase++) {
-    if (train_router_plan(&objective, &env, LAYERS, arena) != CORE_OK) return -1;
+    if (train_router_plan(&objective, &env, LAYERS, &arenas) != CORE_OK) return -1;
     if (phase == 0 && core_arena_commit(arena) != CORE_OK) return -1;
   }
   return 0;
@@ -37,14 +39,25 @@ static int set_up(void **state) {
 
 static int tear_down(void **state) {
   (void)state;
-  free(sums.value);
+  free(sums.value.host);
   core_arena_destroy(arena);
   return 0;
 }
 
+/* Derivatives by the sums of a layer and modality, laid out as they are. */
+typedef struct weights {
+  double z, entropy;
+  const double *prob, *load; /* [E] */
+} weights;
+
+static weights weights_of(int layer, int m) {
+  const double *row = (const double *)objective.weights.host + (layer * M + m) * (3 + 2 * E);
+  return (weights){row[1], row[2], row + 3, row + 3 + E};
+}
+
 static train_router_loss evaluate(void) {
   train_router_loss loss;
-  train_router_evaluate(&objective, &sums, &loss);
+  assert_ok(train_router_evaluate(&objective, &sums, &loss));
   return loss;
 }
 
@@ -98,12 +111,11 @@ static void losses_of_a_hand_made_histogram(void **state) {
   assert_near(l.z, 0.5 * 20 / 10);
   assert_near(l.local, 0.25 * 3 / 6 + 4 * 2.0 / 4);
   assert_near(l.global, 10 * (log(4) - 1.5 * log(2)));
-  const kern_router_weights *first = &objective.weights[0];
-  assert_near(first[0].z, 0.5 / 10);
-  assert_near(first[1].z, 0.5 / 10);
-  assert_near(first[0].entropy, 0.25 / 6);
-  assert_near(first[1].entropy, 4.0 / 4);
-  for (int m = 0; m < M; m++) assert_near(objective.weights[M + m].z, 0); /* an empty layer */
+  assert_near(weights_of(0, 0).z, 0.5 / 10);
+  assert_near(weights_of(0, 1).z, 0.5 / 10);
+  assert_near(weights_of(0, 0).entropy, 0.25 / 6);
+  assert_near(weights_of(0, 1).entropy, 4.0 / 4);
+  for (int m = 0; m < M; m++) assert_near(weights_of(1, m).z, 0); /* an empty layer */
 }
 
 static void the_global_loss_is_a_hinge(void **state) {
@@ -113,11 +125,11 @@ static void the_global_loss_is_a_hinge(void **state) {
   const double limit = exp(1.5 * log(2)); /* experts that the marginal spreads over */
   modalities[0].experts = limit * 0.99;
   assert_near(evaluate().global, 0);
-  for (int e = 0; e < E; e++) assert_near(objective.weights[0].prob[e], 0);
+  for (int e = 0; e < E; e++) assert_near(weights_of(0, 0).prob[e], 0);
   modalities[0].experts = limit * 1.01;
   assert_near(evaluate().global, 10 * log(1.01));
-  assert_true(objective.weights[0].prob[0] > objective.weights[0].prob[1]); /* away from the fullest */
-  assert_true(isfinite(objective.weights[0].prob[4]));                      /* an expert with nothing */
+  assert_true(weights_of(0, 0).prob[0] > weights_of(0, 0).prob[1]); /* away from the fullest */
+  assert_true(isfinite(weights_of(0, 0).prob[4]));                  /* an expert with nothing */
 }
 
 static void an_absent_modality_costs_nothing(void **state) {
@@ -129,11 +141,11 @@ static void an_absent_modality_costs_nothing(void **state) {
   }
   assert_near(total(), 0); /* nothing at all: no 0 / 0 */
   for (int layer = 0; layer < LAYERS; layer++)
-    for (int m = 0; m < M; m++) assert_near(objective.weights[layer * M + m].z, 0);
+    for (int m = 0; m < M; m++) assert_near(weights_of(layer, m).z, 0);
   set_cell(0, 0, 2, 3, 1, (const double[]){1, 1, 0, 0, 0}, (const double[]){1, 0.5, 0.5, 0, 0});
   assert_true(total() > 0);
-  assert_near(objective.weights[2].entropy, 0); /* modality 2 has no tokens */
-  for (int e = 0; e < E; e++) assert_true(isfinite(objective.weights[2].prob[e]));
+  assert_near(weights_of(0, 2).entropy, 0); /* modality 2 has no tokens */
+  for (int e = 0; e < E; e++) assert_true(isfinite(weights_of(0, 2).prob[e]));
 }
 
 /* ---- derivatives ---- */
@@ -182,36 +194,37 @@ static void assert_derivative(double got, double expected) {
 /* Probabilities of a token add up to one, so a modality's sums move against each other. */
 static void check_derivatives(void) {
   fill_at_random();
+  (void)total();
   for (int layer = 0; layer < LAYERS; layer++)
     for (int m = 0; m < M; m++) {
-      const kern_router_weights *w = &objective.weights[layer * M + m];
+      const weights w = weights_of(layer, m);
       double *value = train_moe_values(&sums, layer, m), expected;
       expected = difference(value + 1, NULL);
-      assert_derivative(w->z, expected);
+      assert_derivative(w.z, expected);
       expected = difference(value + 2, NULL);
-      assert_derivative(w->entropy, expected);
+      assert_derivative(w.entropy, expected);
       for (int e = 0; e < E; e++) {
         expected = difference(value + 3 + E + e, NULL);
-        assert_derivative(w->load[e], expected);
+        assert_derivative(w.load[e], expected);
         expected = difference(value + 3 + e, value + 3 + (e + 1) % E);
-        assert_derivative(w->prob[e] - w->prob[(e + 1) % E], expected);
+        assert_derivative(w.prob[e] - w.prob[(e + 1) % E], expected);
       }
     }
 }
 
 static void derivatives_are_those_of_the_losses(void **state) {
   (void)state;
-  double *const weights[] = {&settings.objective.importance, &settings.objective.load, &settings.objective.z,
-                             &modalities[0].local,           &modalities[1].global,    &modalities[2].global};
+  double *const factor[] = {&settings.objective.importance, &settings.objective.load, &settings.objective.z,
+                            &modalities[0].local,           &modalities[1].global,    &modalities[2].global};
   modalities[1].experts = 4.9; /* hinge on, and off */
   modalities[2].experts = 1.1;
   for (int i = 0; i < 6; i++) { /* each loss alone */
-    *weights[i] = 1.7;
+    *factor[i] = 1.7;
     check_derivatives();
     assert_int_equal(total() > 0, i != 5);
-    *weights[i] = 0;
+    *factor[i] = 0;
   }
-  for (int i = 0; i < 6; i++) *weights[i] = 0.3 + i;
+  for (int i = 0; i < 6; i++) *factor[i] = 0.3 + i;
   check_derivatives();
 }
 

@@ -1,6 +1,10 @@
 /* Pre-norm block (Vaswani et al. 2017; Zhang and Sennrich 2019):
  *   m = x + Attention(RMSNorm(x))        y = m + FeedForward(RMSNorm(m))
- * with the feed-forward dense or a mixture of experts. */
+ * with the feed-forward dense or a mixture of experts.
+ *
+ * With model.recompute only the residual stream at the blocks' ends is kept for backward; everything inside
+ * is computed again there, block by block, in memory that all blocks of a kind share (Chen et al. 2016). The
+ * second pass gives the same bits: what is random in a block is keyed by the token's place. */
 #include "trainer/model/tower.h"
 
 core_status train_block_declare(train_model *model, int32_t layer) {
@@ -20,24 +24,61 @@ core_status train_block_declare(train_model *model, int32_t layer) {
   return CORE_OK;
 }
 
-static core_status plan_norm(train_norm *norm, int64_t rows, int64_t width, core_arena *arena) {
-  TRY(train_take(arena, CORE_REAL_DTYPE, rows, width, &norm->out));
+static core_status plan_norm(const train_model *model, train_norm *norm, int64_t rows, int64_t width,
+                             core_arena *arena) {
+  TRY(train_take_active(model, arena, rows, width, &norm->out));
   TRY(train_take(arena, CORE_REAL_DTYPE, rows, 1, &norm->inv));
   norm->inv.rank = 1;
   return CORE_OK;
 }
 
-core_status train_block_plan(train_model *model, int32_t layer, core_arena *arena) {
-  train_block *block = &model->block[layer];
-  TRY(plan_norm(&block->attention_norm, model->T, model->C, arena));
+static core_status plan_inside(train_model *model, train_block *block, const train_arenas *arenas) {
+  core_arena *arena = arenas->activations;
+  TRY(plan_norm(model, &block->attention_norm, model->T, model->C, arena));
   TRY(train_attention_plan(model, block, arena));
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->C, &block->middle));
-  TRY(plan_norm(&block->forward_norm, model->T, model->C, arena));
+  TRY(train_take_active(model, arena, model->T, model->C, &block->middle));
+  TRY(plan_norm(model, &block->forward_norm, model->T, model->C, arena));
   if (block->has_moe)
-    TRY(train_moe_plan(model, &block->moe, arena));
+    TRY(train_moe_plan(model, &block->moe, arenas));
   else
     TRY(train_feed_forward_plan(model, block, arena));
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->C, &block->output));
+  return CORE_OK;
+}
+
+/* The memory of `from`, another block of the same kind, with the block's own parameters. */
+static void share_inside(train_block *block, const train_block *from) {
+  train_block own = *block;
+  *block = *from;
+  block->layer = own.layer;
+  block->attention_norm.weight = own.attention_norm.weight;
+  block->forward_norm.weight = own.forward_norm.weight;
+  block->attention.qkv = own.attention.qkv;
+  block->attention.out = own.attention.out;
+  block->dense.in = own.dense.in;
+  block->dense.out = own.dense.out;
+  block->moe.index = own.moe.index;
+  block->moe.router = own.moe.router;
+  block->moe.router_bias = own.moe.router_bias;
+  block->moe.in = own.moe.in;
+  block->moe.out = own.moe.out;
+}
+
+/* The first block that has the same kind and sizes. */
+static const train_block *first_alike(const train_model *model, const train_block *block) {
+  const train_block *first = model->block;
+  while (first->has_moe != block->has_moe || (!block->has_moe && first->dense.width != block->dense.width))
+    first++;
+  return first;
+}
+
+core_status train_block_plan(train_model *model, int32_t layer, const train_arenas *arenas) {
+  train_block *block = &model->block[layer];
+  const train_block *alike = first_alike(model, block);
+  if (model->recomputes && alike != block)
+    share_inside(block, alike);
+  else
+    TRY(plan_inside(model, block, arenas));
+  TRY(train_take_active(model, arenas->activations, model->T, model->C, &block->output));
   return CORE_OK;
 }
 
@@ -81,8 +122,8 @@ core_status train_block_forward(train_model *model, int32_t layer, core_tensor x
   return CORE_OK;
 }
 
-core_status train_block_backward(train_model *model, int32_t layer, core_tensor x,
-                                 const kern_router_weights *router, core_tensor dx) {
+core_status train_block_backward(train_model *model, int32_t layer, core_tensor x, core_tensor router,
+                                 core_tensor dx) {
   train_block *block = &model->block[layer];
   int64_t T = x.shape[0];
   core_tensor dn = train_rows(model->d_norm, T), middle = train_rows(block->middle, T);

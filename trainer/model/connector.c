@@ -45,22 +45,16 @@ core_status train_connector_declare(train_model *model, int32_t m) {
   return CORE_OK;
 }
 
-core_status train_connector_plan(train_model *model, int32_t m, core_arena *arena) {
+core_status train_connector_plan(train_model *model, int32_t m, const train_arenas *arenas) {
   train_connector_layer *layer = &model->connector[m];
+  core_arena *arena = arenas->activations;
   int64_t T = model->limits.tokens[m];
-  TRY(train_take(arena, CORE_REAL_DTYPE, 1, layer->width, &layer->shift));
-  TRY(train_take(arena, CORE_REAL_DTYPE, 1, layer->width, &layer->scale));
-  layer->shift = core_tensor_1(layer->shift.data, CORE_REAL_DTYPE, layer->width);
-  layer->scale = core_tensor_1(layer->scale.data, CORE_REAL_DTYPE, layer->width);
-  TRY(train_take(arena, CORE_REAL_DTYPE, T, layer->width, &layer->input));
-  TRY(train_take(arena, CORE_REAL_DTYPE, T, layer->hidden, &layer->before));
-  TRY(train_take(arena, CORE_REAL_DTYPE, T, layer->hidden, &layer->active));
+  TRY(train_mirror_plan(arenas, arena, CORE_REAL_DTYPE, layer->width, 1, &layer->shift));
+  TRY(train_mirror_plan(arenas, arena, CORE_REAL_DTYPE, layer->width, 1, &layer->scale));
+  TRY(train_take_active(model, arena, T, layer->width, &layer->input));
+  TRY(train_take_active(model, arena, T, layer->hidden, &layer->before));
+  TRY(train_take_active(model, arena, T, layer->hidden, &layer->active));
   return CORE_OK;
-}
-
-static kern_segments segments_of(const train_model *model, int32_t m) {
-  const train_items *items = &model->items;
-  return (kern_segments){items->part_offset[m], items->segment_first[m + 1] - items->segment_first[m]};
 }
 
 core_status train_connector_forward(train_model *model, int32_t m, core_tensor x) {
@@ -70,17 +64,17 @@ core_status train_connector_forward(train_model *model, int32_t m, core_tensor x
   int64_t T = x.shape[0];
   core_tensor input = train_rows(layer->input, T), before = train_rows(layer->before, T);
   core_tensor active = train_rows(layer->active, T);
-  KERN(env, standardize, model->items.latent[m], layer->shift, layer->scale, input);
+  KERN(env, standardize, model->items.latent[m], layer->shift.device, layer->scale.device, input);
   core_tensor first = layer->second < 0 ? x : before;
-  KERN(env, gemm, KERN_NT, input, train_parameter_value(p, layer->first), KERN_SET, first);
+  KERN(env, gemm, KERN_NT, input, train_parameter_matrix(p, layer->first), KERN_SET, first);
   KERN(env, bias_fwd, train_parameter_value(p, layer->first_bias), first);
   if (layer->second >= 0) {
     KERN(env, gelu_fwd, KERN_GELU_ERF, before, active);
-    KERN(env, gemm, KERN_NT, active, train_parameter_value(p, layer->second), KERN_SET, x);
+    KERN(env, gemm, KERN_NT, active, train_parameter_matrix(p, layer->second), KERN_SET, x);
     KERN(env, bias_fwd, train_parameter_value(p, layer->second_bias), x);
   }
   if (layer->position >= 0)
-    KERN(env, position_fwd, segments_of(model, m), train_parameter_value(p, layer->position), x);
+    KERN(env, position_fwd, train_segments_of(model, m), train_parameter_value(p, layer->position), x);
   return CORE_OK;
 }
 
@@ -91,12 +85,12 @@ core_status train_connector_backward(train_model *model, int32_t m, core_tensor 
   int64_t T = dx.shape[0];
   core_tensor before = train_rows(layer->before, T), active = train_rows(layer->active, T), first = dx;
   if (layer->position >= 0)
-    KERN(env, position_bwd, segments_of(model, m), dx, train_parameter_gradient(p, layer->position));
+    KERN(env, position_bwd, train_segments_of(model, m), dx, train_parameter_gradient(p, layer->position));
   if (layer->second >= 0) {
     KERN(env, bias_bwd, dx, train_parameter_gradient(p, layer->second_bias));
     KERN(env, gemm, KERN_TN, dx, active, KERN_ADD, train_parameter_gradient(p, layer->second));
     first = active; /* not needed any more: holds its own gradient from here on */
-    KERN(env, gemm, KERN_NN, dx, train_parameter_value(p, layer->second), KERN_SET, first);
+    KERN(env, gemm, KERN_NN, dx, train_parameter_matrix(p, layer->second), KERN_SET, first);
     KERN(env, gelu_bwd, KERN_GELU_ERF, first, before, KERN_SET, first);
   }
   KERN(env, bias_bwd, first, train_parameter_gradient(p, layer->first_bias));

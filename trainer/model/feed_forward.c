@@ -38,7 +38,7 @@ static int64_t hidden_width(const train_model *model, const train_block *block) 
 
 core_status train_feed_forward_declare(train_model *model, train_block *block) {
   int64_t F = hidden_width(model, block), C = model->C;
-  block->dense.active.shape[1] = F;
+  block->dense.width = F;
   train_parameter in = {.rank = 2,
                         .shape = {F * train_activation_columns(model), C},
                         .init = TRAIN_INIT_NORMAL,
@@ -56,9 +56,8 @@ core_status train_feed_forward_declare(train_model *model, train_block *block) {
 
 core_status train_feed_forward_plan(train_model *model, train_block *block, core_arena *arena) {
   int64_t F = hidden_width(model, block);
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, F * train_activation_columns(model),
-                 &block->dense.hidden));
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, F, &block->dense.active));
+  TRY(train_take_active(model, arena, model->T, F * train_activation_columns(model), &block->dense.hidden));
+  TRY(train_take_active(model, arena, model->T, F, &block->dense.active));
   return CORE_OK;
 }
 
@@ -67,9 +66,9 @@ core_status train_feed_forward_forward(train_model *model, train_block *block, c
   train_parameters *p = &model->parameters;
   core_tensor hidden = train_rows(block->dense.hidden, x.shape[0]),
               active = train_rows(block->dense.active, x.shape[0]);
-  KERN(env, gemm, KERN_NT, x, train_parameter_value(p, block->dense.in), KERN_SET, hidden);
+  KERN(env, gemm, KERN_NT, x, train_parameter_matrix(p, block->dense.in), KERN_SET, hidden);
   TRY(train_activate(model, hidden, active));
-  KERN(env, gemm, KERN_NT, active, train_parameter_value(p, block->dense.out), KERN_ADD, y);
+  KERN(env, gemm, KERN_NT, active, train_parameter_matrix(p, block->dense.out), KERN_ADD, y);
   return CORE_OK;
 }
 
@@ -77,14 +76,14 @@ core_status train_feed_forward_backward(train_model *model, train_block *block, 
                                         core_tensor dx) {
   train_env *env = model->env;
   train_parameters *p = &model->parameters;
-  int64_t T = x.shape[0], F = block->dense.active.shape[1];
+  int64_t T = x.shape[0], F = block->dense.width;
   core_tensor hidden = train_rows(block->dense.hidden, T), active = train_rows(block->dense.active, T);
-  core_tensor d_hidden = core_tensor_2(model->d_hidden.data, CORE_REAL_DTYPE, T, hidden.shape[1]);
-  core_tensor d_active = core_tensor_2(model->d_active.data, CORE_REAL_DTYPE, T, F);
+  core_tensor d_hidden = core_tensor_2(model->d_hidden.data, env->active, T, hidden.shape[1]);
+  core_tensor d_active = core_tensor_2(model->d_active.data, env->active, T, F);
   KERN(env, gemm, KERN_TN, dy, active, KERN_ADD, train_parameter_gradient(p, block->dense.out));
-  KERN(env, gemm, KERN_NN, dy, train_parameter_value(p, block->dense.out), KERN_SET, d_active);
+  KERN(env, gemm, KERN_NN, dy, train_parameter_matrix(p, block->dense.out), KERN_SET, d_active);
   TRY(train_activate_backward(model, d_active, hidden, d_hidden));
   KERN(env, gemm, KERN_TN, d_hidden, x, KERN_ADD, train_parameter_gradient(p, block->dense.in));
-  KERN(env, gemm, KERN_NN, d_hidden, train_parameter_value(p, block->dense.in), KERN_SET, dx);
+  KERN(env, gemm, KERN_NN, d_hidden, train_parameter_matrix(p, block->dense.in), KERN_SET, dx);
   return CORE_OK;
 }

@@ -2,39 +2,37 @@
 #ifndef TRAIN_MOE_H
 #define TRAIN_MOE_H
 
-#include "comm/comm.h" /* comm_piece */
-#include "core/arena.h"
-#include "core/dims.h"
-#include "kernels/kernels.h"
+#include "trainer/mirror.h"
 
 struct train_model;
 struct train_items;
 
 /* Sums over tokens that losses and health figures are made of, per MoE layer and modality; additive over
- * ranks and micro-batches. value: [layers][M][3 + 2E] = tokens, z, entropy, prob[E], load[E]; count:
+ * ranks and micro-batches. value: float64 [layers][M][3 + 2E] as kern_router_sums_count says; count: int64
  * [layers][M][2E + 2] = choices per expert before drops [E], after drops [E], tokens with a kept choice,
- * tokens. */
+ * tokens. Forward passes add on the device; the host side is what the functions below read. */
 typedef struct train_moe_sums {
   int32_t layers, modalities;
   int64_t experts;
-  double *value;
-  int64_t *count;
+  train_mirror value, count; /* a cell is a row */
 } train_moe_sums;
 static inline int64_t train_moe_value_stride(const train_moe_sums *sums) {
-  return 3 + 2 * sums->experts;
+  return kern_router_sums_count(sums->experts);
 }
 static inline int64_t train_moe_count_stride(const train_moe_sums *sums) {
   return 2 + 2 * sums->experts;
 }
 static inline double *train_moe_values(const train_moe_sums *sums, int64_t layer, int64_t m) {
-  return sums->value + (layer * sums->modalities + m) * train_moe_value_stride(sums);
+  return (double *)sums->value.host + (layer * sums->modalities + m) * train_moe_value_stride(sums);
 }
 static inline int64_t *train_moe_counts(const train_moe_sums *sums, int64_t layer, int64_t m) {
-  return sums->count + (layer * sums->modalities + m) * train_moe_count_stride(sums);
+  return (int64_t *)sums->count.host + (layer * sums->modalities + m) * train_moe_count_stride(sums);
 }
 
 /* Sets all sums and counts to zero. */
-void train_moe_sums_clear(const train_moe_sums *sums);
+CORE_NODISCARD core_status train_moe_sums_clear(const train_env *env, const train_moe_sums *sums);
+/* Brings them to the host. */
+CORE_NODISCARD core_status train_moe_sums_down(const train_env *env, const train_moe_sums *sums);
 
 /* Where each row of one dispatch goes. Rows to send are sorted by global expert; a receiver's stream is
  * sorted by its expert, then by sending rank. A stream longer than the buffer is taken in rounds. */
@@ -71,21 +69,24 @@ typedef struct train_moe_scratch {
   core_tensor d_gate, d_logits;         /* [T, K], [T, E] */
   comm_piece *send, *recv;              /* [E] */
   /* capacity: records of the tokens of one expert group */
+  core_real *host_prob; /* [T, E], a layer's, where the host cannot read the device's memory */
+  int32_t *host_choice; /* [T, K], likewise */
+  uint8_t *host_keep;   /* [T, K], likewise */
   struct train_capacity_record *own, *all; /* [T], [tokens of the expert group] */
   int32_t *order, *ranked, *spare;         /* [tokens of the expert group] */
   int64_t *used;                           /* [E] */
 } train_moe_scratch;
 
 core_status train_moe_declare(struct train_model *model, int32_t layer);
-core_status train_moe_plan(struct train_model *model, train_moe *moe, core_arena *arena);
-core_status train_moe_scratch_plan(struct train_model *model, core_arena *arena);
+core_status train_moe_plan(struct train_model *model, train_moe *moe, const train_arenas *arenas);
+core_status train_moe_scratch_plan(struct train_model *model, const train_arenas *arenas);
 /* y += MoE(x). mode as train_mode. Collective over the expert group. */
 core_status train_moe_forward(struct train_model *model, train_moe *moe, core_tensor x, int mode,
                               core_tensor y);
-/* dx = gradient by x. dy: gradient of the output. weights: [M] derivatives by this layer's sums. Collective.
- */
+/* dx = gradient by x. dy: gradient of the output. weights: float64 [M, 3 + 2 E] derivatives by this layer's
+ * sums. Collective. */
 core_status train_moe_backward(struct train_model *model, train_moe *moe, core_tensor x, core_tensor dy,
-                               const kern_router_weights *weights, core_tensor dx);
+                               core_tensor weights, core_tensor dx);
 
 /* moe_dispatch.c. Collective over the expert group. */
 core_status train_dispatch_make(struct train_model *model, train_moe *moe, int64_t tokens);
@@ -97,7 +98,7 @@ core_status train_dispatch_send(struct train_model *model, train_moe *moe, int64
 core_status train_dispatch_return(struct train_model *model, train_moe *moe, int64_t round, core_tensor from,
                                   core_tensor to);
 
-core_status train_capacity_plan(struct train_model *model, core_arena *arena);
+core_status train_capacity_plan(struct train_model *model, const train_arenas *arenas);
 /* moe_capacity.c: fills moe->keep for the current items. Collective over the expert group when partitioned.
  */
 core_status train_capacity_keep(struct train_model *model, train_moe *moe);

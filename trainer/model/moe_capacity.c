@@ -4,7 +4,8 @@
  * Priority Routing, Riquelme et al. 2021), or by token order alone.
  *
  * The order of tokens is sample, modality, position. When modalities are partitioned, a group's tokens lie on
- * several ranks of the expert group; all gather all records and each decides for the whole group, alike. */
+ * several ranks of the expert group; all gather all records and each decides for the whole group, alike. The
+ * host decides: on a device it costs a second synchronisation of the layer. */
 #include <string.h>
 
 #include "core/clock.h"
@@ -19,8 +20,9 @@ typedef struct train_capacity_record {
   int32_t choice[CORE_MAX_CHOICES];
 } train_capacity_record;
 
-core_status train_capacity_plan(train_model *model, core_arena *arena) {
+core_status train_capacity_plan(train_model *model, const train_arenas *arenas) {
   train_moe_scratch *s = &model->moe_scratch;
+  core_arena *arena = arenas->host;
   const train_settings *settings = model->env->settings;
   bool needed = settings->model.moe.dispatch == TRAIN_CAPACITY && model->limits.training;
   int64_t own = needed ? model->T : 0, all = needed ? model->limits.group_tokens : 0;
@@ -29,16 +31,35 @@ core_status train_capacity_plan(train_model *model, core_arena *arena) {
   TRY(ARENA_TAKE(arena, all, &s->order));
   TRY(ARENA_TAKE(arena, all, &s->ranked));
   TRY(ARENA_TAKE(arena, all, &s->spare));
-  TRY(ARENA_TAKE(arena, needed ? settings->model.moe.experts : 0, &s->used));
+  int64_t E = settings->model.moe.experts, K = settings->model.moe.choose;
+  TRY(ARENA_TAKE(arena, needed ? E : 0, &s->used));
+  if (arenas->host_access) return CORE_OK;
+  TRY(ARENA_TAKE(arena, own * E, &s->host_prob));
+  TRY(ARENA_TAKE(arena, own * K, &s->host_choice));
+  TRY(ARENA_TAKE(arena, own * K, &s->host_keep));
   return CORE_OK;
 }
 
-static void make_records(const train_model *model, const train_moe *moe) {
+/* The first `tokens` rows where the host can read them: in place, or brought to `scratch`. */
+static core_status on_host(const train_env *env, core_tensor tensor, int64_t tokens, void *scratch,
+                           const void **out) {
+  core_tensor rows = train_rows(tensor, tokens);
+  *out = scratch ? scratch : tensor.data;
+  if (scratch) TRY(env->ops->device->copy(scratch, tensor.data, core_tensor_bytes(&rows), NULL));
+  return CORE_OK;
+}
+
+static core_status make_records(const train_model *model, const train_moe *moe) {
   const train_items *items = &model->items;
-  const uint64_t *key = items->key.data;
-  const core_real *prob = moe->noise ? moe->noisy_prob.data : moe->prob.data;
-  const int32_t *choice = moe->choice.data;
+  const train_moe_scratch *s = &model->moe_scratch;
+  const uint64_t *key = items->key.host;
+  const core_real *prob = NULL;
+  const int32_t *choice = NULL;
   int64_t K = moe->choice.shape[1], E = moe->prob.shape[1];
+  if (items->tokens == 0) return CORE_OK;
+  TRY(on_host(model->env, moe->noise ? moe->noisy_prob : moe->prob, items->tokens, s->host_prob,
+              (const void **)&prob));
+  TRY(on_host(model->env, moe->choice, items->tokens, s->host_choice, (const void **)&choice));
   for (int64_t t = 0; t < items->tokens; t++) {
     train_capacity_record *record = &model->moe_scratch.own[t];
     memset(record, 0, sizeof *record);
@@ -48,6 +69,7 @@ static void make_records(const train_model *model, const train_moe *moe) {
     record->slot = model->env->layout.slot;
     memcpy(record->choice, choice + t * K, (size_t)K * sizeof *choice);
   }
+  return CORE_OK;
 }
 
 /* Every record that this rank's groups may contain, in `all`; *count of them. */
@@ -108,6 +130,7 @@ static void fill_group(train_model *model, train_moe *moe, int64_t first, int64_
   int64_t E = settings->model.moe.experts, K = settings->model.moe.choose, n = last - first;
   int64_t factor = train_settings_thousandths(settings->model.moe.capacity);
   int64_t capacity = (n * K * factor + 1000 * E - 1) / (1000 * E);
+  uint8_t *keep = s->host_keep ? s->host_keep : moe->keep.data;
   memcpy(s->ranked, s->order + first, (size_t)n * sizeof *s->order);
   if (settings->model.moe.priority == TRAIN_PRIORITY_GATE)
     sort_indices(s->all, s->ranked, s->spare, n, before_by_priority);
@@ -117,7 +140,7 @@ static void fill_group(train_model *model, train_moe *moe, int64_t first, int64_
       const train_capacity_record *record = &s->all[s->ranked[i]];
       bool kept = s->used[record->choice[k]] < capacity;
       s->used[record->choice[k]] += kept;
-      if (record->slot == model->env->layout.slot) ((uint8_t *)moe->keep.data)[record->row * K + k] = kept;
+      if (record->slot == model->env->layout.slot) keep[record->row * K + k] = kept;
     }
 }
 
@@ -126,7 +149,7 @@ core_status train_capacity_keep(train_model *model, train_moe *moe) {
   const train_env *env = model->env;
   int64_t count = 0, first = 0;
   uint64_t samples = (uint64_t)env->settings->model.moe.group_samples * (uint64_t)env->layout.modalities;
-  make_records(model, moe);
+  TRY(make_records(model, moe));
   TRY(gather_records(model, &count));
   for (int64_t i = 0; i < count; i++) s->order[i] = (int32_t)i;
   sort_indices(s->all, s->order, s->spare, count, before_by_key);
@@ -137,5 +160,8 @@ core_status train_capacity_keep(train_model *model, train_moe *moe) {
     fill_group(model, moe, first, i + 1);
     first = i + 1;
   }
+  core_tensor rows = train_rows(moe->keep, model->items.tokens);
+  if (s->host_keep && rows.shape[0] > 0)
+    TRY(env->ops->device->copy(moe->keep.data, s->host_keep, core_tensor_bytes(&rows), NULL));
   return CORE_OK;
 }

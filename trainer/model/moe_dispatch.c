@@ -111,13 +111,13 @@ static core_status move(train_model *model, train_moe *moe, int64_t round, core_
     return CORE_OK;
   }
   double start = core_clock_now();
-  int64_t width = model->C * (int64_t)sizeof(core_real);
+  int64_t width = model->C * (int64_t)core_dtype_size(env->active);
   int32_t at_sender = pieces_at_sender(model, &s, round, sender.data, width, scratch->send);
   int32_t at_expert = pieces_at_expert(model, &s, round, expert.data, width, scratch->recv);
   if (forward)
-    TRY(comm_exchange(env->expert, scratch->send, at_sender, scratch->recv, at_expert));
+    TRY(comm_device_exchange(env->expert, scratch->send, at_sender, scratch->recv, at_expert, NULL));
   else
-    TRY(comm_exchange(env->expert, scratch->recv, at_expert, scratch->send, at_sender));
+    TRY(comm_device_exchange(env->expert, scratch->recv, at_expert, scratch->send, at_sender, NULL));
   env->seconds[TRAIN_PHASE_EXCHANGE] += core_clock_now() - start;
   return CORE_OK;
 }

@@ -12,11 +12,16 @@
 #include "core/random.h"
 #include "trainer/model/tower.h"
 
-void train_moe_sums_clear(const train_moe_sums *sums) {
-  size_t cells = (size_t)sums->layers * (size_t)sums->modalities;
-  if (cells == 0) return;
-  memset(sums->value, 0, cells * (size_t)train_moe_value_stride(sums) * sizeof *sums->value);
-  memset(sums->count, 0, cells * (size_t)train_moe_count_stride(sums) * sizeof *sums->count);
+core_status train_moe_sums_clear(const train_env *env, const train_moe_sums *sums) {
+  TRY(train_mirror_clear(env, &sums->value));
+  TRY(train_mirror_clear(env, &sums->count));
+  return CORE_OK;
+}
+
+core_status train_moe_sums_down(const train_env *env, const train_moe_sums *sums) {
+  TRY(train_mirror_down(env, &sums->value, sums->value.device.shape[0]));
+  TRY(train_mirror_down(env, &sums->count, sums->count.device.shape[0]));
+  return CORE_OK;
 }
 
 static int64_t local_experts(const train_model *model) {
@@ -70,8 +75,9 @@ core_status train_moe_declare(train_model *model, int32_t layer) {
   return CORE_OK;
 }
 
-core_status train_moe_plan(train_model *model, train_moe *moe, core_arena *arena) {
+core_status train_moe_plan(train_model *model, train_moe *moe, const train_arenas *arenas) {
   const train_settings *s = model->env->settings;
+  core_arena *arena = arenas->activations;
   int64_t T = model->T, E = s->model.moe.experts, K = s->model.moe.choose, R = model->limits.expert_rows;
   int64_t F = expert_hidden(model), C = model->C;
   bool noise = s->model.moe.noise > 0 && model->limits.training;
@@ -85,37 +91,37 @@ core_status train_moe_plan(train_model *model, train_moe *moe, core_arena *arena
   TRY(train_take(arena, CORE_INT32, T, K, &moe->slot));
   TRY(train_take(arena, CORE_INT32, T * K, 1, &moe->index_rows));
   moe->index_rows.rank = 1;
-  TRY(train_take(arena, CORE_REAL_DTYPE, T * K, C, &moe->returned));
-  TRY(train_take(arena, CORE_REAL_DTYPE, R, C, &moe->received));
-  TRY(train_take(arena, CORE_REAL_DTYPE, R, F * train_activation_columns(model), &moe->hidden));
-  TRY(train_take(arena, CORE_REAL_DTYPE, R, F, &moe->active));
-  TRY(ARENA_TAKE(arena, E * model->env->layout.expert_ranks, &moe->dispatch.counts));
-  TRY(ARENA_TAKE(arena, local_experts(model) + 1, &moe->dispatch.group));
+  TRY(train_take_active(model, arena, T * K, C, &moe->returned));
+  TRY(train_take_active(model, arena, R, C, &moe->received));
+  TRY(train_take_active(model, arena, R, F * train_activation_columns(model), &moe->hidden));
+  TRY(train_take_active(model, arena, R, F, &moe->active));
+  TRY(ARENA_TAKE(arenas->host, E * model->env->layout.expert_ranks, &moe->dispatch.counts));
+  TRY(ARENA_TAKE(arenas->host, local_experts(model) + 1, &moe->dispatch.group));
   return CORE_OK;
 }
 
 /* With one rank in the expert group a row's place at the sender is its place at the expert: the receiving
  * buffers are the sending ones and nothing is copied. */
-core_status train_moe_scratch_plan(train_model *model, core_arena *arena) {
+core_status train_moe_scratch_plan(train_model *model, const train_arenas *arenas) {
+  core_arena *arena = arenas->activations;
   train_moe_scratch *s = &model->moe_scratch;
   const train_settings *settings = model->env->settings;
   int64_t K = settings->model.moe.choose, E = settings->model.moe.experts, F = expert_hidden(model);
   int64_t rows = model->T * K, R = model->limits.expert_rows, e = model->env->layout.expert_ranks;
   bool alone = e == 1, training = model->limits.training;
   s->expert_rows = R;
-  TRY(train_take(arena, CORE_REAL_DTYPE, alone ? 0 : rows, model->C, &s->send_x));
-  TRY(train_take(arena, CORE_REAL_DTYPE, training ? rows : 0, model->C, &s->send_dy));
-  TRY(train_take(arena, CORE_REAL_DTYPE, training ? rows : 0, model->C, &s->send_dx));
-  TRY(train_take(arena, CORE_REAL_DTYPE, alone ? 0 : R, model->C, &s->recv_y));
-  TRY(train_take(arena, CORE_REAL_DTYPE, alone || !training ? 0 : R, model->C, &s->recv_dx));
-  TRY(train_take(arena, CORE_REAL_DTYPE, training ? R : 0, F * train_activation_columns(model),
-                 &s->d_hidden));
-  TRY(train_take(arena, CORE_REAL_DTYPE, training ? R : 0, F, &s->d_active));
+  TRY(train_take_active(model, arena, alone ? 0 : rows, model->C, &s->send_x));
+  TRY(train_take_active(model, arena, training ? rows : 0, model->C, &s->send_dy));
+  TRY(train_take_active(model, arena, training ? rows : 0, model->C, &s->send_dx));
+  TRY(train_take_active(model, arena, alone ? 0 : R, model->C, &s->recv_y));
+  TRY(train_take_active(model, arena, alone || !training ? 0 : R, model->C, &s->recv_dx));
+  TRY(train_take_active(model, arena, training ? R : 0, F * train_activation_columns(model), &s->d_hidden));
+  TRY(train_take_active(model, arena, training ? R : 0, F, &s->d_active));
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, K, &s->d_gate));
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, E, &s->d_logits));
-  TRY(ARENA_TAKE(arena, E, &s->send));
-  TRY(ARENA_TAKE(arena, E, &s->recv));
-  TRY(train_capacity_plan(model, arena));
+  TRY(ARENA_TAKE(arenas->host, E, &s->send));
+  TRY(ARENA_TAKE(arenas->host, E, &s->recv));
+  TRY(train_capacity_plan(model, arenas));
   return CORE_OK;
 }
 
@@ -128,15 +134,14 @@ static core_status route(train_model *model, train_moe *moe, core_tensor x, trai
   core_tensor logits = train_rows(moe->logits, T), prob = train_rows(moe->prob, T);
   core_tensor noisy = logits, noisy_prob = prob;
   KERN(env, router_logits, x, train_parameter_value(&model->parameters, moe->router), train_none(), logits);
-  KERN(env, softmax_fwd, logits, prob);
   moe->noise = s->model.moe.noise > 0 && mode != TRAIN_MODE_EVALUATE;
   if (moe->noise) {
+    KERN(env, softmax_fwd, logits, prob);
     noisy = train_rows(moe->noisy, T);
     noisy_prob = train_rows(moe->noisy_prob, T);
     uint64_t stream = core_random_stream(CORE_RANDOM_ROUTER, (uint64_t)env->step, (uint64_t)moe->index);
-    KERN(env, router_noise, logits, s->run.seed, stream, train_rows(model->items.key, T),
+    KERN(env, router_noise, logits, s->run.seed, stream, train_rows(model->items.key.device, T),
          s->model.moe.noise / (double)s->model.moe.experts, noisy);
-    KERN(env, softmax_fwd, noisy, noisy_prob);
   }
   KERN(env, router_choose, (kern_gate)s->model.moe.gate, noisy, noisy_prob, train_rows(moe->choice, T),
        train_rows(moe->gate, T));
@@ -162,46 +167,33 @@ static core_tensor of_modality(const train_model *model, int32_t m, core_tensor 
   return train_slice(all, first[m], first[m + 1] - first[m]);
 }
 
-static void count_choices(const train_model *model, const train_moe *moe, int32_t m) {
-  const train_moe_sums *sums = &model->sums;
-  int64_t *count = train_moe_counts(sums, moe->index, m), E = sums->experts, K = moe->choice.shape[1];
-  const int32_t *choice = moe->choice.data, *slot = moe->slot.data;
-  for (int64_t t = model->items.row_first[m]; t < model->items.row_first[m + 1]; t++) {
-    int64_t kept = 0;
-    for (int64_t k = t * K; k < (t + 1) * K; k++) {
-      count[choice[k]]++;
-      if (slot[k] < 0) continue;
-      count[E + choice[k]]++;
-      kept++;
-    }
-    count[2 * E] += kept > 0;
-    count[2 * E + 1]++;
-  }
+/* Row `index` of a matrix, as a vector. */
+static core_tensor cell(core_tensor matrix, int64_t index) {
+  core_tensor row = train_slice(matrix, index, 1);
+  return core_tensor_1(row.data, row.dtype, row.shape[1]);
 }
 
 static core_status add_sums(train_model *model, train_moe *moe, core_tensor x) {
   train_env *env = model->env;
+  const train_moe_sums *sums = &model->sums;
   int64_t T = x.shape[0];
   for (int32_t m = 0; m < env->layout.modalities; m++) {
-    double *value = train_moe_values(&model->sums, moe->index, m);
-    kern_router_sums part = {value[0], value[1], value[2], value + 3, value + 3 + model->sums.experts};
+    int64_t at = (int64_t)moe->index * sums->modalities + m;
     KERN(env, router_sums, of_modality(model, m, moe->logits), of_modality(model, m, moe->prob),
          of_modality(model, m, noisy_logits(moe, T)), of_modality(model, m, moe->choice),
-         noise_deviation(model, moe), &part);
-    value[0] = part.tokens;
-    value[1] = part.z;
-    value[2] = part.entropy;
-    count_choices(model, moe, m);
+         noise_deviation(model, moe), cell(sums->value.device, at));
+    KERN(env, router_count, of_modality(model, m, moe->choice), of_modality(model, m, moe->slot),
+         cell(sums->count.device, at));
   }
   return CORE_OK;
 }
 
 static core_tensor weights_in(const train_model *model, const train_moe *moe) {
-  return train_parameter_values(&model->parameters, moe->in, local_experts(model));
+  return train_parameter_matrices(&model->parameters, moe->in, local_experts(model));
 }
 
 static core_tensor weights_out(const train_model *model, const train_moe *moe) {
-  return train_parameter_values(&model->parameters, moe->out, local_experts(model));
+  return train_parameter_matrices(&model->parameters, moe->out, local_experts(model));
 }
 
 /* received -> hidden -> active, for the rows of the current round. */
@@ -294,8 +286,8 @@ static core_status experts_backward(train_model *model, train_moe *moe, core_ten
   return CORE_OK;
 }
 
-static core_status router_backward(train_model *model, train_moe *moe, core_tensor x,
-                                   const kern_router_weights *weights, core_tensor dx) {
+static core_status router_backward(train_model *model, train_moe *moe, core_tensor x, core_tensor weights,
+                                   core_tensor dx) {
   train_env *env = model->env;
   train_parameters *p = &model->parameters;
   int64_t T = x.shape[0];
@@ -304,19 +296,17 @@ static core_status router_backward(train_model *model, train_moe *moe, core_tens
        train_rows(model->moe_scratch.d_gate, T), noisy_prob(moe, T), train_rows(moe->choice, T),
        train_rows(moe->gate, T), KERN_SET, d_logits);
   for (int32_t m = 0; m < env->layout.modalities; m++) {
-    kern_router_weights part = weights[m];
-    part.sigma = noise_deviation(model, moe);
-    KERN(env, router_sums_bwd, &part, of_modality(model, m, moe->logits), of_modality(model, m, moe->prob),
-         of_modality(model, m, noisy_logits(moe, T)), of_modality(model, m, moe->choice),
-         of_modality(model, m, d_logits));
+    KERN(env, router_sums_bwd, cell(weights, m), of_modality(model, m, moe->logits),
+         of_modality(model, m, moe->prob), of_modality(model, m, noisy_logits(moe, T)),
+         of_modality(model, m, moe->choice), noise_deviation(model, moe), of_modality(model, m, d_logits));
   }
-  KERN(env, gemm, KERN_TN, d_logits, x, KERN_ADD, train_parameter_gradient(p, moe->router));
-  KERN(env, gemm, KERN_NN, d_logits, train_parameter_value(p, moe->router), KERN_ADD, dx);
+  KERN(env, router_logits_bwd, d_logits, x, train_parameter_value(p, moe->router), KERN_ADD, dx,
+       train_parameter_gradient(p, moe->router), train_none());
   return CORE_OK;
 }
 
 core_status train_moe_backward(train_model *model, train_moe *moe, core_tensor x, core_tensor dy,
-                               const kern_router_weights *weights, core_tensor dx) {
+                               core_tensor weights, core_tensor dx) {
   train_env *env = model->env;
   train_moe_scratch *s = &model->moe_scratch;
   int64_t T = x.shape[0], sent = moe->dispatch.sent;

@@ -24,6 +24,7 @@ core_status train_head_plan(train_model *model, int32_t m, core_arena *arena) {
   TRY(train_take(arena, CORE_REAL_DTYPE, n, 1, &head->norm));
   head->norm.rank = 1;
   TRY(train_take(arena, CORE_REAL_DTYPE, model->limits.training ? n : 0, model->Z, &head->gradient));
+  TRY(train_take_active(model, arena, model->limits.training ? n : 0, model->Z, &head->d_raw));
   return CORE_OK;
 }
 
@@ -38,7 +39,7 @@ core_status train_head_forward(train_model *model, int32_t m) {
   core_tensor pooled = items_of(model, m, model->pooled);
   int64_t n = pooled.shape[0];
   core_tensor raw = train_rows(head->raw, n);
-  KERN(env, gemm, KERN_NT, pooled, train_parameter_value(&model->parameters, head->weight), KERN_SET, raw);
+  KERN(env, gemm, KERN_NT, pooled, train_parameter_matrix(&model->parameters, head->weight), KERN_SET, raw);
   KERN(env, l2norm_fwd, raw, train_rows(head->z, n), train_rows(head->norm, n));
   return CORE_OK;
 }
@@ -48,12 +49,12 @@ core_status train_head_backward(train_model *model, int32_t m) {
   train_head *head = &model->head[m];
   core_tensor pooled = items_of(model, m, model->pooled), d_pooled = items_of(model, m, model->d_pooled);
   int64_t n = pooled.shape[0];
-  core_tensor d_raw = train_rows(head->raw, n); /* raw is not needed any more */
+  core_tensor d_raw = train_rows(head->d_raw, n);
   KERN(env, l2norm_bwd, train_rows(head->gradient, n), train_rows(head->z, n), train_rows(head->norm, n),
        KERN_SET, d_raw);
   KERN(env, gemm, KERN_TN, d_raw, pooled, KERN_ADD,
        train_parameter_gradient(&model->parameters, head->weight));
-  KERN(env, gemm, KERN_NN, d_raw, train_parameter_value(&model->parameters, head->weight), KERN_SET,
+  KERN(env, gemm, KERN_NN, d_raw, train_parameter_matrix(&model->parameters, head->weight), KERN_SET,
        d_pooled);
   return CORE_OK;
 }

@@ -21,14 +21,14 @@ core_status train_attention_declare(train_model *model, train_block *block) {
 
 core_status train_attention_plan(train_model *model, train_block *block, core_arena *arena) {
   train_attention_layer *layer = &block->attention;
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, (model->H + 2 * model->G) * model->A, &layer->qkv_rows));
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->H * model->A, &layer->mixed));
+  TRY(train_take_active(model, arena, model->T, (model->H + 2 * model->G) * model->A, &layer->qkv_rows));
+  TRY(train_take_active(model, arena, model->T, model->H * model->A, &layer->mixed));
   TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->H, &layer->lse));
   return CORE_OK;
 }
 
 static kern_attention describe(const train_model *model) {
-  return (kern_attention){.segments = {model->items.offset, model->items.segments},
+  return (kern_attention){.segments = train_segments(model),
                           .heads = (int32_t)model->H,
                           .kv_heads = (int32_t)model->G,
                           .head_width = (int32_t)model->A,
@@ -43,12 +43,12 @@ core_status train_attention_forward(train_model *model, train_block *block, core
   int64_t T = x.shape[0];
   kern_attention attention = describe(model);
   core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
-  KERN(env, gemm, KERN_NT, x, train_parameter_value(p, layer->qkv), KERN_SET, qkv);
+  KERN(env, gemm, KERN_NT, x, train_parameter_matrix(p, layer->qkv), KERN_SET, qkv);
   if (model->rotates)
-    KERN(env, rope, KERN_ROTATE, (int32_t)(model->H + model->G), train_rows(model->items.position, T),
-         model->inverse_frequency, qkv);
+    KERN(env, rope, KERN_ROTATE, (int32_t)(model->H + model->G), train_rows(model->items.position.device, T),
+         model->inverse_frequency.device, qkv);
   KERN(env, attention_fwd, &attention, qkv, mixed, train_rows(layer->lse, T));
-  KERN(env, gemm, KERN_NT, mixed, train_parameter_value(p, layer->out), KERN_ADD, y);
+  KERN(env, gemm, KERN_NT, mixed, train_parameter_matrix(p, layer->out), KERN_ADD, y);
   return CORE_OK;
 }
 
@@ -62,12 +62,12 @@ core_status train_attention_backward(train_model *model, train_block *block, cor
   core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
   core_tensor d_mixed = train_rows(model->d_mixed, T), d_qkv = train_rows(model->d_qkv, T);
   KERN(env, gemm, KERN_TN, dy, mixed, KERN_ADD, train_parameter_gradient(p, layer->out));
-  KERN(env, gemm, KERN_NN, dy, train_parameter_value(p, layer->out), KERN_SET, d_mixed);
+  KERN(env, gemm, KERN_NN, dy, train_parameter_matrix(p, layer->out), KERN_SET, d_mixed);
   KERN(env, attention_bwd, &attention, d_mixed, qkv, mixed, train_rows(layer->lse, T), d_qkv);
   if (model->rotates)
-    KERN(env, rope, KERN_ROTATE_BACK, (int32_t)(model->H + model->G), train_rows(model->items.position, T),
-         model->inverse_frequency, d_qkv);
+    KERN(env, rope, KERN_ROTATE_BACK, (int32_t)(model->H + model->G),
+         train_rows(model->items.position.device, T), model->inverse_frequency.device, d_qkv);
   KERN(env, gemm, KERN_TN, d_qkv, x, KERN_ADD, train_parameter_gradient(p, layer->qkv));
-  KERN(env, gemm, KERN_NN, d_qkv, train_parameter_value(p, layer->qkv), KERN_SET, dx);
+  KERN(env, gemm, KERN_NN, d_qkv, train_parameter_matrix(p, layer->qkv), KERN_SET, dx);
   return CORE_OK;
 }

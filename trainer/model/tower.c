@@ -42,6 +42,7 @@ static core_status declare(train_model *model) {
   scale.init_value = log(env->settings->objective.scale);
   TRY(train_declare(model, scale, &model->log_scale, "log_scale"));
   train_parameters_place(&model->parameters);
+  train_parameters_share(&model->parameters, env, env->settings->parallel.shard_optimizer);
   return CORE_OK;
 }
 
@@ -50,6 +51,7 @@ core_status train_model_create(train_env *env, const int64_t *width, train_model
   CHECK(model, CORE_ERR_MEMORY, "no memory for the model");
   model->env = env;
   take_sizes(model);
+  model->recomputes = env->settings->model.recompute;
   memcpy(model->limits.width, width, (size_t)env->layout.modalities * sizeof *width);
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (env->settings->data.modalities[m].positions == TRAIN_POSITIONS_ROPE) model->rotates = true;
@@ -72,110 +74,129 @@ void train_model_destroy(train_model *model) {
 
 /* ---- memory ---- */
 
-static core_status plan_items(train_model *model, core_arena *arena) {
+static core_status plan_items(train_model *model, const train_arenas *arenas) {
   train_items *items = &model->items;
-  TRY(ARENA_TAKE(arena, model->S + 1, &items->offset));
-  TRY(train_take(arena, CORE_INT32, model->T, 1, &items->position));
-  TRY(train_take(arena, CORE_UINT64, model->T, 1, &items->key));
-  items->position.rank = items->key.rank = 1;
+  core_arena *arena = arenas->activations;
+  TRY(train_mirror_plan(arenas, arena, CORE_INT64, model->S + 1, 1, &items->offset));
+  TRY(train_mirror_plan(arenas, arena, CORE_INT32, model->T, 1, &items->position));
+  TRY(train_mirror_plan(arenas, arena, CORE_UINT64, model->T, 1, &items->key));
+  for (int32_t m = 0; m < model->env->layout.modalities; m++) {
+    const train_model_limits *l = &model->limits;
+    TRY(train_mirror_plan(arenas, arena, CORE_INT64, l->segments[m] + 1, 1, &items->part_offset[m]));
+    if (!arenas->host_access)
+      TRY(core_arena_take(arena, l->tokens[m] * l->width[m], l->latent_bytes[m], &items->arrived[m]));
+  }
   return CORE_OK;
 }
 
 static core_status plan_gradients(train_model *model, core_arena *arena) {
   int64_t T = model->T, C = model->C, columns = train_activation_columns(model);
   if (!model->limits.training) return CORE_OK;
-  TRY(train_take(arena, CORE_REAL_DTYPE, T, C, &model->d_stream));
-  TRY(train_take(arena, CORE_REAL_DTYPE, T, C, &model->d_norm));
-  TRY(train_take(arena, CORE_REAL_DTYPE, T, model->H * model->A, &model->d_mixed));
-  TRY(train_take(arena, CORE_REAL_DTYPE, T, (model->H + 2 * model->G) * model->A, &model->d_qkv));
+  TRY(train_take_active(model, arena, T, C, &model->d_stream));
+  TRY(train_take_active(model, arena, T, C, &model->d_norm));
+  TRY(train_take_active(model, arena, T, model->H * model->A, &model->d_mixed));
+  TRY(train_take_active(model, arena, T, (model->H + 2 * model->G) * model->A, &model->d_qkv));
   int64_t widest = 0; /* of the dense layers */
   for (int32_t l = 0; l < model->L; l++)
-    if (!model->block[l].has_moe && model->block[l].dense.active.shape[1] > widest)
-      widest = model->block[l].dense.active.shape[1];
-  TRY(train_take(arena, CORE_REAL_DTYPE, T, columns * widest, &model->d_hidden));
-  TRY(train_take(arena, CORE_REAL_DTYPE, T, widest, &model->d_active));
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->S, C, &model->d_pooled));
+    if (!model->block[l].has_moe && model->block[l].dense.width > widest)
+      widest = model->block[l].dense.width;
+  TRY(train_take_active(model, arena, T, columns * widest, &model->d_hidden));
+  TRY(train_take_active(model, arena, T, widest, &model->d_active));
+  TRY(train_take_active(model, arena, model->S, C, &model->d_pooled));
   return CORE_OK;
 }
 
-static core_status plan_sums(train_model *model, core_arena *arena) {
+static core_status plan_sums(train_model *model, const train_arenas *arenas) {
   train_moe_sums *sums = &model->sums;
   sums->layers = model->moe_layers;
   sums->modalities = model->env->layout.modalities;
   sums->experts = model->env->settings->model.moe.experts;
   int64_t cells = (int64_t)sums->layers * sums->modalities;
-  TRY(ARENA_TAKE(arena, cells * train_moe_value_stride(sums), &sums->value));
-  TRY(ARENA_TAKE(arena, cells * train_moe_count_stride(sums), &sums->count));
+  core_arena *arena = arenas->activations;
+  TRY(train_mirror_plan(arenas, arena, CORE_FLOAT64, cells, train_moe_value_stride(sums), &sums->value));
+  TRY(train_mirror_plan(arenas, arena, CORE_INT64, cells, train_moe_count_stride(sums), &sums->count));
   return CORE_OK;
 }
 
-static core_status plan_activations(train_model *model, core_arena *arena) {
-  TRY(plan_items(model, arena));
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->C, &model->input));
+static core_status plan_activations(train_model *model, const train_arenas *arenas) {
+  core_arena *arena = arenas->activations;
+  TRY(plan_items(model, arenas));
+  TRY(train_take_active(model, arena, model->T, model->C, &model->input));
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
     if (train_layout_holds(&model->env->layout, model->env->layout.rank, m)) {
-      TRY(train_connector_plan(model, m, arena));
+      TRY(train_connector_plan(model, m, arenas));
       TRY(train_head_plan(model, m, arena));
     }
-  for (int32_t l = 0; l < model->L; l++) TRY(train_block_plan(model, l, arena));
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->C, &model->final_norm.out));
+  for (int32_t l = 0; l < model->L; l++) TRY(train_block_plan(model, l, arenas));
+  TRY(train_take_active(model, arena, model->T, model->C, &model->final_norm.out));
   TRY(train_take(arena, CORE_REAL_DTYPE, model->T, 1, &model->final_norm.inv));
   model->final_norm.inv.rank = 1;
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->S, model->C, &model->pooled));
+  TRY(train_take_active(model, arena, model->S, model->C, &model->pooled));
   TRY(plan_gradients(model, arena));
-  if (model->moe_layers > 0) TRY(train_moe_scratch_plan(model, arena));
-  TRY(plan_sums(model, arena));
+  if (model->moe_layers > 0) TRY(train_moe_scratch_plan(model, arenas));
+  TRY(plan_sums(model, arenas));
   return CORE_OK;
 }
 
-static core_status plan_rotation(train_model *model, core_arena *arena) {
-  core_real *frequency = NULL;
-  int64_t pairs = model->A / 2;
-  TRY(ARENA_TAKE(arena, pairs, &frequency));
-  model->inverse_frequency = core_tensor_1(frequency, CORE_REAL_DTYPE, pairs);
-  double base = model->env->settings->model.rope_base;
-  for (int64_t i = 0; frequency && i < pairs; i++)
-    frequency[i] = (core_real)pow(base, -2.0 * (double)i / (double)model->A);
-  return CORE_OK;
-}
-
-core_status train_model_plan(train_model *model, const train_model_limits *limits, core_arena *parameters,
-                             core_arena *activations) {
+core_status train_model_plan(train_model *model, const train_model_limits *limits,
+                             const train_arenas *arenas) {
   model->limits = *limits;
   model->T = model->S = 0;
   for (int32_t m = 0; m < model->env->layout.modalities; m++) {
     model->T += limits->tokens[m];
     model->S += limits->segments[m];
   }
-  TRY(train_parameters_plan(&model->parameters, parameters, limits->training));
-  TRY(plan_rotation(model, parameters));
-  TRY(plan_activations(model, activations));
+  TRY(train_parameters_plan(&model->parameters, model->env, arenas->parameters, limits->training));
+  TRY(train_mirror_plan(arenas, arenas->parameters, CORE_REAL_DTYPE, model->A / 2, 1,
+                        &model->inverse_frequency));
+  TRY(plan_activations(model, arenas));
+  return CORE_OK;
+}
+
+core_status train_model_prepare(train_model *model) {
+  core_real *frequency = model->inverse_frequency.host;
+  double base = model->env->settings->model.rope_base;
+  for (int64_t i = 0; i < model->A / 2; i++)
+    frequency[i] = (core_real)pow(base, -2.0 * (double)i / (double)model->A);
+  TRY(train_mirror_up(model->env, &model->inverse_frequency, model->A / 2));
+  TRY(train_parameters_initialise(&model->parameters, model->env));
   return CORE_OK;
 }
 
 /* ---- items ---- */
 
-static void take_part(train_model *model, const data_part *part, int32_t m) {
+/* What the host knows of one part: offsets, keys, positions. */
+static void describe_part(train_model *model, const data_part *part, int32_t m) {
   train_items *items = &model->items;
   const train_env *env = model->env;
   int64_t count = part->hi - part->lo, first = items->segment_first[m], row = items->row_first[m];
-  uint64_t *key = (uint64_t *)items->key.data + row;
-  int32_t *position = (int32_t *)items->position.data + row;
+  uint64_t *key = (uint64_t *)items->key.host + row;
+  int32_t *position = (int32_t *)items->position.host + row;
+  int64_t *offset = (int64_t *)items->offset.host + first;
   bool rotates = env->settings->data.modalities[m].positions == TRAIN_POSITIONS_ROPE;
+  memcpy(items->part_offset[m].host, part->offset, (size_t)(count + 1) * sizeof *offset);
   for (int64_t i = 0; i < count; i++) {
     uint64_t place = ((uint64_t)(part->lo + i) * (uint64_t)env->layout.modalities + (uint64_t)m) << 24;
     int64_t length = part->offset[i + 1] - part->offset[i];
-    items->offset[first + i] = row + part->offset[i];
+    offset[i] = row + part->offset[i];
     for (int64_t t = 0; t < length; t++) {
       *key++ = place | (uint64_t)t;
       *position++ = rotates ? (int32_t)t : 0;
     }
   }
   items->sample_first[m] = part->lo;
-  items->part_offset[m] = part->offset;
   items->segment_first[m + 1] = first + count;
   items->row_first[m + 1] = row + part->offset[count];
-  items->latent[m] = core_tensor_2(part->latent, part->dtype, part->offset[count], part->width);
+}
+
+static core_status take_latents(train_model *model, const data_part *part, int32_t m) {
+  train_items *items = &model->items;
+  core_tensor *latent = &items->latent[m];
+  *latent = core_tensor_2(part->latent, part->dtype, part->offset[part->hi - part->lo], part->width);
+  if (!items->arrived[m] || latent->shape[0] == 0) return CORE_OK;
+  TRY(model->env->ops->device->copy(items->arrived[m], part->latent, core_tensor_bytes(latent), NULL));
+  latent->data = items->arrived[m];
+  return CORE_OK;
 }
 
 core_status train_model_take(train_model *model, const data_batch *batch, int64_t micro) {
@@ -190,20 +211,36 @@ core_status train_model_take(train_model *model, const data_batch *batch, int64_
           "a micro-batch has %lld items and %lld tokens of '%s'; %lld and %lld were planned",
           (long long)count, (long long)rows, env->settings->data.modalities[m].name,
           (long long)model->limits.segments[m], (long long)model->limits.tokens[m]);
-    take_part(model, part, m);
+    describe_part(model, part, m);
+    TRY(take_latents(model, part, m));
+    TRY(train_mirror_up(env, &items->part_offset[m], count + 1));
   }
   items->segments = items->segment_first[M];
   items->tokens = items->row_first[M];
-  items->offset[items->segments] = items->tokens;
+  ((int64_t *)items->offset.host)[items->segments] = items->tokens;
+  TRY(train_mirror_up(env, &items->offset, items->segments + 1));
+  TRY(train_mirror_up(env, &items->key, items->tokens));
+  TRY(train_mirror_up(env, &items->position, items->tokens));
   return CORE_OK;
 }
 
-/* ---- the pass ---- */
+kern_segments train_segments(const train_model *model) {
+  const train_items *items = &model->items;
+  return (kern_segments){items->offset.host, train_rows(items->offset.device, items->segments + 1),
+                         items->segments};
+}
+
+kern_segments train_segments_of(const train_model *model, int32_t m) {
+  const train_items *items = &model->items;
+  int64_t count = items->segment_first[m + 1] - items->segment_first[m];
+  return (kern_segments){items->part_offset[m].host, train_rows(items->part_offset[m].device, count + 1),
+                         count};
+}
 
 static core_status pool(train_model *model, core_tensor x) {
   train_env *env = model->env;
   train_items *items = &model->items;
-  kern_segments segments = {items->offset, items->segments};
+  kern_segments segments = train_segments(model);
   core_tensor out = train_rows(model->final_norm.out, items->tokens);
   KERN(env, rmsnorm_fwd, x, train_parameter_value(&model->parameters, model->final_norm.weight),
        env->settings->model.norm_epsilon, out, train_rows(model->final_norm.inv, items->tokens));
@@ -235,10 +272,16 @@ static core_tensor block_input(train_model *model, int32_t layer) {
   return train_rows(layer == 0 ? model->input : model->block[layer - 1].output, model->items.tokens);
 }
 
-core_status train_model_backward(train_model *model, const kern_router_weights *router) {
+/* Derivatives by the sums of one layer. */
+static core_tensor router_of(const train_model *model, const train_block *block, core_tensor router) {
+  int64_t M = model->env->layout.modalities;
+  return block->has_moe ? train_slice(router, block->moe.index * M, M) : train_none();
+}
+
+core_status train_model_backward(train_model *model, core_tensor router) {
   train_env *env = model->env;
   train_items *items = &model->items;
-  kern_segments segments = {items->offset, items->segments};
+  kern_segments segments = train_segments(model);
   core_tensor dx = train_rows(model->d_stream, items->tokens), dn = train_rows(model->d_norm, items->tokens);
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_head_backward(model, m));
@@ -249,10 +292,9 @@ core_status train_model_backward(train_model *model, const kern_router_weights *
        train_parameter_gradient(&model->parameters, model->final_norm.weight));
   for (int32_t l = (int32_t)model->L - 1; l >= 0; l--) {
     comm_note(env->comm, env->step, l, "backward");
-    const train_block *block = &model->block[l];
-    const kern_router_weights *weights =
-        block->has_moe ? router + block->moe.index * env->layout.modalities : NULL;
-    TRY(train_block_backward(model, l, block_input(model, l), weights, dx));
+    if (model->recomputes) TRY(train_block_forward(model, l, block_input(model, l), TRAIN_MODE_AGAIN));
+    TRY(train_block_backward(model, l, block_input(model, l), router_of(model, &model->block[l], router),
+                             dx));
   }
   comm_note(env->comm, env->step, -1, "connectors backward");
   for (int32_t m = 0; m < env->layout.modalities; m++)

@@ -10,22 +10,22 @@
 #ifndef TRAIN_TOWER_H
 #define TRAIN_TOWER_H
 
-#include "trainer/env.h"
+#include "trainer/mirror.h"
 #include "trainer/model/moe.h"
 #include "trainer/parameter.h"
 
 /* The items of one micro-batch on this rank. */
 typedef struct train_items {
   int64_t tokens, segments;                   /* T, S */
-  int64_t *offset;                            /* [S + 1] rows, host */
+  train_mirror offset;                        /* int64 [S + 1] rows */
   int64_t row_first[CORE_MAX_MODALITIES + 1]; /* modality m: rows [row_first[m], row_first[m + 1]) */
   int64_t segment_first[CORE_MAX_MODALITIES + 1];
-  const int64_t
-      *part_offset[CORE_MAX_MODALITIES];     /* of m's items, counted from m's first row; lent by the batch */
-  int64_t sample_first[CORE_MAX_MODALITIES]; /* place in the global batch of the first segment of m */
-  core_tensor position;                      /* int32 [T] for RoPE; 0 where a modality has none */
-  core_tensor key;                           /* uint64 [T] global place: (sample M + m) 2^24 + position */
-  core_tensor latent[CORE_MAX_MODALITIES];   /* lent by the batch, stored dtype [T_m, D_m] */
+  train_mirror part_offset[CORE_MAX_MODALITIES]; /* int64, of m's items, counted from m's first row */
+  int64_t sample_first[CORE_MAX_MODALITIES];     /* place in the global batch of the first segment of m */
+  train_mirror position;                         /* int32 [T] for RoPE; 0 where a modality has none */
+  train_mirror key;                              /* uint64 [T] global place: (sample M + m) 2^24 + position */
+  core_tensor latent[CORE_MAX_MODALITIES]; /* stored dtype [T_m, D_m]; lent by the batch, or in `arrived` */
+  void *arrived[CORE_MAX_MODALITIES];      /* device memory for the latents where the host's cannot be read */
 } train_items;
 
 typedef struct train_norm {
@@ -40,6 +40,7 @@ typedef struct train_attention_layer {
 
 typedef struct train_feed_forward {
   int32_t in, out;            /* parameters [2F or F, C], [C, F] */
+  int64_t width;              /* F */
   core_tensor hidden, active; /* [T, 2F or F], [T, F] */
 } train_feed_forward;
 
@@ -56,22 +57,27 @@ typedef struct train_block {
 typedef struct train_connector_layer {
   int32_t first, first_bias, second, second_bias, position; /* parameters, -1 absent */
   int64_t width, hidden;                                    /* D, hidden of an mlp */
-  core_tensor shift, scale;                                 /* standardisation, core_real [D]; checkpointed */
+  train_mirror shift, scale;                                /* standardisation, core_real [D]; checkpointed */
   core_tensor input, before, active;                        /* [T_m, D], [T_m, hidden] x 2 */
 } train_connector_layer;
 
 typedef struct train_head {
   int32_t weight;                     /* [Z, C] */
   core_tensor raw, z, norm, gradient; /* [n, Z], [n, Z], [n], [n, Z] */
+  core_tensor d_raw;                  /* [n, Z], active */
 } train_head;
+
+/* Activations are of env->active; norms' statistics, logits, embeddings and what comes after are core_real.
+ */
 
 /* Sizes that memory is planned for. */
 typedef struct train_model_limits {
-  int64_t tokens[CORE_MAX_MODALITIES];   /* rows of modality m in one micro-batch */
-  int64_t segments[CORE_MAX_MODALITIES]; /* items */
-  int64_t group_tokens;                  /* tokens of a micro-batch in the whole expert group */
-  int64_t expert_rows;                   /* rows of an expert buffer of one round */
-  int64_t width[CORE_MAX_MODALITIES];    /* D */
+  int64_t tokens[CORE_MAX_MODALITIES];      /* rows of modality m in one micro-batch */
+  int64_t segments[CORE_MAX_MODALITIES];    /* items */
+  int64_t group_tokens;                     /* tokens of a micro-batch in the whole expert group */
+  int64_t expert_rows;                      /* rows of an expert buffer of one round */
+  int64_t width[CORE_MAX_MODALITIES];       /* D */
+  size_t latent_bytes[CORE_MAX_MODALITIES]; /* of one stored number */
   bool training;
 } train_model_limits;
 
@@ -84,23 +90,26 @@ typedef struct train_model {
   train_block *block; /* [L] */
   train_norm final_norm;
   train_head head[CORE_MAX_MODALITIES];
-  int32_t log_scale;             /* parameter: log of 1 / temperature */
-  core_tensor input, pooled;     /* [T, C], [S, C] */
-  core_tensor inverse_frequency; /* [A / 2] */
+  int32_t log_scale;              /* parameter: log of 1 / temperature */
+  core_tensor input, pooled;      /* [T, C], [S, C] */
+  train_mirror inverse_frequency; /* core_real [A / 2] */
   bool rotates;
   /* gradients on their way down, shared by all layers */
   core_tensor d_stream, d_norm, d_mixed, d_qkv, d_hidden, d_active, d_pooled;
   train_moe_scratch moe_scratch;
   int32_t moe_layers;
   train_moe_sums sums; /* of the current step */
+  bool recomputes;     /* blocks keep only their outputs; see block.c */
   train_items items;
 } train_model;
 
 /* Declares all parameters; world sizes come from env->layout. width: [M] of the data. Local. */
 CORE_NODISCARD core_status train_model_create(train_env *env, const int64_t *width, train_model **out);
-/* Plans memory for `limits`; call in the dry and in the real phase of each arena. */
+/* Plans memory for `limits`; call in the dry and in the real phase of the arenas. */
 CORE_NODISCARD core_status train_model_plan(train_model *model, const train_model_limits *limits,
-                                            core_arena *parameters, core_arena *activations);
+                                            const train_arenas *arenas);
+/* What the host contributes to the planned memory's content (tables). After the arenas are committed. */
+CORE_NODISCARD core_status train_model_prepare(train_model *model);
 void train_model_destroy(train_model *model);
 
 /* Fills model->items from micro-batch `micro` of a batch. */
@@ -113,23 +122,25 @@ typedef enum train_mode {
 } train_mode;
 /* items -> head[m].z. Collective over the expert group. */
 CORE_NODISCARD core_status train_model_forward(train_model *model, train_mode mode);
-/* head[m].gradient (d loss / d z) -> parameter gradients, accumulated. router: [moe_layers][M] derivatives of
- * the loss by the sums. Collective over the expert group. After TRAIN or AGAIN of the same items. */
-CORE_NODISCARD core_status train_model_backward(train_model *model, const kern_router_weights *router);
+/* head[m].gradient (d loss / d z) -> parameter gradients, accumulated. router: float64 [moe_layers, M, 3 + 2
+ * E], device, derivatives of the loss by the sums. Collective over the expert group. After TRAIN or AGAIN of
+ * the same items. */
+CORE_NODISCARD core_status train_model_backward(train_model *model, core_tensor router);
 
 /* ---- parts, in the order of the pass; each file documents its mathematics ---- */
 
 core_status train_connector_declare(train_model *model, int32_t m);
-core_status train_connector_plan(train_model *model, int32_t m, core_arena *arena);
+core_status train_connector_plan(train_model *model, int32_t m, const train_arenas *arenas);
 core_status train_connector_forward(train_model *model, int32_t m, core_tensor x);
 core_status train_connector_backward(train_model *model, int32_t m, core_tensor dx);
 
 core_status train_block_declare(train_model *model, int32_t layer);
-core_status train_block_plan(train_model *model, int32_t layer, core_arena *arena);
+core_status train_block_plan(train_model *model, int32_t layer, const train_arenas *arenas);
 core_status train_block_forward(train_model *model, int32_t layer, core_tensor x, train_mode mode);
-/* dx: gradient of the block's output on entry, of its input on return. x: the block's input. */
-core_status train_block_backward(train_model *model, int32_t layer, core_tensor x,
-                                 const kern_router_weights *router, core_tensor dx);
+/* dx: gradient of the block's output on entry, of its input on return. x: the block's input. router: of this
+ * layer, [M, 3 + 2 E]; absent for a dense one. */
+core_status train_block_backward(train_model *model, int32_t layer, core_tensor x, core_tensor router,
+                                 core_tensor dx);
 
 core_status train_attention_declare(train_model *model, train_block *block);
 core_status train_attention_plan(train_model *model, train_block *block, core_arena *arena);
@@ -153,6 +164,16 @@ core_status train_head_declare(train_model *model, int32_t m);
 core_status train_head_plan(train_model *model, int32_t m, core_arena *arena);
 core_status train_head_forward(train_model *model, int32_t m);
 core_status train_head_backward(train_model *model, int32_t m);
+
+/* A matrix of env->active from an arena. */
+CORE_NODISCARD static inline core_status train_take_active(const train_model *model, core_arena *arena,
+                                                           int64_t rows, int64_t columns, core_tensor *out) {
+  TRY(train_take(arena, model->env->active, rows, columns, out));
+  return CORE_OK;
+}
+/* The items' segments: all, and those of one modality counted from its first row. */
+kern_segments train_segments(const train_model *model);
+kern_segments train_segments_of(const train_model *model, int32_t m);
 
 /* Adds a parameter by printf-like name. */
 core_status train_declare(train_model *model, train_parameter parameter, int32_t *index, const char *format,

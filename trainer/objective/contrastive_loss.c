@@ -29,19 +29,30 @@ core_status train_contrastive_make(train_env *env, int64_t width, train_contrast
   return CORE_OK;
 }
 
-core_status train_contrastive_plan(train_contrastive *loss, core_arena *arena) {
-  int64_t pieces = train_share_pieces(&loss->env->layout);
+core_status train_contrastive_plan(train_contrastive *loss, const train_arenas *arenas) {
+  core_arena *arena = arenas->objective;
+  int64_t pieces = train_share_pieces(&loss->env->layout), B = loss->B, pairs = loss->pairs;
   for (int32_t m = 0; m < loss->env->layout.modalities; m++) {
-    TRY(ARENA_TAKE(arena, loss->B * loss->Z, &loss->z[m]));
-    TRY(ARENA_TAKE(arena, loss->B * loss->Z, &loss->gradient[m]));
+    TRY(train_take(arena, CORE_REAL_DTYPE, B, loss->Z, &loss->z[m]));
+    TRY(train_take(arena, CORE_REAL_DTYPE, B, loss->Z, &loss->gradient[m]));
   }
-  TRY(ARENA_TAKE(arena, 2 * loss->pairs * loss->B, &loss->lse));
-  TRY(ARENA_TAKE(arena, 2 * loss->pairs * loss->B, &loss->positive));
-  TRY(ARENA_TAKE(arena, loss->block * loss->B, &loss->cosine));
-  TRY(ARENA_TAKE(arena, loss->block, &loss->own));
-  TRY(ARENA_TAKE(arena, loss->pairs * loss->B, &loss->valid));
-  TRY(ARENA_TAKE(arena, pieces, &loss->send));
-  TRY(ARENA_TAKE(arena, pieces, &loss->recv));
+  TRY(train_mirror_plan(arenas, arena, CORE_REAL_DTYPE, 2 * pairs, B, &loss->lse));
+  TRY(train_mirror_plan(arenas, arena, CORE_REAL_DTYPE, 2 * pairs, B, &loss->positive));
+  TRY(train_take(arena, CORE_REAL_DTYPE, loss->block, B, &loss->cosine));
+  TRY(train_mirror_plan(arenas, arena, CORE_UINT8, pairs, B, &loss->valid));
+  TRY(train_mirror_plan(arenas, arena, CORE_INT32, B, 1, &loss->label));
+  TRY(train_mirror_plan(arenas, arena, CORE_UINT64, B, 1, &loss->id));
+  TRY(train_mirror_plan(arenas, arena, CORE_FLOAT64, 1, 1, &loss->d_scale));
+  TRY(ARENA_TAKE(arenas->host, pieces, &loss->send));
+  TRY(ARENA_TAKE(arenas->host, pieces, &loss->recv));
+  return CORE_OK;
+}
+
+/* Rows of micro-batch `micro` between the head of a modality and the global batch; none where the modality is
+ * not held. */
+static core_status copy_own(const train_env *env, void *target, const void *source, core_tensor rows) {
+  size_t bytes = core_tensor_bytes(&rows);
+  if (bytes > 0) TRY(env->ops->device->copy(target, source, bytes, NULL));
   return CORE_OK;
 }
 
@@ -49,9 +60,8 @@ core_status train_contrastive_put(train_contrastive *loss, const train_model *mo
   const train_env *env = loss->env;
   for (int32_t m = 0; m < env->layout.modalities; m++) {
     data_range range = train_layout_range(&env->layout, env->layout.rank, m, micro);
-    size_t bytes = (size_t)((range.hi - range.lo) * loss->Z) * sizeof(core_real);
-    if (bytes > 0)
-      TRY(env->ops->device->copy(loss->z[m] + range.lo * loss->Z, model->head[m].z.data, bytes, NULL));
+    core_tensor own = train_slice(loss->z[m], range.lo, range.hi - range.lo);
+    TRY(copy_own(env, own.data, model->head[m].z.data, own));
   }
   return CORE_OK;
 }
@@ -60,10 +70,8 @@ core_status train_contrastive_get(const train_contrastive *loss, train_model *mo
   const train_env *env = loss->env;
   for (int32_t m = 0; m < env->layout.modalities; m++) {
     data_range range = train_layout_range(&env->layout, env->layout.rank, m, micro);
-    size_t bytes = (size_t)((range.hi - range.lo) * loss->Z) * sizeof(core_real);
-    if (bytes > 0)
-      TRY(env->ops->device->copy(model->head[m].gradient.data, loss->gradient[m] + range.lo * loss->Z, bytes,
-                                 NULL));
+    core_tensor own = train_slice(loss->gradient[m], range.lo, range.hi - range.lo);
+    TRY(copy_own(env, model->head[m].gradient.data, own.data, own));
   }
   return CORE_OK;
 }
@@ -75,65 +83,70 @@ typedef struct rows {
   int64_t lo, n;
 } rows;
 
-static core_tensor matrix(core_real *data, int64_t n, int64_t columns) {
-  return core_tensor_2(data, CORE_REAL_DTYPE, n, columns);
+/* Entries [lo, lo + n) of row `row` of a matrix, as a vector. */
+static core_tensor part(core_tensor matrix, int64_t row, int64_t lo, int64_t n) {
+  core_tensor line = core_tensor_1(matrix.data, matrix.dtype, core_tensor_count(&matrix));
+  return train_slice(line, row * matrix.shape[1] + lo, n);
 }
 
-static core_tensor vector(core_real *data, int64_t n) {
-  return core_tensor_1(data, CORE_REAL_DTYPE, n);
+static int32_t line_of(const rows *r, int32_t direction) {
+  return 2 * r->pair + direction;
 }
 
-static core_real *line(core_real *base, const train_contrastive *loss, int32_t pair, int32_t direction) {
-  return base + (2 * pair + direction) * loss->B;
-}
-
-static kern_contrastive describe(train_contrastive *loss, const data_batch *batch, const rows *r,
-                                 double scale) {
-  for (int64_t i = 0; i < r->n; i++) loss->own[i] = r->lo + i;
+static kern_contrastive describe(const train_contrastive *loss, const rows *r, double scale) {
   return (kern_contrastive){.scale = scale,
-                            .own = loss->own,
-                            .valid = loss->valid + r->pair * loss->B,
-                            .label = batch->label,
-                            .id = batch->id};
+                            .first = r->lo,
+                            .valid = part(loss->valid.device, r->pair, 0, loss->B),
+                            .label = loss->label.device,
+                            .id = loss->id.device};
+}
+
+static core_tensor cosine_rows(const train_contrastive *loss, const rows *r) {
+  return train_rows(loss->cosine, r->n);
 }
 
 static core_status cosines(train_contrastive *loss, const rows *r) {
-  KERN(loss->env, gemm, KERN_NT, matrix(loss->z[r->query] + r->lo * loss->Z, r->n, loss->Z),
-       matrix(loss->z[r->key], loss->B, loss->Z), KERN_SET, matrix(loss->cosine, r->n, loss->B));
+  KERN(loss->env, gemm, KERN_NT, train_slice(loss->z[r->query], r->lo, r->n), loss->z[r->key], KERN_SET,
+       cosine_rows(loss, r));
   return CORE_OK;
 }
 
-static core_status denominators(train_contrastive *loss, const data_batch *batch, const rows *r,
-                                double scale) {
-  kern_contrastive op = describe(loss, batch, r, scale);
-  core_real *lse = line(loss->lse, loss, r->pair, r->direction) + r->lo;
-  core_real *positive = line(loss->positive, loss, r->pair, r->direction) + r->lo;
+static core_status denominators(train_contrastive *loss, const rows *r, double scale) {
+  kern_contrastive op = describe(loss, r, scale);
+  int32_t line = line_of(r, r->direction);
   TRY(cosines(loss, r));
-  KERN(loss->env, contrastive_fwd, &op, matrix(loss->cosine, r->n, loss->B), vector(lse, r->n),
-       vector(positive, r->n));
+  KERN(loss->env, contrastive_fwd, &op, cosine_rows(loss, r), part(loss->lse.device, line, r->lo, r->n),
+       part(loss->positive.device, line, r->lo, r->n));
+  return CORE_OK;
+}
+
+/* On the host, in one order. */
+static core_status add_losses(train_contrastive *loss, const rows *r, double scale) {
+  (void)scale;
+  int64_t first = line_of(r, r->direction) * loss->B + r->lo;
+  const core_real *lse = (core_real *)loss->lse.host + first;
+  const core_real *positive = (core_real *)loss->positive.host + first;
   for (int64_t i = 0; i < r->n; i++) loss->loss[r->pair] += 0.5 * ((double)lse[i] - (double)positive[i]);
   return CORE_OK;
 }
 
-static core_status gradients(train_contrastive *loss, const data_batch *batch, const rows *r, double scale) {
+static core_status gradients(train_contrastive *loss, const rows *r, double scale) {
   if (loss->count[r->pair] == 0) return CORE_OK;
-  kern_contrastive op = describe(loss, batch, r, scale);
+  kern_contrastive op = describe(loss, r, scale);
   double weight = 0.5 / ((double)loss->count[r->pair] * loss->pairs);
-  core_tensor block = matrix(loss->cosine, r->n, loss->B);
+  core_tensor block = cosine_rows(loss, r);
   TRY(cosines(loss, r));
-  KERN(loss->env, contrastive_bwd, &op, weight,
-       vector(line(loss->lse, loss, r->pair, r->direction) + r->lo, r->n),
-       vector(line(loss->lse, loss, r->pair, 1 - r->direction), loss->B), block, &loss->d_scale);
-  KERN(loss->env, gemm, KERN_NN, block, matrix(loss->z[r->key], loss->B, loss->Z), KERN_ADD,
-       matrix(loss->gradient[r->query] + r->lo * loss->Z, r->n, loss->Z));
+  KERN(loss->env, contrastive_bwd, &op, weight, part(loss->lse.device, line_of(r, r->direction), r->lo, r->n),
+       part(loss->lse.device, line_of(r, 1 - r->direction), 0, loss->B), block, loss->d_scale.device);
+  KERN(loss->env, gemm, KERN_NN, block, loss->z[r->key], KERN_ADD,
+       train_slice(loss->gradient[r->query], r->lo, r->n));
   return CORE_OK;
 }
 
-typedef core_status (*rows_work)(train_contrastive *, const data_batch *, const rows *, double);
+typedef core_status (*rows_work)(train_contrastive *, const rows *, double);
 
 /* Every block of this rank's rows, in both directions of every pair. */
-static core_status for_own_rows(train_contrastive *loss, const data_batch *batch, double scale,
-                                rows_work work) {
+static core_status for_own_rows(train_contrastive *loss, double scale, rows_work work) {
   const train_layout *layout = &loss->env->layout;
   for (int32_t d = 0; d < 2 * loss->pairs; d++) {
     rows r = {.pair = d / 2, .direction = d % 2};
@@ -143,31 +156,38 @@ static core_status for_own_rows(train_contrastive *loss, const data_batch *batch
       data_range range = train_layout_range(layout, layout->rank, r.query, micro);
       for (r.lo = range.lo; r.lo < range.hi; r.lo += r.n) {
         r.n = range.hi - r.lo < loss->block ? range.hi - r.lo : loss->block;
-        TRY(work(loss, batch, &r, scale));
+        TRY(work(loss, &r, scale));
       }
     }
   }
   return CORE_OK;
 }
 
-static void find_valid(train_contrastive *loss, const data_batch *batch) {
+/* What the masks are made of. */
+static core_status take_samples(train_contrastive *loss, const data_batch *batch) {
   for (int32_t p = 0; p < loss->pairs; p++) {
     const uint8_t *a = batch->present + loss->first[p] * loss->B,
                   *b = batch->present + loss->second[p] * loss->B;
+    uint8_t *valid = (uint8_t *)loss->valid.host + p * loss->B;
     loss->count[p] = 0;
     for (int64_t j = 0; j < loss->B; j++) {
-      uint8_t both = a[j] && b[j];
-      loss->valid[p * loss->B + j] = both;
-      loss->count[p] += both;
+      valid[j] = a[j] && b[j];
+      loss->count[p] += valid[j];
     }
   }
+  memcpy(loss->label.host, batch->label, (size_t)loss->B * sizeof *batch->label);
+  memcpy(loss->id.host, batch->id, (size_t)loss->B * sizeof *batch->id);
+  TRY(train_mirror_up(loss->env, &loss->valid, loss->pairs));
+  TRY(train_mirror_up(loss->env, &loss->label, loss->B));
+  TRY(train_mirror_up(loss->env, &loss->id, loss->B));
+  return CORE_OK;
 }
 
 /* The denominators of direction d belong to the rows of its query modality. */
 static core_status share_denominators(train_contrastive *loss) {
   for (int32_t d = 0; d < 2 * loss->pairs; d++) {
     int32_t query = d % 2 ? loss->second[d / 2] : loss->first[d / 2];
-    TRY(train_share_rows(loss->env, &loss->env->layout, query, loss->lse + d * loss->B, sizeof(core_real),
+    TRY(train_share_rows(loss->env, &loss->env->layout, query, part(loss->lse.device, d, 0, loss->B),
                          loss->send, loss->recv));
   }
   return CORE_OK;
@@ -177,17 +197,20 @@ core_status train_contrastive_evaluate(train_contrastive *loss, const data_batch
   train_env *env = loss->env;
   CHECK(batch->samples == loss->B, CORE_ERR_INTERNAL, "a batch of %lld samples, expected %lld",
         (long long)batch->samples, (long long)loss->B);
-  find_valid(loss, batch);
+  TRY(take_samples(loss, batch));
   memset(loss->loss, 0, sizeof loss->loss);
-  loss->d_scale = 0;
+  TRY(train_mirror_clear(env, &loss->d_scale));
   for (int32_t m = 0; m < env->layout.modalities; m++) {
-    TRY(train_share_rows(env, &env->layout, m, loss->z[m], loss->Z * (int64_t)sizeof(core_real), loss->send,
-                         loss->recv));
-    KERN(env, fill, 0, matrix(loss->gradient[m], loss->B, loss->Z));
+    TRY(train_share_rows(env, &env->layout, m, loss->z[m], loss->send, loss->recv));
+    KERN(env, fill, 0, loss->gradient[m]);
   }
-  TRY(for_own_rows(loss, batch, scale, denominators));
+  TRY(for_own_rows(loss, scale, denominators));
   TRY(share_denominators(loss));
-  TRY(for_own_rows(loss, batch, scale, gradients));
+  TRY(for_own_rows(loss, scale, gradients));
+  TRY(train_mirror_down(env, &loss->lse, 2 * loss->pairs));
+  TRY(train_mirror_down(env, &loss->positive, 2 * loss->pairs));
+  TRY(train_mirror_down(env, &loss->d_scale, 1));
+  TRY(for_own_rows(loss, scale, add_losses));
   return CORE_OK;
 }
 

@@ -17,28 +17,29 @@ typedef struct train_contrastive {
   train_env *env;
   int32_t pairs;
   int32_t first[TRAIN_MAX_PAIRS], second[TRAIN_MAX_PAIRS]; /* modalities */
-  int64_t B, Z, block;                      /* global batch, width, rows of a block of logits */
-  core_real *z[CORE_MAX_MODALITIES];        /* [B, Z] of all ranks */
-  core_real *gradient[CORE_MAX_MODALITIES]; /* [B, Z], own rows */
-  core_real *lse, *positive;                /* [2 pairs][B] per direction */
-  core_real *cosine;                        /* [block, B] */
-  int64_t *own;                             /* [block] */
-  uint8_t *valid;                           /* [pairs][B] */
-  int64_t count[TRAIN_MAX_PAIRS];           /* samples that have both, global */
-  double loss[TRAIN_MAX_PAIRS];             /* this rank's part of sum (..), not yet divided */
-  double d_scale;                           /* this rank's part of dL/ds */
+  int64_t B, Z, block;                       /* global batch, width, rows of a block of logits */
+  core_tensor z[CORE_MAX_MODALITIES];        /* [B, Z] of all ranks */
+  core_tensor gradient[CORE_MAX_MODALITIES]; /* [B, Z], own rows */
+  train_mirror lse, positive;                /* [2 pairs, B] per direction */
+  core_tensor cosine;                        /* [block, B] */
+  train_mirror valid;                        /* uint8 [pairs, B] */
+  train_mirror label, id;                    /* int32 [B], uint64 [B] */
+  train_mirror d_scale;                      /* float64 [1], this rank's part of dL/ds */
+  int64_t count[TRAIN_MAX_PAIRS];            /* samples that have both, global */
+  double loss[TRAIN_MAX_PAIRS];              /* this rank's part of sum (..), not yet divided */
   comm_piece *send, *recv;
 } train_contrastive;
 
 CORE_NODISCARD core_status train_contrastive_make(train_env *env, int64_t width, train_contrastive *out);
-CORE_NODISCARD core_status train_contrastive_plan(train_contrastive *loss, core_arena *arena);
+CORE_NODISCARD core_status train_contrastive_plan(train_contrastive *loss, const train_arenas *arenas);
 /* Takes the embeddings of a forward pass of micro-batch `micro`; gives their gradients for its backward pass.
  */
 CORE_NODISCARD core_status train_contrastive_put(train_contrastive *loss, const train_model *model,
                                                  int64_t micro);
 CORE_NODISCARD core_status train_contrastive_get(const train_contrastive *loss, train_model *model,
                                                  int64_t micro);
-/* Loss parts, gradients of own rows and of the scale, from all put embeddings. Collective over the world. */
+/* Loss parts, gradients of own rows and of the scale, from all put embeddings; d_scale is on the host
+ * afterwards. Collective over the world. */
 CORE_NODISCARD core_status train_contrastive_evaluate(train_contrastive *loss, const data_batch *batch,
                                                       double scale);
 /* The loss from parts that have been summed over ranks. */
@@ -53,16 +54,15 @@ typedef struct train_router_loss {
 
 typedef struct train_router_objective {
   const train_env *env;
-  kern_router_weights *weights; /* [layers][M], for train_model_backward */
-  double *prob, *load;          /* [layers][M][E], [layers][E] */
+  train_mirror weights; /* float64 [layers M, 3 + 2 E], for train_model_backward */
   int32_t layers;
 } train_router_objective;
 
 CORE_NODISCARD core_status train_router_plan(train_router_objective *objective, const train_env *env,
-                                             int32_t layers, core_arena *arena);
-/* Losses and their derivatives from sums over all ranks and micro-batches. Local. */
-void train_router_evaluate(train_router_objective *objective, const train_moe_sums *sums,
-                           train_router_loss *out);
+                                             int32_t layers, const train_arenas *arenas);
+/* Losses and their derivatives from sums over all ranks and micro-batches (on the host). Local. */
+CORE_NODISCARD core_status train_router_evaluate(train_router_objective *objective,
+                                                 const train_moe_sums *sums, train_router_loss *out);
 /* H of a distribution given by unnormalised values; natural log. */
 double train_entropy(const double *values, int64_t count);
 

@@ -7,14 +7,17 @@ static const double smallest_share =
     1e-30; /* keeps log finite; such an expert's gradient is multiplied by p = 0 */
 
 core_status train_router_plan(train_router_objective *objective, const train_env *env, int32_t layers,
-                              core_arena *arena) {
-  int64_t M = env->layout.modalities, E = env->settings->model.moe.experts;
+                              const train_arenas *arenas) {
   objective->env = env;
   objective->layers = layers;
-  TRY(ARENA_TAKE(arena, layers * M, &objective->weights));
-  TRY(ARENA_TAKE(arena, layers * M * E, &objective->prob));
-  TRY(ARENA_TAKE(arena, layers * E, &objective->load));
+  TRY(train_mirror_plan(arenas, arenas->objective, CORE_FLOAT64, (int64_t)layers * env->layout.modalities,
+                        kern_router_sums_count(env->settings->model.moe.experts), &objective->weights));
   return CORE_OK;
+}
+
+/* Derivatives by the sums of one layer and modality, laid out as the sums. */
+static double *weights_of(const train_router_objective *objective, int64_t cell) {
+  return (double *)objective->weights.host + cell * objective->weights.device.shape[1];
 }
 
 double train_entropy(const double *values, int64_t count) {
@@ -44,8 +47,7 @@ static void joint_losses(train_router_objective *objective, const train_moe_sums
   const train_settings *s = objective->env->settings;
   int64_t M = sums->modalities, E = sums->experts;
   double prob[CORE_MAX_EXPERTS] = {0}, load[CORE_MAX_EXPERTS] = {0}, d_prob[CORE_MAX_EXPERTS] = {0},
-         tokens = 0, z = 0;
-  double *d_load = objective->load + layer * E;
+         d_load[CORE_MAX_EXPERTS] = {0}, tokens = 0, z = 0;
   for (int64_t m = 0; m < M; m++) {
     const double *value = train_moe_values(sums, layer, m);
     tokens += value[0];
@@ -55,16 +57,15 @@ static void joint_losses(train_router_objective *objective, const train_moe_sums
       load[e] += value[3 + E + e];
     }
   }
-  memset(d_load, 0, (size_t)E * sizeof *d_load);
   out->importance += s->objective.importance * squared_variation(prob, E, s->objective.importance, d_prob);
   out->load += s->objective.load * squared_variation(load, E, s->objective.load, d_load);
   if (tokens > 0) out->z += s->objective.z * z / tokens;
   for (int64_t m = 0; m < M; m++) {
-    kern_router_weights *weights = &objective->weights[layer * M + m];
-    double *target = objective->prob + (layer * M + m) * E;
-    memcpy(target, d_prob, (size_t)E * sizeof *target);
-    *weights =
-        (kern_router_weights){.z = tokens > 0 ? s->objective.z / tokens : 0, .prob = target, .load = d_load};
+    double *weights = weights_of(objective, layer * M + m);
+    weights[0] = weights[2] = 0;
+    weights[1] = tokens > 0 ? s->objective.z / tokens : 0;
+    memcpy(weights + 3, d_prob, (size_t)E * sizeof *weights);
+    memcpy(weights + 3 + E, d_load, (size_t)E * sizeof *weights);
   }
 }
 
@@ -73,27 +74,28 @@ static void entropy_losses(train_router_objective *objective, const train_moe_su
                            int32_t m, train_router_loss *out) {
   const train_modality_settings *s = &objective->env->settings->data.modalities[m];
   const double *value = train_moe_values(sums, layer, m);
-  int64_t cell = layer * sums->modalities + m, E = sums->experts;
-  double tokens = value[0];
+  int64_t E = sums->experts;
+  double tokens = value[0], *weights = weights_of(objective, (int64_t)layer * sums->modalities + m);
   if (tokens <= 0) return;
   out->local += s->local * value[2] / tokens;
-  objective->weights[cell].entropy = s->local / tokens;
+  weights[2] = s->local / tokens;
   if (s->global <= 0) return;
   double missing = log(s->experts) - train_entropy(value + 3, E);
   if (missing <= 0) return;
   out->global += s->global * missing;
   for (int64_t e = 0; e < E; e++) {
     double share = value[3 + e] / tokens;
-    objective->prob[cell * E + e] +=
-        s->global * (log(share > smallest_share ? share : smallest_share) + 1) / tokens;
+    weights[3 + e] += s->global * (log(share > smallest_share ? share : smallest_share) + 1) / tokens;
   }
 }
 
-void train_router_evaluate(train_router_objective *objective, const train_moe_sums *sums,
-                           train_router_loss *out) {
+core_status train_router_evaluate(train_router_objective *objective, const train_moe_sums *sums,
+                                  train_router_loss *out) {
   memset(out, 0, sizeof *out);
   for (int32_t layer = 0; layer < objective->layers; layer++) {
     joint_losses(objective, sums, layer, out);
     for (int32_t m = 0; m < sums->modalities; m++) entropy_losses(objective, sums, layer, m, out);
   }
+  TRY(train_mirror_up(objective->env, &objective->weights, objective->weights.device.shape[0]));
+  return CORE_OK;
 }
