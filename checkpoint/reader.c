@@ -1,4 +1,5 @@
 /* Loading at any layout, and the choice of the newest checkpoint that verifies. */
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -230,6 +231,7 @@ typedef struct load_job {
   int64_t cell;        /* within the part */
   int64_t skip, count; /* elements of the cell */
   uint8_t *target;
+  const core_device *device; /* of the target; NULL: host memory */
 } load_job;
 
 typedef struct load_list {
@@ -257,8 +259,9 @@ static core_status add_part(load_list *list, const ckpt_tensor *t, const ckpt_pa
   while (begin < end) {
     int64_t cell = (begin - part->first) / CKPT_CELL, at = part->first + cell * CKPT_CELL;
     int64_t stop = end - at < CKPT_CELL ? end : at + CKPT_CELL;
-    load_job job = {part, cell, begin - at, stop - begin,
-                    (uint8_t *)t->data + (size_t)(begin - t->first) * size};
+    load_job job = {
+        part,     cell, begin - at, stop - begin, (uint8_t *)t->data + (size_t)(begin - t->first) * size,
+        t->device};
     TRY(add_job(list, &job));
     begin = stop;
   }
@@ -307,19 +310,33 @@ typedef struct load_run {
   ckpt_rank_file file;
   const load_job *job;
   load_worker worker[CKPT_MAX_THREADS];
+  pthread_mutex_t device; /* one thread at a time copies to the device */
 } load_run;
+
+static core_status put(load_run *run, const load_job *job, const uint8_t *source, size_t bytes) {
+  if (job->device == NULL || job->device->host_access) {
+    memcpy(job->target, source, bytes);
+    return CORE_OK;
+  }
+  pthread_mutex_lock(&run->device);
+  core_status status = job->device->copy(job->target, source, bytes, NULL);
+  pthread_mutex_unlock(&run->device);
+  TRY(status);
+  return CORE_OK;
+}
 
 static core_status load_one(void *context, int32_t worker, int64_t number) {
   load_run *run = context;
   load_worker *w = &run->worker[worker];
   const load_job *job = &run->job[number];
   int64_t left = job->part->count - job->cell * CKPT_CELL;
-  bool whole = job->skip == 0 && job->count == (left < CKPT_CELL ? left : CKPT_CELL);
+  bool reached = job->device == NULL || job->device->host_access;
+  bool whole = reached && job->skip == 0 && job->count == (left < CKPT_CELL ? left : CKPT_CELL);
   uint8_t *raw = whole ? job->target : w->raw;
   TRY(ckpt_rank_file_read(&run->file, run->manifest, job->part, job->cell, &w->codec, w->stored, raw));
   if (!whole) {
     size_t size = core_dtype_size(run->manifest->item[job->part->tensor].dtype);
-    memcpy(job->target, raw + (size_t)job->skip * size, (size_t)job->count * size);
+    TRY(put(run, job, raw + (size_t)job->skip * size, (size_t)job->count * size));
   }
   return CORE_OK;
 }
@@ -368,12 +385,14 @@ static core_status load_local(const ckpt_reader *reader, const ckpt_tensor *tens
   load_run *run = calloc(1, sizeof *run);
   CHECK(run != NULL, CORE_ERR_MEMORY, "no memory to load %s", reader->path);
   run->manifest = &reader->manifest;
+  pthread_mutex_init(&run->device, NULL);
   TRY_OUT(list_jobs(reader, tensor, count, &list), end);
   if (list.count > 0) qsort(list.job, (size_t)list.count, sizeof *list.job, compare_jobs);
   TRY_OUT(open_workers(run, reader->threads), end);
   TRY_OUT(load_files(reader, run, &list), end);
 end:
   close_workers(run, reader->threads);
+  pthread_mutex_destroy(&run->device);
   free(list.job);
   free(run);
   return status;

@@ -21,8 +21,8 @@ struct ckpt_writer {
   comm_group *control;
   ckpt_options options;
   char directory[CKPT_PATH];
-  core_arena *arena;
-  ckpt_tensor *tensor; /* owned ranges with elements, in the order of the file: by name, first */
+  core_arena *arena, *copies; /* working memory; the private copy */
+  ckpt_tensor *tensor;        /* owned ranges with elements, in the order of the file: by name, first */
   char (*name)[CORE_NAME];
   range *range;
   int32_t ranges;
@@ -96,7 +96,7 @@ static core_status plan(ckpt_writer *w) {
   int32_t threads = w->options.threads;
   for (int32_t i = 0; i < w->ranges; i++) {
     const ckpt_tensor *t = w->range[i].tensor;
-    TRY(core_arena_take(w->arena, t->count, core_dtype_size(t->dtype), (void **)&w->range[i].copy));
+    TRY(core_arena_take(w->copies, t->count, core_dtype_size(t->dtype), (void **)&w->range[i].copy));
   }
   TRY(ARENA_TAKE(w->arena, w->save.blocks, &w->block));
   TRY(ARENA_TAKE(w->arena, w->save.blocks, &w->save.entry));
@@ -134,13 +134,23 @@ static core_status open_directory(const char *directory) {
   return CORE_OK;
 }
 
+/* The device that any of the tensors lie on; NULL: all are in host memory. */
+static const core_device *copying_device(const ckpt_writer *w) {
+  for (int32_t i = 0; i < w->ranges; i++)
+    if (w->tensor[i].device != NULL) return w->tensor[i].device;
+  return NULL;
+}
+
 static core_status create_local(ckpt_writer *w, const ckpt_tensor *tensor, int32_t count) {
   TRY(take_tensors(w, tensor, count));
   TRY(core_arena_create("checkpoint", NULL, &w->arena));
+  TRY(core_arena_create_staging("checkpoint's copy", copying_device(w), &w->copies));
   TRY(plan(w));
   TRY(core_arena_commit(w->arena));
+  TRY(core_arena_commit(w->copies));
   TRY(plan(w));
   core_arena_seal(w->arena);
+  core_arena_seal(w->copies);
   divide_into_blocks(w);
   for (; w->codecs < w->options.threads; w->codecs++) {
     TRY(ckpt_codec_open(&w->codec[w->codecs], w->options.level, w->codec[w->codecs].plane));
@@ -203,14 +213,26 @@ static core_status begin_local(ckpt_writer *w, int64_t step, const char *meta) {
   return CORE_OK;
 }
 
-static void copy_and_start(ckpt_writer *w) {
-  double start = core_clock_now();
+/* All copies of a device are ordered on its main stream, which is waited for once. */
+static core_status copy_ranges(ckpt_writer *w) {
+  const core_device *device = copying_device(w);
   for (int32_t i = 0; i < w->ranges; i++) {
     const ckpt_tensor *t = w->range[i].tensor;
-    memcpy(w->range[i].copy, t->data, (size_t)t->count * core_dtype_size(t->dtype));
+    size_t bytes = (size_t)t->count * core_dtype_size(t->dtype);
+    if (t->device != NULL)
+      TRY(t->device->copy_later(w->range[i].copy, t->data, bytes, NULL));
+    else
+      memcpy(w->range[i].copy, t->data, bytes);
   }
+  if (device != NULL) TRY(device->stream_wait(NULL));
+  return CORE_OK;
+}
+
+static void copy_and_start(ckpt_writer *w) {
+  double start = core_clock_now();
+  core_status status = copy_ranges(w);
   w->figures.stall_seconds = core_clock_now() - start;
-  w->running = ckpt_save_start(&w->save, &w->thread) == CORE_OK;
+  w->running = status == CORE_OK && ckpt_save_start(&w->save, &w->thread) == CORE_OK;
   if (!w->running) { /* known to all at the commit */
     w->save.status = core_error_get()->code;
     core_error_save(&w->save.error);
@@ -344,7 +366,7 @@ void ckpt_writer_figures(const ckpt_writer *w, ckpt_figures *out) {
 }
 
 int64_t ckpt_writer_bytes(const ckpt_writer *w) {
-  return (int64_t)core_arena_peak(w->arena);
+  return (int64_t)(core_arena_peak(w->arena) + core_arena_peak(w->copies));
 }
 
 /* Every rank removes its own file; the last one succeeds with the directory. */
@@ -362,6 +384,7 @@ void ckpt_writer_destroy(ckpt_writer *w) {
   if (w->busy) abandon(w);
   for (int32_t c = 0; c < w->codecs; c++) ckpt_codec_close(&w->codec[c]);
   core_arena_destroy(w->arena);
+  core_arena_destroy(w->copies);
   ckpt_manifest_free(&w->catalogue);
   free(w->tensor);
   free(w->name);

@@ -23,6 +23,7 @@ typedef enum phase { PHASE_DRY, PHASE_REAL, PHASE_SEALED } phase;
 struct core_arena {
   char name[48];
   const core_device *device; /* NULL: host */
+  bool staging;              /* the device's host memory */
   phase phase;
   size_t used, peak, capacity;
   unsigned char *base;
@@ -37,20 +38,28 @@ core_status core_arena_create(const char *name, const core_device *device, core_
   return CORE_OK;
 }
 
+core_status core_arena_create_staging(const char *name, const core_device *device, core_arena **out) {
+  TRY(core_arena_create(name, device, out));
+  (*out)->staging = device != NULL;
+  return CORE_OK;
+}
+
+static bool host_memory(const core_arena *arena) {
+  return !arena->device || arena->staging || arena->device->host_access;
+}
+
 void core_arena_destroy(core_arena *arena) {
   if (!arena) return;
   if (arena->base) {
-    UNPOISON(arena->base, arena->capacity);
-    if (arena->device)
+    if (host_memory(arena)) UNPOISON(arena->base, arena->capacity);
+    if (arena->staging)
+      arena->device->host_release(arena->base);
+    else if (arena->device)
       arena->device->release(arena->base);
     else
       free(arena->base);
   }
   free(arena);
-}
-
-static bool host_memory(const core_arena *arena) {
-  return !arena->device || arena->device->host_access;
 }
 
 /* Reads of memory that nobody wrote must show: all-ones bytes are NaN in every floating type. */
@@ -88,7 +97,9 @@ core_status core_arena_commit(core_arena *arena) {
   CHECK(arena->phase == PHASE_DRY, CORE_ERR_INTERNAL, "arena '%s' is committed twice", arena->name);
   size_t bytes = arena->peak > 0 ? arena->peak : ALIGNMENT;
   void *base = NULL;
-  if (arena->device)
+  if (arena->staging)
+    TRY(arena->device->host_allocate(bytes, &base));
+  else if (arena->device)
     TRY(arena->device->allocate(bytes, &base));
   else
     base = aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);

@@ -20,6 +20,10 @@ typedef struct core_arena core_arena;
 /* Creates an arena in the dry phase. `name` is copied (for messages and the memory report).
  * device: where the memory will be; NULL is host memory by aligned_alloc. */
 CORE_NODISCARD core_status core_arena_create(const char *name, const core_device *device, core_arena **out);
+/* The same for memory of the host that `device` copies to and from at full speed (core_device.host_allocate).
+ */
+CORE_NODISCARD core_status core_arena_create_staging(const char *name, const core_device *device,
+                                                     core_arena **out);
 /* NULL is allowed. Frees the block; pointers taken from it die. */
 void core_arena_destroy(core_arena *arena);
 

@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stdio.h>
 
+#include "core/device.h"
 #include "core/dims.h"
 #include "core/status.h"
 #include "core/tensor.h"
@@ -132,12 +133,13 @@ typedef struct data_stream data_stream;
 typedef struct data_stream_options {
   data_order_options order;
   data_position start;
-  int64_t batch;           /* B samples of a global batch; batches run on over the end of an epoch */
-  int32_t micro_batches;   /* accumulation */
-  const data_range *range; /* [micro_batches][modalities]: which samples this rank wants, per modality */
-  int32_t queue;           /* batches read ahead; 0: 2 */
-  int32_t threads;         /* that decompress; 0: 1 */
-  int64_t cache_bytes;     /* decompressed chunks kept; 0: 256 MiB. Should hold the shuffle buffer */
+  int64_t batch;             /* B samples of a global batch; batches run on over the end of an epoch */
+  int32_t micro_batches;     /* accumulation */
+  const data_range *range;   /* [micro_batches][modalities]: which samples this rank wants, per modality */
+  int32_t queue;             /* batches read ahead; 0: 2 */
+  int32_t threads;           /* that decompress; 0: 1 */
+  int64_t cache_bytes;       /* decompressed chunks kept; 0: 256 MiB. Should hold the shuffle buffer */
+  const core_device *device; /* that the latents of batches will be copied to; NULL: none */
   bool repeat; /* false: the stream ends with the epoch (evaluation); the last batch may be short */
 } data_stream_options;
 

@@ -228,6 +228,7 @@ void data_stream_close(data_stream *stream) {
   for (int32_t w = 0; planned && w < stream->options.threads; ++w)
     data_decoder_destroy_priv(stream->decoder[w]);
   core_arena_destroy(stream->arena);
+  core_arena_destroy(stream->latents);
   pthread_cond_t *conditions[] = {&stream->work, &stream->room, &stream->filled, &stream->ready};
   for (size_t i = 0; i < sizeof conditions / sizeof *conditions; ++i)
     (void)pthread_cond_destroy(conditions[i]);

@@ -94,7 +94,7 @@ struct data_stream {
   const data_set *set;
   data_stream_options options; /* completed */
   data_range *range;           /* copy of options.range */
-  core_arena *arena;
+  core_arena *arena, *latents; /* all else; the latents of batches, where a device can fetch them */
   int64_t bytes;
 
   /* reader only */

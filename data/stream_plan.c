@@ -103,7 +103,7 @@ static core_status take_batch(data_stream *stream, data_batch *batch) {
     const data_modality_info *info = &set->info[m];
     data_part part = {.dtype = info->dtype, .width = info->width};
     TRY(ARENA_TAKE(stream->arena, asked + 1, &part.offset));
-    TRY(core_arena_take(stream->arena, data_set_most_rows(set, m, asked) * info->width,
+    TRY(core_arena_take(stream->latents, data_set_most_rows(set, m, asked) * info->width,
                         core_dtype_size(info->dtype), &part.latent));
     if (!dry) fresh.part[p] = part;
   }
@@ -184,12 +184,15 @@ core_status data_stream_plan_priv(data_stream *stream) {
   stream->raw_bytes = data_stored_most_priv(stream->tile_bytes);
   stream->jobs = stream->raws + DATA_SPARE_JOBS;
   TRY(core_arena_create("data stream", NULL, &stream->arena));
+  TRY(core_arena_create_staging("latents of batches", stream->options.device, &stream->latents));
   TRY(take_all(stream));
   TRY(core_arena_commit(stream->arena));
+  TRY(core_arena_commit(stream->latents));
   TRY(take_all(stream));
   core_arena_seal(stream->arena);
+  core_arena_seal(stream->latents);
   fill_free_lists(stream);
-  stream->bytes = (int64_t)core_arena_peak(stream->arena);
+  stream->bytes = (int64_t)(core_arena_peak(stream->arena) + core_arena_peak(stream->latents));
   for (int32_t w = 0; w < stream->options.threads; ++w) {
     TRY(data_decoder_create_priv(stream->tile_bytes, &stream->decoder[w]));
     stream->bytes += data_decoder_bytes_priv(stream->decoder[w]);

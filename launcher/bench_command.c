@@ -28,7 +28,7 @@ static int run(const launch_command *command, int argc, char **argv) {
 const launch_command launch_bench_command = {
     "bench", "measures steps, data and checkpoints against their physical limits",
     "usage: antiphon bench step|data|checkpoint [DIRECTORY] [OPTIONS]\n\n"
-    "       antiphon bench step [--set key=value]...\n"
+    "       antiphon bench step [--json] [--set key=value]...\n"
     "       antiphon bench data DIRECTORY [--split NAME]\n"
     "       antiphon bench checkpoint DIRECTORY\n\n"
     "step        tokens/s of a training step on made-up latents, and the ratio of its time to that of its "

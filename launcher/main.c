@@ -29,6 +29,8 @@ core_status launch_parse(int argc, char **argv, int most_positional, launch_argu
       if (strcmp(word, "--split") == 0) out->split = value;
     } else if (strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0) {
       out->help = true;
+    } else if (strcmp(word, "--json") == 0) {
+      out->json = true;
     } else {
       CHECK(word[0] != '-', CORE_ERR_USAGE, "unknown option %s", word);
       CHECK(out->positional_count < most_positional, CORE_ERR_USAGE, "unexpected argument '%s'", word);

@@ -77,6 +77,7 @@ static core_status take_batch(train_session *session, gallery *g, const data_bat
   memcpy(g->label + first, batch->label, (size_t)batch->samples * sizeof *g->label);
   TRY(train_model_take(session->model, batch, 0));
   TRY(train_model_forward(session->model, TRAIN_MODE_EVALUATE));
+  TRY(env->ops->device->stream_wait(NULL)); /* the batch's latents have been fetched: it may be given back */
   for (int32_t m = 0; m < g->modalities; m++) {
     data_range range = train_layout_range(&layout, layout.rank, m, 0);
     core_tensor rows = train_slice(g->z[m], first, batch->samples);

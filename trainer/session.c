@@ -221,7 +221,27 @@ static core_status create_arenas(train_session *session) {
   TRY(core_arena_create("parameters", device, &arenas->parameters));
   TRY(core_arena_create("activations", device, &arenas->activations));
   TRY(core_arena_create("objective", device, &arenas->objective));
-  TRY(core_arena_create("host", NULL, &arenas->host));
+  TRY(core_arena_create_staging("host", device, &arenas->host));
+  return CORE_OK;
+}
+
+/* Says before anything is allocated that it will not fit, and what it is made of. Ranks of one host may share
+ * a device; what is certain to fail is refused, the rest is the allocator's to say. */
+static core_status check_memory(const train_session *session) {
+  const train_env *env = &session->env;
+  train_memory need = train_session_memory(session);
+  size_t available = 0, total = 0, own = need.total - need.host;
+  TRY(env->ops->device->memory(&available, &total));
+  size_t most = env->ops->device->host_access ? total : available;
+  enum { MEBIBYTE = 1 << 20 };
+  CHECK(
+      most == 0 || own <= most, CORE_ERR_MEMORY,
+      "rank %d needs %zu MiB on %s, which has %zu MiB free of %zu: parameters and optimizer %zu, activations "
+      "%zu, objective %zu, kernels %zu; a larger optimizer.accumulate, model.recompute, run.precision "
+      "bfloat16, a larger parallel.experts or more ranks make it smaller",
+      comm_rank(env->world), own / MEBIBYTE, env->ops->device->name, most / MEBIBYTE, total / MEBIBYTE,
+      need.parameters / MEBIBYTE, need.activations / MEBIBYTE, need.objective / MEBIBYTE,
+      need.kernels / MEBIBYTE);
   return CORE_OK;
 }
 
@@ -231,10 +251,11 @@ static core_status allocate_local(train_session *session) {
   kern_limits kernel;
   TRY(train_model_create(env, limits.width, &session->model));
   TRY(train_stepper_make(env, session->model, &session->stepper));
-  kernel = kernel_limits(session, &limits);
-  TRY(env->ops->context_create(&kernel, &env->kern));
   TRY(create_arenas(session));
   TRY(plan(session, &limits));
+  TRY(check_memory(session));
+  kernel = kernel_limits(session, &limits);
+  TRY(env->ops->context_create(&kernel, &env->kern));
   core_arena *const arenas[ARENAS] = {session->arenas.parameters, session->arenas.activations,
                                       session->arenas.objective, session->arenas.host};
   for (int i = 0; i < ARENAS; i++) TRY(core_arena_commit(arenas[i]));
@@ -390,6 +411,7 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
                                  .queue = (int32_t)s->data.queue,
                                  .threads = (int32_t)s->data.threads,
                                  .cache_bytes = s->data.cache << 20,
+                                 .device = session->arenas.host_access ? NULL : session->env.ops->device,
                                  .repeat = training};
   core_status status = data_stream_open(set, &options, out);
   free(range);

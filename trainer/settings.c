@@ -449,12 +449,19 @@ static core_status check_parallel(const core_config *config, const train_setting
   return CORE_OK;
 }
 
-core_status train_settings_check(const core_config *config, int32_t ranks) {
-  const train_settings *s = core_config_data(config);
-  TRY(check_sizes(config, s));
+static core_status check_device(const core_config *config, const train_settings *s) {
   const char *device = s->run.device;
   if (strcmp(device, "auto") != 0 && strcmp(device, "cpu") != 0 && strcmp(device, "cuda") != 0)
     return core_config_refuse(config, "run.device", "expected one of: auto, cpu, cuda, got '%s'", device);
+  if (s->run.precision == CORE_BFLOAT16 && CORE_REAL_DTYPE != CORE_FLOAT32)
+    return core_config_refuse(config, "run.precision", "this build computes in double: expected float32");
+  return CORE_OK;
+}
+
+core_status train_settings_check(const core_config *config, int32_t ranks) {
+  const train_settings *s = core_config_data(config);
+  TRY(check_sizes(config, s));
+  TRY(check_device(config, s));
   if (s->run.directory[0] == '\0' || strlen(s->run.directory) > 900)
     return core_config_refuse(config, "run.directory",
                               "expected the name of a directory, of at most 900 bytes");

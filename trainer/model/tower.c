@@ -194,7 +194,8 @@ static core_status take_latents(train_model *model, const data_part *part, int32
   core_tensor *latent = &items->latent[m];
   *latent = core_tensor_2(part->latent, part->dtype, part->offset[part->hi - part->lo], part->width);
   if (!items->arrived[m] || latent->shape[0] == 0) return CORE_OK;
-  TRY(model->env->ops->device->copy(items->arrived[m], part->latent, core_tensor_bytes(latent), NULL));
+  /* The batch is lent until the step is over, and the step waits for the device after this. */
+  TRY(model->env->ops->device->copy_later(items->arrived[m], part->latent, core_tensor_bytes(latent), NULL));
   latent->data = items->arrived[m];
   return CORE_OK;
 }
