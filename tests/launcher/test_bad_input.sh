@@ -71,6 +71,12 @@ refused "unknown backend" "run.device|auto" --set run.device=abacus
 refused "number out of range" "optimizer.beta1|-1" --set optimizer.beta1=-1
 refused "number beyond 64 bits" "run.steps" --set run.steps=99999999999999999999
 refused "no finite number" "optimizer.rate" --set optimizer.rate=nan
+refused "a model that does not fit" "needs|MiB|parameters and optimizer" --set model.hidden=16000000
+refused "unknown precision" "run.precision|bfloat16" --set run.precision=float8
+if ! "$ANTIPHON" --version | grep -q CUDA; then
+  refused "no CUDA in this build" "cuda" --set run.device=cuda
+  refused "NCCL on the CPU" "NCCL" --set run.device=cpu --set parallel.transport=nccl
+fi
 refused "heads do not divide the width" "model.heads|3|16" --set model.heads=3
 numbers=$all
 refused "experts not divisible" "experts" --set parallel.experts=2 --set model.moe.experts=3

@@ -21,6 +21,17 @@ what="one rank"
 measure 1 $sets
 what="one rank, top 2, capacity"
 measure 1 $sets --set model.moe.choose=2 --set model.moe.dispatch=capacity
+what="recomputed"
+measure 1 $sets --set model.moe.choose=2 --set model.recompute=true --set optimizer.batch=256
+recomputed=$planned
+what="kept, the same batch"
+measure 1 $sets --set model.moe.choose=2 --set optimizer.batch=256
+awk -v a="$recomputed" -v b="$planned" 'BEGIN {exit !(a < 0.6 * b)}' ||
+  fail "expected recomputation to save at least 40 % of $planned MiB, got $recomputed MiB"
+what="bfloat16"
+measure 1 $sets --set model.moe.choose=2 --set optimizer.batch=256 --set run.precision=bfloat16
+awk -v a="$planned" -v b="$recomputed" 'BEGIN {exit !(a > b)}' ||
+  fail "expected bfloat16 alone to save less than recomputation"
 what="two ranks"
 measure 2 $sets --set parallel.experts=2 --set optimizer.batch=256
 finish

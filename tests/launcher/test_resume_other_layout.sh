@@ -33,6 +33,11 @@ continue_on "1 rank to 2, replicas" 2
 continue_on "1 rank to 2, experts over them" 2 --set parallel.experts=2
 continue_on "1 rank to 4, experts over 2, partitioned, accumulation" 4 --set parallel.experts=2 \
   --set parallel.placement=partitioned --set optimizer.accumulate=2
+continue_on "1 rank to 4, experts over 2, the optimizer not sharded" 4 --set parallel.experts=2 \
+  --set parallel.shard_optimizer=false
+original 4 --set parallel.experts=2
+continue_on "4 ranks with a sharded optimizer to 1" 1
+continue_on "4 ranks, sharded to whole" 4 --set parallel.experts=2 --set parallel.shard_optimizer=false
 original 2 --set parallel.experts=2 --set parallel.placement=partitioned
 continue_on "2 ranks to 1" 1
 continue_on "2 ranks, partitioned to shared" 2 --set parallel.experts=2

@@ -48,6 +48,8 @@ resume_equals "capacity" 1 5 4 --set model.moe.dispatch=capacity --set model.moe
 resume_equals "experts over ranks, shared" 2 5 4 --set parallel.experts=2
 resume_equals "experts over ranks, partitioned" 2 5 4 --set parallel.experts=2 --set parallel.placement=partitioned
 resume_equals "replicas and accumulation" 2 5 4 --set optimizer.accumulate=2
+resume_equals "replicas, each with the whole optimizer" 2 5 4 --set parallel.shard_optimizer=false
+resume_equals "bfloat16, recomputed" 2 5 4 --set run.precision=bfloat16 --set model.recompute=true
 
 rm -rf "$work/data"
 prepare samples=48
