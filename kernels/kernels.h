@@ -49,6 +49,9 @@ typedef enum kern_gelu { KERN_GELU_ERF, KERN_GELU_TANH } kern_gelu;
 typedef enum kern_mask { KERN_BIDIRECTIONAL, KERN_CAUSAL } kern_mask;
 typedef enum kern_gate { KERN_GATE_SOFTMAX, KERN_GATE_RENORMALISED } kern_gate;
 typedef enum kern_rotation { KERN_ROTATE, KERN_ROTATE_BACK } kern_rotation;
+/* |p - t|^2 of a row, or the mean over its coordinates of the smooth absolute difference (Girshick 2015, beta
+ * 1): d^2 / 2 where |d| < 1, |d| - 1/2 elsewhere. */
+typedef enum kern_regression { KERN_SQUARED, KERN_SMOOTH_L1 } kern_regression;
 
 /* Largest sizes that a context will meet, to size its scratch. */
 typedef struct kern_limits {
@@ -253,10 +256,25 @@ typedef struct kern_ops {
   core_status (*sum_squares)(kern_context *, core_tensor x, core_tensor out);
   /* y = x, each Real or BFLOAT16, same count. */
   core_status (*cast)(kern_context *, core_tensor x, core_tensor y);
-  /* y += alpha x; x *= alpha; x = value. Real; fill also takes BFLOAT16. */
+  /* y += alpha x; x *= alpha; x = value. axpy and fill Active, scale Real. */
   core_status (*axpy)(kern_context *, double alpha, core_tensor x, core_tensor y);
   core_status (*scale)(kern_context *, double alpha, core_tensor x);
   core_status (*fill)(kern_context *, double value, core_tensor x);
+
+  /* A bias per group of rows [row[g], row[g+1]); row: int64 [groups + 1], host. x[R,n] += bias[G,n] of its
+   * group; dbias[G,n] += sums over the group's rows of dy. x, dy Active. */
+  core_status (*bias_grouped_fwd)(kern_context *, const int64_t *row, core_tensor bias, core_tensor x);
+  core_status (*bias_grouped_bwd)(kern_context *, const int64_t *row, core_tensor dy, core_tensor dbias);
+  /* Srivastava et al. 2014 on rows that slots name: entry c of row slot[t,k] of x[R,C] becomes 0 where
+   * word c mod 4 of core_random_at(seed, stream, (key[t] K + k) ceil(C / 4) + c / 4) is below rate 2^32, and
+   * is divided by 1 - rate elsewhere. In place; applied to gradients it is its own backward. slot int32
+   * [T,K], -1 none; key uint64 [T]. x Active. */
+  core_status (*dropout)(kern_context *, uint64_t seed, uint64_t stream, double rate, core_tensor key,
+                         core_tensor slot, core_tensor x);
+  /* Per row of prediction[n,D] and target[n,D]: loss[n], and dprediction = weight d loss / d prediction. Rows
+   * with valid[n] (uint8) 0 give 0 and 0. dprediction Active, optional. */
+  core_status (*regression)(kern_context *, kern_regression, double weight, core_tensor prediction,
+                            core_tensor target, core_tensor valid, core_tensor loss, core_tensor dprediction);
 } kern_ops;
 
 /* The CPU backend; always there. */

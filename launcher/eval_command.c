@@ -25,8 +25,8 @@ static core_status evaluate(train_session *session, ckpt_reader *reader, int64_t
   train_state_tensors tensors;
   train_retrieval *result = calloc(1, sizeof *result);
   CHECK(result, CORE_ERR_MEMORY, "no memory for the evaluation");
-  core_status status =
-      comm_agree(session->env.control, train_state_list(session->model, TRAIN_STATE_LOAD_MODEL, &tensors));
+  core_status status = comm_agree(session->env.control,
+                                  train_state_list(session->model, NULL, TRAIN_STATE_LOAD_MODEL, &tensors));
   if (status == CORE_OK) status = ckpt_reader_load(reader, tensors.list, tensors.count);
   train_state_free(&tensors);
   session->env.step = step;

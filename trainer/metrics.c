@@ -63,6 +63,20 @@ static const char *modality_name(const train_metrics *w, int32_t m) {
 
 /* ---- a step ---- */
 
+/* Of a connector: what was trained, and the regression of each direction. */
+static void put_directions(train_metrics *w, const train_report *r) {
+  const train_alignment *a = &w->model->alignment;
+  if (a->directions == 0) return;
+  put(w, "\"direction\":%d,\"regression\":{", r->direction);
+  for (int32_t d = 0; d < a->directions; d++) {
+    char name[2 * CORE_NAME];
+    snprintf(name, sizeof name, "%s:%s", modality_name(w, a->direction[d].from),
+             modality_name(w, a->direction[d].toward));
+    put_number(w, name, r->regression[d]);
+  }
+  close_with(w, '}');
+}
+
 static void put_losses(train_metrics *w, const train_report *r, const train_contrastive *c) {
   put_number(w, "loss", r->loss);
   put_number(w, "contrastive", r->contrastive);
@@ -73,6 +87,7 @@ static void put_losses(train_metrics *w, const train_report *r, const train_cont
     put_number(w, name, r->pair[p]);
   }
   close_with(w, '}');
+  put_directions(w, r);
   put(w, "\"router\":{");
   put_number(w, "importance", r->router.importance);
   put_number(w, "load", r->router.load);

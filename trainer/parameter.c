@@ -17,6 +17,7 @@ core_status train_parameters_add(train_parameters *set, const train_parameter *p
   train_parameter *added = &set->list[set->count];
   *added = *parameter;
   added->count = 1;
+  added->active = true;
   for (int32_t i = 0; i < added->rank; i++) {
     CHECK(added->shape[i] > 0 && added->count <= ((int64_t)1 << 48) / added->shape[i], CORE_ERR_ARGUMENT,
           "the parameter '%s' has dimension %lld", added->name, (long long)added->shape[i]);
@@ -50,11 +51,29 @@ void train_parameters_place(train_parameters *set) {
   set->scope_first[TRAIN_SCOPES] = set->total = at;
 }
 
-train_span train_parameter_within(const train_parameter *p, train_span span) {
-  int64_t first = p->first > span.first ? p->first : span.first;
-  int64_t last = p->first + p->count, end = span.first + span.count;
+train_span train_span_common(train_span a, train_span b) {
+  int64_t first = a.first > b.first ? a.first : b.first;
+  int64_t last = a.first + a.count, end = b.first + b.count;
   if (end < last) last = end;
   return (train_span){first, last > first ? last - first : 0};
+}
+
+train_span train_parameter_within(const train_parameter *p, train_span span) {
+  return train_span_common((train_span){p->first, p->count}, span);
+}
+
+bool train_parameters_next_active(const train_parameters *set, int32_t scope, int32_t *from,
+                                  train_span *out) {
+  *out = (train_span){0, 0};
+  for (; *from < set->count; ++*from) {
+    const train_parameter *p = &set->list[*from];
+    if (train_scope_number(p) != scope) continue;
+    if (!p->active && out->count > 0) break;
+    if (!p->active) continue;
+    if (out->count == 0) out->first = p->first;
+    out->count = p->first + p->count - out->first;
+  }
+  return out->count > 0;
 }
 
 /* End of a scope's last parameter: gaps lie only between scopes. */
@@ -193,6 +212,10 @@ core_tensor train_parameter_gradient(const train_parameters *set, int32_t index)
 core_tensor train_parameter_matrices(const train_parameters *set, int32_t index, int64_t count) {
   return set->copy ? view(set, set->copy, CORE_BFLOAT16, index, count)
                    : view(set, set->value, CORE_REAL_DTYPE, index, count);
+}
+
+core_tensor train_parameter_vectors(const train_parameters *set, int32_t index, int64_t count) {
+  return view(set, set->value, CORE_REAL_DTYPE, index, count);
 }
 
 core_tensor train_parameter_matrix(const train_parameters *set, int32_t index) {

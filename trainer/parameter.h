@@ -37,6 +37,7 @@ typedef struct train_parameter {
   train_init init;
   double init_value; /* standard deviation, or the constant */
   bool decay;        /* weight decay applies */
+  bool active;       /* takes part in the current step; set when declared */
   /* set by train_parameters_place: */
   int64_t first, count; /* range in the flat arrays */
   int64_t steps;        /* updates so far, for Adam's bias correction */
@@ -78,6 +79,10 @@ train_span train_parameters_share_of(const train_parameters *set, int32_t scope,
 /* The group whose ranks hold copies of a scope; NULL: this rank holds nothing of it. */
 comm_group *train_scope_group(const train_env *env, int32_t scope);
 int32_t train_scope_number(const train_parameter *parameter);
+/* The next run of active parameters of a scope, as one range; *from is 0 at first. False at the end. */
+bool train_parameters_next_active(const train_parameters *set, int32_t scope, int32_t *from, train_span *out);
+/* What two ranges have in common; count 0: nothing. */
+train_span train_span_common(train_span a, train_span b);
 /* The part of parameter p that lies in `span`, as a range of the flat arrays; count 0: none. */
 train_span train_parameter_within(const train_parameter *p, train_span span);
 
@@ -100,6 +105,8 @@ core_tensor train_parameter_gradient(const train_parameters *set, int32_t index)
 core_tensor train_parameter_matrix(const train_parameters *set, int32_t index);
 /* `count` equal-shaped neighbours [n, k] as one [count, n, k]. */
 core_tensor train_parameter_matrices(const train_parameters *set, int32_t index, int64_t count);
+/* `count` equal-shaped neighbours [n] as one [count, n], core_real. */
+core_tensor train_parameter_vectors(const train_parameters *set, int32_t index, int64_t count);
 core_tensor train_parameter_gradients(const train_parameters *set, int32_t index, int64_t count);
 
 #endif

@@ -14,6 +14,7 @@ enum { BLOCK = 128 }; /* queries ranked at a time */
 typedef struct gallery {
   int64_t samples, Z;
   int32_t modalities;
+  int32_t direction;                     /* of a connector; -1: a tower's embeddings serve every direction */
   core_tensor z[CORE_MAX_MODALITIES];    /* [N, Z], device */
   uint8_t *present[CORE_MAX_MODALITIES]; /* [N] */
   uint64_t *id;
@@ -69,13 +70,29 @@ static core_status gallery_make(train_session *session, gallery *g) {
 
 /* ---- embedding ---- */
 
+/* What a forward pass made of this rank's samples of modality m: a tower's embedding, or a connector's query
+ * or key.
+ */
+static core_tensor vectors_of(const train_session *session, const gallery *g, int32_t m) {
+  const train_model *model = session->model;
+  if (g->direction < 0) return model->head[m].z;
+  bool asks = model->alignment.direction[g->direction].from == m;
+  return asks ? model->alignment.query_rows : model->alignment.key_rows;
+}
+
+/* Whether modality m has vectors in the gallery. */
+static bool takes_part(const train_session *session, const gallery *g, int32_t m) {
+  const train_direction *list = session->model->alignment.direction;
+  return g->direction < 0 || list[g->direction].from == m || list[g->direction].toward == m;
+}
+
 static core_status take_batch(train_session *session, gallery *g, const data_batch *batch, int64_t first) {
   train_env *env = &session->env;
   train_layout layout = session->evaluation_layout;
   layout.batch = batch->samples; /* the last one may be short; ranges are cut to it */
   memcpy(g->id + first, batch->id, (size_t)batch->samples * sizeof *g->id);
   memcpy(g->label + first, batch->label, (size_t)batch->samples * sizeof *g->label);
-  TRY(train_model_take(session->model, batch, 0));
+  TRY(train_model_take(session->model, batch, 0, g->direction));
   TRY(train_model_forward(session->model, TRAIN_MODE_EVALUATE));
   TRY(env->ops->device->stream_wait(NULL)); /* the batch's latents have been fetched: it may be given back */
   for (int32_t m = 0; m < g->modalities; m++) {
@@ -83,8 +100,9 @@ static core_status take_batch(train_session *session, gallery *g, const data_bat
     core_tensor rows = train_slice(g->z[m], first, batch->samples);
     core_tensor own = train_slice(rows, range.lo, range.hi - range.lo);
     memcpy(g->present[m] + first, batch->present + m * batch->samples, (size_t)batch->samples);
+    if (!takes_part(session, g, m)) continue;
     if (own.shape[0] > 0)
-      TRY(env->ops->device->copy(own.data, session->model->head[m].z.data, core_tensor_bytes(&own), NULL));
+      TRY(env->ops->device->copy(own.data, vectors_of(session, g, m).data, core_tensor_bytes(&own), NULL));
     TRY(train_share_rows(env, &layout, m, rows, g->send, g->recv));
   }
   return CORE_OK;
@@ -180,18 +198,21 @@ static core_status rank_direction(train_session *session, gallery *g, int32_t a,
   return CORE_OK;
 }
 
-/* This rank's share of the queries, every direction. Local. */
+/* This rank's share of the queries, every direction that the gallery serves. Local. */
 static core_status rank_own(train_session *session, gallery *g, train_retrieval *out) {
   for (int32_t a = 0; a < g->modalities; a++) {
+    out->gallery[a] = 0;
     for (int64_t i = 0; i < g->samples; i++) out->gallery[a] += g->present[a][i];
     for (int32_t b = 0; b < g->modalities; b++)
-      if (a != b) TRY(rank_direction(session, g, a, b, out));
+      if (a != b && g->direction < 0) TRY(rank_direction(session, g, a, b, out));
   }
+  if (g->direction < 0) return CORE_OK;
+  const train_direction *d = &session->model->alignment.direction[g->direction];
+  TRY(rank_direction(session, g, d->from, d->toward, out));
   return CORE_OK;
 }
 
-static core_status rank_all(train_session *session, gallery *g, train_retrieval *out) {
-  TRY(comm_agree(session->env.control, rank_own(session, g, out)));
+static core_status add_up_ranks(train_session *session, gallery *g, train_retrieval *out) {
   comm_group *world = session->env.world;
   int64_t cells = CORE_MAX_MODALITIES * CORE_MAX_MODALITIES;
   TRY(comm_all_reduce(world, COMM_SUM, CORE_INT64, out->queries, cells));
@@ -222,8 +243,12 @@ core_status train_retrieval_run(train_session *session, train_retrieval *out) {
   gallery g;
   TRY(comm_agree(session->env.control, train_moe_sums_clear(&session->env, sums)));
   core_status status = comm_agree(session->env.control, gallery_make(session, &g));
-  if (status == CORE_OK) status = embed(session, &g);
-  if (status == CORE_OK) status = rank_all(session, &g, out);
+  for (int32_t d = 0; d < train_model_directions(session->model) && status == CORE_OK; d++) {
+    g.direction = session->env.settings->model.kind == TRAIN_KIND_CONNECTOR ? d : -1;
+    status = embed(session, &g);
+    if (status == CORE_OK) status = comm_agree(session->env.control, rank_own(session, &g, out));
+  }
+  if (status == CORE_OK) status = add_up_ranks(session, &g, out);
   if (status == CORE_OK) status = add_up_sums(session);
   out->samples = g.samples;
   gallery_free(session->env.ops->device, &g);

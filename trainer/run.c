@@ -99,7 +99,8 @@ static core_status check_meta(const run *r, const train_state_meta *meta, const 
 
 static core_status load_tensors(run *r, ckpt_reader *reader) {
   train_state_tensors wanted;
-  TRY(comm_agree(r->env->control, train_state_list(r->session->model, TRAIN_STATE_LOAD, &wanted)));
+  TRY(comm_agree(r->env->control, train_state_list(r->session->model, &r->session->stepper.alternation,
+                                                   TRAIN_STATE_LOAD, &wanted)));
   core_status status = ckpt_reader_load(reader, wanted.list, wanted.count);
   train_state_free(&wanted);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
@@ -235,11 +236,21 @@ static core_status save_now(run *r) {
 
 /* ---- evaluation ---- */
 
+/* Adaptive alternation follows the recall of each direction. */
+static void adapt_schedule(run *r, const train_retrieval *result) {
+  double recall[TRAIN_MAX_DIRECTIONS] = {0};
+  const train_alignment *a = &r->session->model->alignment;
+  for (int32_t d = 0; d < a->directions; d++)
+    recall[d] = train_retrieval_recall(result, a->direction[d].from, a->direction[d].toward, 0);
+  train_alternation_adapt(&r->session->stepper.alternation, recall);
+}
+
 static core_status evaluate(run *r, bool table) {
   train_retrieval *result = malloc(sizeof *result);
   CHECK(result, CORE_ERR_MEMORY, "no memory for the evaluation");
   core_status status = train_retrieval_run(r->session, result);
   if (status == CORE_OK) {
+    adapt_schedule(r, result);
     LOG_INFO("step %lld: mean R@1 on %s %.2f %% (%.1f s)", (long long)r->env->step,
              r->settings->data.validation, 100 * train_retrieval_mean(result), result->seconds);
     if (r->metrics) {
@@ -311,7 +322,10 @@ static core_status judge(run *r, const train_report *report) {
 static void after_step(run *r, const train_report *report) {
   if (!r->metrics) return;
   show_progress(r, report);
-  core_status status = train_metrics_step(r->metrics, report, &r->session->stepper.contrastive, &r->position);
+  const train_stepper *stepper = &r->session->stepper;
+  bool connector = r->settings->model.kind == TRAIN_KIND_CONNECTOR;
+  core_status status = train_metrics_step(
+      r->metrics, report, connector ? &stepper->alignment.contrastive : &stepper->contrastive, &r->position);
   if (status != CORE_OK && !r->metrics_failed)
     LOG_WARNING("metrics are being lost: %s", core_error_get()->message);
   r->metrics_failed = status != CORE_OK;
@@ -465,7 +479,8 @@ static core_status open_run(run *r, const train_run_options *options) {
   snprintf(r->directory, sizeof r->directory, "%s", s->run.directory);
   snprintf(r->checkpoints, sizeof r->checkpoints, "%.900s/checkpoints", s->run.directory);
   TRY(prepare_directory(r));
-  TRY(comm_agree(r->env->control, train_state_list(r->session->model, TRAIN_STATE_SAVE, &r->saved)));
+  TRY(comm_agree(r->env->control, train_state_list(r->session->model, &r->session->stepper.alternation,
+                                                   TRAIN_STATE_SAVE, &r->saved)));
   ckpt_options saving = {.directory = r->checkpoints,
                          .keep = (int32_t)s->checkpoint.keep,
                          .level = (int32_t)s->checkpoint.level,

@@ -155,16 +155,19 @@ static size_t stored_bytes(const train_session *session, int32_t m) {
 static train_model_limits find_limits(const train_session *session) {
   const train_env *env = &session->env;
   train_model_limits limits = {.training = session->purpose == TRAIN_PURPOSE_TRAIN};
-  int64_t K = env->settings->model.moe.choose, own = 0;
+  train_model_limits groups = {0}; /* tokens of a whole expert group */
+  int64_t K = env->settings->model.moe.choose;
   for (int32_t m = 0; m < env->layout.modalities; m++) {
     int64_t group_rows = 0;
     add_limits(session->training, &env->layout, m, &limits, &group_rows);
     add_limits(session->evaluation, &session->evaluation_layout, m, &limits, &group_rows);
     limits.width[m] = data_set_modality(any_set(session), m)->width;
     limits.latent_bytes[m] = stored_bytes(session, m);
-    limits.group_tokens += group_rows;
-    own += limits.tokens[m];
+    groups.tokens[m] = group_rows;
   }
+  int64_t own = 0, segments = 0;
+  train_model_rows(env->settings, &limits, &own, &segments);
+  train_model_rows(env->settings, &groups, &limits.group_tokens, &segments);
   double share =
       (double)(limits.group_tokens * K) / env->layout.expert_ranks * env->settings->model.moe.buffer;
   int64_t most = limits.group_tokens * K, rows = (int64_t)share + 1;
@@ -192,13 +195,13 @@ static kern_limits kernel_limits(const train_session *session, const train_model
   width = larger(width, larger(model->Z, s->evaluate.batch));
   for (int32_t m = 0; m < session->env.layout.modalities; m++) {
     width = larger(width, larger(limits->width[m], s->data.modalities[m].hidden));
-    k.rows += limits->tokens[m];
     const data_set *sets[2] = {session->training, session->evaluation};
     for (int i = 0; i < 2; i++)
       if (sets[i]) k.sequence = larger(k.sequence, data_set_modality(sets[i], m)->longest);
   }
   k.updates = model->parameters.count;
-  for (int32_t m = 0; m < session->env.layout.modalities; m++) k.segments += limits->segments[m] + 1;
+  train_model_rows(s, limits, &k.rows, &k.segments);
+  k.segments = larger(k.segments + 1, session->env.layout.batch);
   k.rows = larger(larger(k.rows * s->model.moe.choose, limits->expert_rows), session->env.layout.batch);
   k.width = larger(width, session->env.layout.batch);
   return k;

@@ -37,6 +37,13 @@ static const cyaml_strval_t rate_words[] = {
 static const cyaml_strval_t non_finite_words[] = {{"stop", TRAIN_NON_FINITE_STOP},
                                                   {"skip", TRAIN_NON_FINITE_SKIP}};
 
+static const cyaml_strval_t kind_words[] = {{"tower", TRAIN_KIND_TOWER}, {"connector", TRAIN_KIND_CONNECTOR}};
+static const cyaml_strval_t match_words[] = {{"active", TRAIN_MATCH_ACTIVE}, {"total", TRAIN_MATCH_TOTAL}};
+static const cyaml_strval_t regression_words[] = {{"squared", KERN_SQUARED}, {"smooth_l1", KERN_SMOOTH_L1}};
+static const cyaml_strval_t alternate_words[] = {{"none", TRAIN_ALTERNATE_NONE},
+                                                 {"cyclic", TRAIN_ALTERNATE_CYCLIC},
+                                                 {"block", TRAIN_ALTERNATE_BLOCK},
+                                                 {"adaptive", TRAIN_ALTERNATE_ADAPTIVE}};
 static const cyaml_strval_t precision_words[] = {{"float32", CORE_FLOAT32}, {"bfloat16", CORE_BFLOAT16}};
 static const cyaml_strval_t transport_words[] = {
     {"auto", COMM_DEVICE_AUTO}, {"nccl", COMM_DEVICE_NCCL}, {"staged", COMM_DEVICE_STAGED}};
@@ -96,12 +103,15 @@ static const cyaml_schema_field_t moe_fields[] = {
     TEXT("capacity", moe_part, capacity),
     CYAML_FIELD_INT("group_samples", NEEDED, moe_part, group_samples),
     WORD("priority", moe_part, priority, priority_words),
+    CORE_FIELD_BOOL("bias", moe_part, bias),
+    CYAML_FIELD_FLOAT("dropout", NEEDED, moe_part, dropout),
     CYAML_FIELD_FLOAT("noise", NEEDED, moe_part, noise),
     CYAML_FIELD_FLOAT("buffer", NEEDED, moe_part, buffer),
     CYAML_FIELD_END};
 
 typedef PART(model) model_part;
 static const cyaml_schema_field_t model_fields[] = {
+    WORD("kind", model_part, kind, kind_words),
     CYAML_FIELD_INT("width", NEEDED, model_part, width),
     CYAML_FIELD_INT("layers", NEEDED, model_part, layers),
     CYAML_FIELD_INT("heads", NEEDED, model_part, heads),
@@ -113,6 +123,8 @@ static const cyaml_schema_field_t model_fields[] = {
     CYAML_FIELD_FLOAT("norm_epsilon", NEEDED, model_part, norm_epsilon),
     CYAML_FIELD_FLOAT("rope_base", NEEDED, model_part, rope_base),
     CORE_FIELD_BOOL("dense", model_part, dense),
+    WORD("dense_match", model_part, dense_match, match_words),
+    CORE_FIELD_BOOL("per_direction", model_part, per_direction),
     CORE_FIELD_BOOL("recompute", model_part, recompute),
     CYAML_FIELD_MAPPING("moe", NEEDED, model_part, moe, moe_fields),
     CYAML_FIELD_END};
@@ -125,6 +137,22 @@ static const cyaml_schema_field_t objective_fields[] = {
     CYAML_FIELD_FLOAT("importance", NEEDED, objective_part, importance),
     CYAML_FIELD_FLOAT("load", NEEDED, objective_part, load),
     CYAML_FIELD_FLOAT("z", NEEDED, objective_part, z),
+    CYAML_FIELD_SEQUENCE("directions", CYAML_FLAG_POINTER, objective_part, directions, &pair_value, 0,
+                         TRAIN_MAX_DIRECTIONS),
+    CYAML_FIELD_FLOAT("alpha", NEEDED, objective_part, alpha),
+    CYAML_FIELD_FLOAT("temperature", NEEDED, objective_part, temperature),
+    WORD("regression", objective_part, regression, regression_words),
+    CYAML_FIELD_END};
+
+typedef PART(schedule) schedule_part;
+static const cyaml_schema_value_t steps_value = {CYAML_VALUE_INT(NEEDED, int64_t)};
+static const cyaml_schema_field_t schedule_fields[] = {
+    WORD("alternate", schedule_part, alternate, alternate_words),
+    CYAML_FIELD_SEQUENCE("steps", CYAML_FLAG_POINTER, schedule_part, steps, &steps_value, 0,
+                         TRAIN_MAX_DIRECTIONS),
+    CYAML_FIELD_FLOAT("gain", NEEDED, schedule_part, gain),
+    CYAML_FIELD_FLOAT("least", NEEDED, schedule_part, least),
+    CYAML_FIELD_FLOAT("most", NEEDED, schedule_part, most),
     CYAML_FIELD_END};
 
 typedef PART(parallel) parallel_part;
@@ -171,6 +199,7 @@ static const cyaml_schema_field_t top_fields[] = {
     CYAML_FIELD_MAPPING("data", NEEDED, train_settings, data, data_fields),
     CYAML_FIELD_MAPPING("model", NEEDED, train_settings, model, model_fields),
     CYAML_FIELD_MAPPING("objective", NEEDED, train_settings, objective, objective_fields),
+    CYAML_FIELD_MAPPING("schedule", NEEDED, train_settings, schedule, schedule_fields),
     CYAML_FIELD_MAPPING("parallel", NEEDED, train_settings, parallel, parallel_fields),
     CYAML_FIELD_MAPPING("optimizer", NEEDED, train_settings, optimizer, optimizer_fields),
     CYAML_FIELD_MAPPING("checkpoint", NEEDED, train_settings, checkpoint, checkpoint_fields),
@@ -179,18 +208,22 @@ static const cyaml_schema_field_t top_fields[] = {
 static const cyaml_schema_value_t top_value = {
     CYAML_VALUE_MAPPING(CYAML_FLAG_POINTER, train_settings, top_fields)};
 
-/* What a file may leave out. data.path, data.modalities, model.width, layers and heads have no default. */
+/* What a file may leave out. data.path, data.modalities and model.width have no default; a tower needs heads.
+ */
 static const char defaults[] =
     "run: {directory: run, seed: 1, steps: 1000, device: auto, precision: float32, threads: 0, log: 10, "
     "deadline: 600,"
     " non_finite: stop, failures: 10}\n"
     "data: {train: train, validation: validation, shuffle: 65536, threads: 1, queue: 2, cache: 256}\n"
-    "model:\n"
+    "model:\n  kind: tower\n  layers: 1\n  heads: 0\n"
     "  kv_heads: 0\n  head_width: 0\n  hidden: 0\n  embedding: 0\n  activation: swiglu\n"
-    "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  dense: false\n  recompute: false\n"
+    "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  dense: false\n  dense_match: active\n"
+    "  per_direction: false\n  recompute: false\n"
     "  moe: {layers: every 2, experts: 8, choose: 1, hidden: 0, gate: softmax, dispatch: dropless,"
-    " capacity: '1.05', group_samples: 8, priority: gate, noise: 1, buffer: 1.5}\n"
-    "objective: {pairs: [], scale: 10, largest_scale: 100, importance: 0.005, load: 0.005, z: 0.001}\n"
+    " capacity: '1.05', group_samples: 8, priority: gate, bias: false, dropout: 0, noise: 1, buffer: 1.5}\n"
+    "objective: {pairs: [], scale: 10, largest_scale: 100, importance: 0.005, load: 0.005, z: 0.001,"
+    " directions: [], alpha: 0.5, temperature: 0.03, regression: squared}\n"
+    "schedule: {alternate: none, steps: [], gain: 1, least: 0, most: 1}\n"
     "parallel: {experts: 1, placement: shared, shard_optimizer: true, transport: auto}\n"
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1}\n"
@@ -236,6 +269,10 @@ bool train_settings_pair(const train_settings *settings, const char *text, int32
 }
 
 /* Walks a list "1,3,5"; *found tells whether l is in it. False if it is not such a list. */
+bool train_settings_direction(const train_settings *settings, unsigned d, int32_t pair[2]) {
+  return train_settings_pair(settings, settings->objective.directions[d], pair);
+}
+
 static bool walk_list(const char *rule, int64_t layers, int64_t l, bool *found) {
   *found = false;
   while (*rule) {
@@ -307,7 +344,7 @@ static core_status check_sizes(const core_config *config, const train_settings *
       {"data.cache", (double)s->data.cache, 1, 1 << 20},
       {"model.width", (double)s->model.width, 1, large},
       {"model.layers", (double)s->model.layers, 1, 4096},
-      {"model.heads", (double)s->model.heads, 1, 1024},
+      {"model.heads", (double)s->model.heads, s->model.kind == TRAIN_KIND_TOWER, 1024},
       {"model.kv_heads", (double)s->model.kv_heads, 0, (double)s->model.heads},
       {"model.head_width", (double)s->model.head_width, 0, 4096},
       {"model.hidden", (double)s->model.hidden, 0, large},
@@ -320,12 +357,18 @@ static core_status check_sizes(const core_config *config, const train_settings *
       {"model.moe.hidden", (double)s->model.moe.hidden, 0, large},
       {"model.moe.group_samples", (double)s->model.moe.group_samples, 1, large},
       {"model.moe.noise", s->model.moe.noise, 0, 1000},
+      {"model.moe.dropout", s->model.moe.dropout, 0, 0.999},
       {"model.moe.buffer", s->model.moe.buffer, 0.01, 1024},
       {"objective.scale", s->objective.scale, 1e-3, s->objective.largest_scale},
       {"objective.largest_scale", s->objective.largest_scale, 1e-3, 1e6},
       {"objective.importance", s->objective.importance, 0, 1e6},
       {"objective.load", s->objective.load, 0, 1e6},
       {"objective.z", s->objective.z, 0, 1e6},
+      {"objective.alpha", s->objective.alpha, 0, 1},
+      {"objective.temperature", s->objective.temperature, 1e-6, 1e6},
+      {"schedule.gain", s->schedule.gain, 0, 1e6},
+      {"schedule.least", s->schedule.least, 0, 1},
+      {"schedule.most", s->schedule.most, 1e-6, 1},
       {"optimizer.batch", (double)s->optimizer.batch, 1, large},
       {"optimizer.accumulate", (double)s->optimizer.accumulate, 1, 65536},
       {"optimizer.rate", s->optimizer.rate, 0, 1e6},
@@ -382,7 +425,83 @@ static core_status check_modality(const core_config *config, const train_setting
   return CORE_OK;
 }
 
+static core_status check_capacity(const core_config *config, const train_settings *s) {
+  int64_t capacity = train_settings_thousandths(s->model.moe.capacity);
+  if (capacity < 1 || capacity > 1000000)
+    return core_config_refuse(config, "model.moe.capacity",
+                              "expected a number from 0.001 to 1000 with at most three decimals, got '%s'",
+                              s->model.moe.capacity);
+  return CORE_OK;
+}
+
+/* A connector knows directions, no pairs, and none of a tower's parts. */
+static core_status check_connector(const core_config *config, const train_settings *s) {
+  const train_modality_settings *list = s->data.modalities;
+  int32_t pair[2], other[2];
+  char key[160];
+  if (s->objective.directions_count == 0)
+    return core_config_refuse(config, "objective.directions",
+                              "a connector needs at least one, as from:toward");
+  for (unsigned d = 0; d < s->objective.directions_count; d++) {
+    snprintf(key, sizeof key, "objective.directions.%u", d);
+    if (!train_settings_direction(s, d, pair))
+      return core_config_refuse(
+          config, key, "expected two different modalities of this configuration as from:toward, got '%s'",
+          s->objective.directions[d]);
+    for (unsigned i = 0; i < d; i++)
+      if (train_settings_direction(s, i, other) && other[0] == pair[0] && other[1] == pair[1])
+        return core_config_refuse(config, key, "the direction is listed twice");
+  }
+  if (s->objective.pairs_count > 0)
+    return core_config_refuse(config, "objective.pairs", "a connector has directions, no pairs");
+  if (s->objective.importance > 0 || s->objective.load > 0 || s->objective.z > 0)
+    return core_config_refuse(config, "objective.importance",
+                              "a connector has no router losses: importance, load and z must be 0");
+  if (s->model.layers != 1) return core_config_refuse(config, "model.layers", "a connector has one layer");
+  if (s->model.moe.dispatch != TRAIN_DROPLESS)
+    return core_config_refuse(config, "model.moe.dispatch", "a connector drops nothing: expected dropless");
+  for (unsigned m = 0; m < s->data.modalities_count; m++) {
+    snprintf(key, sizeof key, "data.modalities.%.96s", list[m].name);
+    if (list[m].positions != TRAIN_POSITIONS_NONE || list[m].connector != TRAIN_CONNECTOR_LINEAR ||
+        list[m].local > 0 || list[m].global > 0)
+      return core_config_refuse(
+          config, key,
+          "with model.kind connector a modality has positions none, connector linear and no "
+          "entropy losses");
+  }
+  return CORE_OK;
+}
+
+static core_status check_schedule(const core_config *config, const train_settings *s) {
+  unsigned D = s->objective.directions_count;
+  if (s->model.kind == TRAIN_KIND_TOWER) {
+    if (D > 0) return core_config_refuse(config, "objective.directions", "a tower has pairs, no directions");
+    if (s->schedule.alternate != TRAIN_ALTERNATE_NONE)
+      return core_config_refuse(config, "schedule.alternate", "a tower has no directions to alternate");
+    if (s->model.per_direction)
+      return core_config_refuse(config, "model.per_direction", "a tower has no directions");
+    return CORE_OK;
+  }
+  if (s->schedule.alternate == TRAIN_ALTERNATE_BLOCK && s->schedule.steps_count != D)
+    return core_config_refuse(config, "schedule.steps",
+                              "expected a number of steps for each of %u directions, got %u", D,
+                              s->schedule.steps_count);
+  for (unsigned d = 0; d < s->schedule.steps_count; d++)
+    if (s->schedule.steps[d] < 1 || s->schedule.steps[d] > 1000000)
+      return core_config_refuse(config, "schedule.steps",
+                                "expected 1 to 1000000 steps for each direction, got %lld",
+                                (long long)s->schedule.steps[d]);
+  if (s->schedule.alternate == TRAIN_ALTERNATE_ADAPTIVE && s->evaluate.interval == 0)
+    return core_config_refuse(config, "evaluate.interval",
+                              "adaptive alternation follows the validation recall: expected at least 1");
+  return CORE_OK;
+}
+
 static core_status check_model(const core_config *config, const train_settings *s) {
+  if (s->model.kind == TRAIN_KIND_CONNECTOR) {
+    TRY(check_connector(config, s));
+    return check_capacity(config, s);
+  }
   int64_t head_width = s->model.head_width ? s->model.head_width : s->model.width / s->model.heads;
   int64_t kv_heads = s->model.kv_heads ? s->model.kv_heads : s->model.heads;
   if (!s->model.head_width && s->model.width % s->model.heads != 0)
@@ -402,11 +521,7 @@ static core_status check_model(const core_config *config, const train_settings *
         "expected none, all, every N, first half, second half or a list of layers below %lld, "
         "got '%s'",
         (long long)s->model.layers, s->model.moe.layers);
-  int64_t capacity = train_settings_thousandths(s->model.moe.capacity);
-  if (capacity < 1 || capacity > 1000000)
-    return core_config_refuse(config, "model.moe.capacity",
-                              "expected a number from 0.001 to 1000 with at most three decimals, got '%s'",
-                              s->model.moe.capacity);
+  TRY(check_capacity(config, s));
   return CORE_OK;
 }
 
@@ -470,6 +585,7 @@ core_status train_settings_check(const core_config *config, int32_t ranks) {
                               (long long)s->parallel.experts);
   for (unsigned m = 0; m < s->data.modalities_count; m++) TRY(check_modality(config, s, m));
   TRY(check_model(config, s));
+  TRY(check_schedule(config, s));
   TRY(check_pairs(config, s));
   TRY(check_parallel(config, s, ranks));
   return CORE_OK;

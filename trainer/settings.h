@@ -22,6 +22,17 @@ typedef enum train_dispatch { TRAIN_DROPLESS, TRAIN_CAPACITY } train_dispatch;
 typedef enum train_priority { TRAIN_PRIORITY_GATE, TRAIN_PRIORITY_ORDER } train_priority;
 typedef enum train_placement { TRAIN_SHARED, TRAIN_PARTITIONED } train_placement;
 typedef enum train_rate_kind { TRAIN_RATE_CONSTANT, TRAIN_RATE_COSINE, TRAIN_RATE_RSQRT } train_rate_kind;
+typedef enum train_kind { TRAIN_KIND_TOWER, TRAIN_KIND_CONNECTOR } train_kind;
+typedef enum train_match { TRAIN_MATCH_ACTIVE, TRAIN_MATCH_TOTAL } train_match;
+typedef enum train_alternate {
+  TRAIN_ALTERNATE_NONE,
+  TRAIN_ALTERNATE_CYCLIC,
+  TRAIN_ALTERNATE_BLOCK,
+  TRAIN_ALTERNATE_ADAPTIVE
+} train_alternate;
+
+enum { TRAIN_MAX_DIRECTIONS = 64 };
+
 typedef enum train_non_finite { TRAIN_NON_FINITE_STOP, TRAIN_NON_FINITE_SKIP } train_non_finite;
 
 typedef struct train_modality_settings {
@@ -61,11 +72,15 @@ typedef struct train_settings {
     unsigned modalities_count;
   } data;
   struct {
+    int kind; /* train_kind: one tower with attention, or one connector between latent spaces (Alt-MoE) */
     int64_t width, layers, heads, kv_heads, head_width, hidden, embedding;
     int activation; /* train_activation of every feed-forward */
     double norm_epsilon, rope_base;
-    int dense;     /* replace each MoE layer by a dense one of equal FLOPs per token */
-    int recompute; /* keep only the blocks' outputs for backward and compute the rest again */
+    int dense;         /* replace each MoE layer by a dense one of equal FLOPs per token */
+    int dense_match;   /* train_match: the dense layer has the parameters of the chosen experts, or of all of
+                          them */
+    int per_direction; /* a connector of its own for each direction instead of a shared one */
+    int recompute;     /* keep only the blocks' outputs for backward and compute the rest again */
     struct {
       char *layers; /* none, all, every 2, first half, second half, or a list "1,3" */
       int64_t experts, choose;
@@ -74,8 +89,10 @@ typedef struct train_settings {
       int dispatch;   /* train_dispatch */
       char *capacity; /* factor, at most three decimals */
       int64_t group_samples;
-      int priority; /* train_priority */
-      double noise; /* router noise in units of 1 / experts */
+      int priority;   /* train_priority */
+      int bias;       /* the router and the experts have biases */
+      double dropout; /* of an expert's output, in training */
+      double noise;   /* router noise in units of 1 / experts */
       double
           buffer; /* expert buffers in units of the balanced share; what exceeds them takes another round */
     } moe;
@@ -85,7 +102,18 @@ typedef struct train_settings {
     unsigned pairs_count;
     double scale, largest_scale; /* 1 / temperature: at the start, at most */
     double importance, load, z;
+    char **directions; /* "image:text": from, toward; of a connector */
+    unsigned directions_count;
+    double alpha;       /* weight of the regression; 1 - alpha that of the contrastive term */
+    double temperature; /* fixed */
+    int regression;     /* kern_regression */
   } objective;
+  struct {
+    int alternate;  /* train_alternate: which direction a step trains */
+    int64_t *steps; /* K_d of each direction, for block */
+    unsigned steps_count;
+    double gain, least, most; /* adaptive; least 0: 0.1 / directions */
+  } schedule;
   struct {
     int64_t experts;     /* expert-parallel size e */
     int placement;       /* train_placement */
@@ -124,6 +152,8 @@ bool train_settings_moe_layer(const char *rule, int64_t layers, int64_t l);
 bool train_settings_rule_valid(const char *rule, int64_t layers);
 /* "a:b" -> indices of two different modalities; false if it is not that. */
 bool train_settings_pair(const train_settings *settings, const char *text, int32_t pair[2]);
+/* The directions of a connector: from and toward. */
+bool train_settings_direction(const train_settings *settings, unsigned d, int32_t pair[2]);
 /* Index of a modality by name, -1 if there is none. */
 int32_t train_settings_modality(const train_settings *settings, const char *name);
 

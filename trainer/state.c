@@ -73,10 +73,24 @@ static void add_standardisation(train_model *model, train_state_tensors *out, in
   }
 }
 
-core_status train_state_list(train_model *model, train_state_purpose purpose, train_state_tensors *out) {
+static void add_alternation(const train_model *model, train_alternation *alternation,
+                            train_state_tensors *out) {
+  if (!alternation || alternation->kind != TRAIN_ALTERNATE_ADAPTIVE) return;
+  for (int i = 0; i < 2; i++) {
+    ckpt_tensor *tensor = add(out, "schedule", i == 0 ? "probability" : "taken");
+    tensor->dtype = i == 0 ? CORE_FLOAT64 : CORE_INT64;
+    tensor->rank = 1;
+    tensor->shape[0] = tensor->count = alternation->directions;
+    tensor->data = i == 0 ? (void *)alternation->probability : (void *)alternation->taken;
+    tensor->owner = comm_rank(model->env->world) == 0;
+  }
+}
+
+core_status train_state_list(train_model *model, train_alternation *alternation, train_state_purpose purpose,
+                             train_state_tensors *out) {
   train_parameters *set = &model->parameters;
   memset(out, 0, sizeof *out);
-  size_t most = (size_t)set->count * 4 + 2 * CORE_MAX_MODALITIES;
+  size_t most = (size_t)set->count * 4 + 2 * CORE_MAX_MODALITIES + 2;
   out->list = calloc(most, sizeof *out->list);
   out->names = calloc(most, sizeof *out->names);
   if (!out->list || !out->names) train_state_free(out);
@@ -85,6 +99,7 @@ core_status train_state_list(train_model *model, train_state_purpose purpose, tr
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
     if (train_layout_holds(&model->env->layout, model->env->layout.rank, m))
       add_standardisation(model, out, m);
+  if (purpose != TRAIN_STATE_LOAD_MODEL) add_alternation(model, alternation, out);
   return CORE_OK;
 }
 

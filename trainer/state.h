@@ -6,6 +6,7 @@
 #include "checkpoint/checkpoint.h"
 #include "data/data.h"
 #include "trainer/model/tower.h"
+#include "trainer/schedule/alternation.h"
 
 typedef struct train_state_tensors {
   ckpt_tensor *list;
@@ -19,10 +20,10 @@ typedef enum train_state_purpose {
   TRAIN_STATE_LOAD_MODEL /* without the optimizer's */
 } train_state_purpose;
 
-/* Lists the model's tensors. Saved ranges cover each element exactly once over all ranks. Free with
- * train_state_free. */
-CORE_NODISCARD core_status train_state_list(train_model *model, train_state_purpose purpose,
-                                            train_state_tensors *out);
+/* Lists the model's tensors, and the state of an adaptive schedule (alternation may be NULL). Saved ranges
+ * cover each element exactly once over all ranks. Free with train_state_free. */
+CORE_NODISCARD core_status train_state_list(train_model *model, train_alternation *alternation,
+                                            train_state_purpose purpose, train_state_tensors *out);
 /* After loading: what is derived from the values. */
 CORE_NODISCARD core_status train_state_loaded(train_model *model);
 void train_state_free(train_state_tensors *tensors);

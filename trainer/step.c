@@ -11,21 +11,33 @@
 #include "core/clock.h"
 #include "trainer/schedule/rate.h"
 
+static bool is_connector(const train_stepper *stepper) {
+  return stepper->env->settings->model.kind == TRAIN_KIND_CONNECTOR;
+}
+
+/* Sums of a step's losses: of each pair, or the contrastive and the regression part of each direction. */
+static int64_t loss_parts(const train_stepper *stepper) {
+  return is_connector(stepper) ? 2 * stepper->model->alignment.directions : stepper->contrastive.pairs;
+}
+
 core_status train_stepper_make(train_env *env, train_model *model, train_stepper *out) {
   memset(out, 0, sizeof *out);
   out->env = env;
   out->model = model;
-  TRY(train_contrastive_make(env, model->Z, &out->contrastive));
+  train_alternation_make(env->settings, &out->alternation);
+  TRY(is_connector(out) ? train_alignment_loss_make(env, model, &out->alignment)
+                        : train_contrastive_make(env, model->Z, &out->contrastive));
   return CORE_OK;
 }
 
 core_status train_stepper_plan(train_stepper *stepper, const train_arenas *arenas) {
   const train_moe_sums *sums = &stepper->model->sums;
   int64_t cells = (int64_t)sums->layers * sums->modalities, M = stepper->env->layout.modalities;
-  TRY(train_contrastive_plan(&stepper->contrastive, arenas));
+  TRY(is_connector(stepper) ? train_alignment_loss_plan(&stepper->alignment, stepper->model, arenas)
+                            : train_contrastive_plan(&stepper->contrastive, arenas));
   TRY(train_router_plan(&stepper->router, stepper->env, stepper->model->moe_layers, arenas));
   TRY(train_optimizer_plan(&stepper->optimizer, stepper->model, arenas));
-  stepper->reduced_count = stepper->contrastive.pairs + cells * train_moe_value_stride(sums);
+  stepper->reduced_count = loss_parts(stepper) + cells * train_moe_value_stride(sums);
   stepper->counted_count = 2 * M + cells * train_moe_count_stride(sums);
   TRY(ARENA_TAKE(arenas->host, stepper->reduced_count, &stepper->reduced));
   TRY(ARENA_TAKE(arenas->host, stepper->counted_count, &stepper->counted));
@@ -61,7 +73,7 @@ static core_status forward_pass(train_stepper *stepper, const data_batch *batch)
   TRY(train_moe_sums_clear(stepper->env, &stepper->model->sums));
   memset(stepper->counted, 0, (size_t)stepper->counted_count * sizeof *stepper->counted);
   for (int64_t micro = 0; micro < stepper->env->layout.micro_batches; micro++) {
-    TRY(train_model_take(stepper->model, batch, micro));
+    TRY(train_model_take(stepper->model, batch, micro, -1));
     TRY(train_model_forward(stepper->model, TRAIN_MODE_TRAIN));
     TRY(train_contrastive_put(&stepper->contrastive, stepper->model, micro));
     count_items(stepper);
@@ -74,7 +86,7 @@ static core_status backward_pass(train_stepper *stepper, const data_batch *batch
   train_env *env = stepper->env;
   for (int64_t micro = 0; micro < env->layout.micro_batches; micro++) {
     if (env->layout.micro_batches > 1) {
-      TRY(train_model_take(stepper->model, batch, micro));
+      TRY(train_model_take(stepper->model, batch, micro, -1));
       TRY(train_model_forward(stepper->model, TRAIN_MODE_AGAIN));
       charge(env, TRAIN_PHASE_FORWARD, mark, exchanged);
     }
@@ -85,13 +97,24 @@ static core_status backward_pass(train_stepper *stepper, const data_batch *batch
   return CORE_OK;
 }
 
+static void put_losses(train_stepper *stepper) {
+  const train_alignment_loss *alignment = &stepper->alignment;
+  if (!is_connector(stepper)) {
+    memcpy(stepper->reduced, stepper->contrastive.loss, (size_t)loss_parts(stepper) * sizeof(double));
+    return;
+  }
+  int32_t D = stepper->model->alignment.directions;
+  memcpy(stepper->reduced, alignment->contrastive.loss, (size_t)D * sizeof(double));
+  memcpy(stepper->reduced + D, alignment->regression, (size_t)D * sizeof(double));
+}
+
 /* One reduction for all real sums of the step, one for all counts. */
 static core_status reduce_sums(train_stepper *stepper) {
   train_moe_sums *sums = &stepper->model->sums;
   TRY(train_moe_sums_down(stepper->env, sums));
-  int64_t pairs = stepper->contrastive.pairs, values = stepper->reduced_count - pairs;
+  int64_t pairs = loss_parts(stepper), values = stepper->reduced_count - pairs;
   int64_t M2 = 2 * stepper->env->layout.modalities, counts = stepper->counted_count - M2;
-  memcpy(stepper->reduced, stepper->contrastive.loss, (size_t)pairs * sizeof(double));
+  put_losses(stepper);
   if (values > 0) memcpy(stepper->reduced + pairs, sums->value.host, (size_t)values * sizeof(double));
   if (counts > 0) memcpy(stepper->counted + M2, sums->count.host, (size_t)counts * sizeof(int64_t));
   TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_FLOAT64, stepper->reduced, stepper->reduced_count));
@@ -99,6 +122,13 @@ static core_status reduce_sums(train_stepper *stepper) {
   if (values > 0) memcpy(sums->value.host, stepper->reduced + pairs, (size_t)values * sizeof(double));
   if (counts > 0) memcpy(sums->count.host, stepper->counted + M2, (size_t)counts * sizeof(int64_t));
   return CORE_OK;
+}
+
+static void fill_counts(train_stepper *stepper, train_report *report) {
+  for (int32_t m = 0; m < stepper->env->layout.modalities; m++) {
+    report->tokens[m] = stepper->counted[m];
+    report->items[m] = stepper->counted[stepper->env->layout.modalities + m];
+  }
 }
 
 static core_status fill_losses(train_stepper *stepper, train_report *report) {
@@ -109,10 +139,7 @@ static core_status fill_losses(train_stepper *stepper, train_report *report) {
   TRY(train_router_evaluate(&stepper->router, &stepper->model->sums, &report->router));
   const train_router_loss *r = &report->router;
   report->loss = report->contrastive + r->importance + r->load + r->z + r->local + r->global;
-  for (int32_t m = 0; m < stepper->env->layout.modalities; m++) {
-    report->tokens[m] = stepper->counted[m];
-    report->items[m] = stepper->counted[stepper->env->layout.modalities + m];
-  }
+  fill_counts(stepper, report);
   return CORE_OK;
 }
 
@@ -132,20 +159,102 @@ static core_status write_scale_gradient(train_stepper *stepper, double scale) {
   return CORE_OK;
 }
 
-core_status train_stepper_gradients(train_stepper *stepper, const data_batch *batch, train_report *report) {
+/* ---- a tower ---- */
+
+static core_status tower_gradients(train_stepper *stepper, const data_batch *batch, train_report *report,
+                                   double *mark, double *exchanged) {
   train_env *env = stepper->env;
-  double mark = core_clock_now(), exchanged = env->seconds[TRAIN_PHASE_EXCHANGE];
   TRY(read_scale(stepper, &report->scale));
-  TRY(train_optimizer_clear(stepper->model));
   TRY(forward_pass(stepper, batch));
-  charge(env, TRAIN_PHASE_FORWARD, &mark, &exchanged);
+  charge(env, TRAIN_PHASE_FORWARD, mark, exchanged);
   comm_note(env->comm, env->step, -1, "objective");
   TRY(train_contrastive_evaluate(&stepper->contrastive, batch, report->scale));
   TRY(reduce_sums(stepper));
   TRY(fill_losses(stepper, report));
-  charge(env, TRAIN_PHASE_LOSS, &mark, &exchanged);
-  TRY(backward_pass(stepper, batch, &mark, &exchanged));
+  charge(env, TRAIN_PHASE_LOSS, mark, exchanged);
+  TRY(backward_pass(stepper, batch, mark, exchanged));
   TRY(write_scale_gradient(stepper, report->scale));
+  return CORE_OK;
+}
+
+/* ---- a connector: each direction by itself, gradients added ---- */
+
+/* Latents that were read, not the rows of both views. */
+static void count_latents(train_stepper *stepper, int32_t m) {
+  const train_items *items = &stepper->model->items;
+  const int64_t *offset = items->part_offset[m].host;
+  int64_t count = items->part_count[m];
+  stepper->counted[m] += count > 0 ? offset[count] : 0;
+  for (int64_t i = 0; i < count; i++)
+    stepper->counted[stepper->env->layout.modalities + m] += offset[i + 1] > offset[i];
+}
+
+static core_status direction_gradients(train_stepper *stepper, const data_batch *batch, int32_t d,
+                                       double *mark, double *exchanged) {
+  train_env *env = stepper->env;
+  train_model *model = stepper->model;
+  int64_t micros = env->layout.micro_batches;
+  for (int64_t micro = 0; micro < micros; micro++) {
+    TRY(train_model_take(model, batch, micro, d));
+    TRY(train_model_forward(model, TRAIN_MODE_TRAIN));
+    TRY(train_alignment_loss_put(&stepper->alignment, model, micro));
+    count_latents(stepper, model->alignment.direction[d].from);
+    count_latents(stepper, model->alignment.direction[d].toward);
+  }
+  charge(env, TRAIN_PHASE_FORWARD, mark, exchanged);
+  comm_note(env->comm, env->step, -1, "objective");
+  TRY(train_alignment_loss_evaluate(&stepper->alignment, model, batch, d));
+  charge(env, TRAIN_PHASE_LOSS, mark, exchanged);
+  for (int64_t micro = 0; micro < micros; micro++) {
+    if (micros > 1) {
+      TRY(train_model_take(model, batch, micro, d));
+      TRY(train_model_forward(model, TRAIN_MODE_AGAIN));
+      charge(env, TRAIN_PHASE_FORWARD, mark, exchanged);
+    }
+    TRY(train_alignment_loss_get(&stepper->alignment, model, micro));
+    TRY(train_model_backward(model, train_none()));
+    charge(env, TRAIN_PHASE_BACKWARD, mark, exchanged);
+  }
+  return CORE_OK;
+}
+
+static core_status connector_gradients(train_stepper *stepper, const data_batch *batch, train_report *report,
+                                       double *mark, double *exchanged) {
+  const train_settings *s = stepper->env->settings;
+  int32_t D = stepper->model->alignment.directions;
+  train_alignment_loss *loss = &stepper->alignment;
+  TRY(train_moe_sums_clear(stepper->env, &stepper->model->sums));
+  memset(stepper->counted, 0, (size_t)stepper->counted_count * sizeof *stepper->counted);
+  memset(loss->contrastive.loss, 0, sizeof loss->contrastive.loss);
+  memset(loss->contrastive.count, 0, sizeof loss->contrastive.count);
+  memset(loss->regression, 0, sizeof loss->regression);
+  for (int32_t d = 0; d < D; d++)
+    if (report->direction < 0 || report->direction == d)
+      TRY(direction_gradients(stepper, batch, d, mark, exchanged));
+  TRY(reduce_sums(stepper));
+  report->scale = 1 / s->objective.temperature;
+  for (int32_t d = 0; d < D; d++) {
+    double count = loss->contrastive.count[d] > 0 ? (double)loss->contrastive.count[d] : 1;
+    report->pair[d] = stepper->reduced[d] / count;
+    report->regression[d] = stepper->reduced[D + d] / count;
+    report->contrastive += (1 - s->objective.alpha) * report->pair[d];
+    report->loss += s->objective.alpha * report->regression[d];
+  }
+  report->loss += report->contrastive;
+  fill_counts(stepper, report);
+  return CORE_OK;
+}
+
+/* ---- both ---- */
+
+core_status train_stepper_gradients(train_stepper *stepper, const data_batch *batch, train_report *report) {
+  train_env *env = stepper->env;
+  double mark = core_clock_now(), exchanged = env->seconds[TRAIN_PHASE_EXCHANGE];
+  report->direction = train_alternation_direction(&stepper->alternation, env->step);
+  train_model_activate(stepper->model, report->direction);
+  TRY(train_optimizer_clear(stepper->model));
+  TRY(is_connector(stepper) ? connector_gradients(stepper, batch, report, &mark, &exchanged)
+                            : tower_gradients(stepper, batch, report, &mark, &exchanged));
   comm_note(env->comm, env->step, -1, "gradient reduction");
   TRY(train_optimizer_reduce(stepper->model));
   TRY(train_optimizer_norm(&stepper->optimizer, stepper->model, &report->norm));
@@ -153,19 +262,31 @@ core_status train_stepper_gradients(train_stepper *stepper, const data_batch *ba
   return CORE_OK;
 }
 
+/* A direction's rate counts its own steps. */
+static double rate_of(const train_stepper *stepper, int32_t direction) {
+  const train_settings *s = stepper->env->settings;
+  const train_alternation *a = &stepper->alternation;
+  int64_t step = stepper->env->step;
+  if (direction < 0) return train_rate(s, step, s->run.steps);
+  return train_rate(s, train_alternation_own(a, direction, step),
+                    train_alternation_total(a, direction, s->run.steps));
+}
+
 core_status train_stepper_run(train_stepper *stepper, const data_batch *batch, train_report *report) {
   train_env *env = stepper->env;
-  const train_settings *s = env->settings;
   TRY(train_stepper_gradients(stepper, batch, report));
   double mark = core_clock_now();
   report->step = env->step + 1;
-  report->rate = train_rate(s, env->step, s->run.steps);
-  report->clip =
-      s->optimizer.clip > 0 && report->norm > s->optimizer.clip ? s->optimizer.clip / report->norm : 1;
+  report->rate = rate_of(stepper, report->direction);
+  /* the sum of several directions' losses is clipped at as many times the norm of one */
+  double most = env->settings->optimizer.clip;
+  if (is_connector(stepper) && report->direction < 0) most *= stepper->model->alignment.directions;
+  report->clip = most > 0 && report->norm > most ? most / report->norm : 1;
   /* loss and norm come out of reductions that give equal bits everywhere, so all ranks decide alike */
   report->skipped = !isfinite(report->loss) || !isfinite(report->norm);
   if (!report->skipped)
     TRY(train_optimizer_update(&stepper->optimizer, stepper->model, report->rate, report->clip));
+  if (report->direction >= 0) train_alternation_done(&stepper->alternation, report->direction);
   env->seconds[TRAIN_PHASE_OPTIMIZER] += core_clock_now() - mark;
   return CORE_OK;
 }

@@ -2,8 +2,10 @@
 #ifndef TRAIN_STEP_H
 #define TRAIN_STEP_H
 
+#include "trainer/objective/alignment_loss.h"
 #include "trainer/objective/objective.h"
 #include "trainer/optimizer.h"
+#include "trainer/schedule/alternation.h"
 
 /* "data", "forward" and so on, as metrics name them. */
 const char *train_phase_name(train_phase phase);
@@ -13,7 +15,9 @@ const char *train_phase_name(train_phase phase);
 typedef struct train_report {
   int64_t step;                              /* number of the step, from 1 */
   double loss;                               /* what was differentiated: contrastive + router losses */
-  double contrastive, pair[TRAIN_MAX_PAIRS]; /* mean over pairs; of each pair */
+  double contrastive, pair[TRAIN_MAX_PAIRS]; /* mean over pairs; of each pair (or direction of a connector) */
+  double regression[TRAIN_MAX_DIRECTIONS];   /* of each direction of a connector, not weighted */
+  int32_t direction;                         /* that was trained; -1: all, or a tower */
   train_router_loss router;
   double scale;                                                    /* 1 / temperature used */
   double rate, norm, clip;                                         /* clip: factor on gradients, 1 = none */
@@ -25,7 +29,9 @@ typedef struct train_report {
 typedef struct train_stepper {
   train_env *env;
   train_model *model;
-  train_contrastive contrastive;
+  train_contrastive contrastive;  /* of a tower */
+  train_alignment_loss alignment; /* of a connector */
+  train_alternation alternation;
   train_router_objective router;
   train_optimizer optimizer;
   double *reduced; /* [pairs + sums] */

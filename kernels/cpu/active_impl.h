@@ -66,5 +66,18 @@ KERN_INLINE void kern_prefetch(const void *x, core_dtype dtype, int64_t n) {
     else                                                                                \
       name(job, CORE_REAL_DTYPE, begin, end);                                           \
   }
+/* The same from name(job, dtype, write, begin, end): left to itself the compiler loads what a KERN_SET does
+ * not need. */
+#define KERN_ACTIVE_WRITE_RUN(name, job_type)                                           \
+  KERN_CLONES static void name##_run(const job_type *job, int64_t begin, int64_t end) { \
+    if (job->dtype == CORE_BFLOAT16 && job->write == KERN_ADD)                          \
+      name(job, CORE_BFLOAT16, KERN_ADD, begin, end);                                   \
+    else if (job->dtype == CORE_BFLOAT16)                                               \
+      name(job, CORE_BFLOAT16, KERN_SET, begin, end);                                   \
+    else if (job->write == KERN_ADD)                                                    \
+      name(job, CORE_REAL_DTYPE, KERN_ADD, begin, end);                                 \
+    else                                                                                \
+      name(job, CORE_REAL_DTYPE, KERN_SET, begin, end);                                 \
+  }
 
 #endif

@@ -7,12 +7,12 @@
 #include "attention_impl.h" /* kern_tile */
 #include "vecmath_impl.h"   /* kern_exp */
 
-/* One tile of query rows of one head, as pointers to its first row. */
+/* One tile of query rows of one head. */
 typedef struct backward_tile {
   int64_t first, rows, keys, columns;
-  const core_real *query, *key, *dout, *lse;
-  core_real *dquery, *dkey, *dvalue;
-  kern_write write; /* of dkey and dvalue */
+  kern_slice query, dout, dquery;
+  const core_real *lse; /* of its first row */
+  kern_write write;     /* of dkey and dvalue */
 } backward_tile;
 
 /* score: S -> P; dscore: dP -> dS. */
@@ -36,22 +36,24 @@ KERN_CLONES static void gradient_tile(const kern_attention_job *job, const backw
 }
 
 static void backward_run(const kern_attention_job *job, const backward_tile *t) {
-  const int64_t width = job->attention->head_width, row = job->row, out_row = job->out_row;
-  const int64_t columns = job->columns;
-  const kern_tile scores = {t->query, job->keys, job->score, row,        1,
+  const int64_t width = job->attention->head_width, columns = job->columns;
+  const kern_slice query = t->query, dout = t->dout, key = job->key, dkey = job->dkey, dvalue = job->dvalue;
+  const kern_tile scores = {query.at, job->keys, job->score, query.row,  1,
                             columns,  columns,   t->rows,    t->columns, width};
-  const kern_tile dprob = {t->dout, job->values, job->dscore, out_row,    1,
+  const kern_tile dprob = {dout.at, job->values, job->dscore, dout.row,   1,
                            columns, columns,     t->rows,     t->columns, width};
-  const kern_tile dquery = {job->dscore, t->key, t->dquery, columns, 1, row, row, t->rows, width, t->keys};
-  const kern_tile dkey = {job->dscore, t->query, t->dkey, 1, columns, row, row, t->keys, width, t->rows};
-  const kern_tile dvalue = {job->score, t->dout, t->dvalue, 1,     columns,
-                            out_row,    row,     t->keys,   width, t->rows};
+  const kern_tile to_query = {job->dscore, key.at,        t->dquery.at, columns, 1,
+                              key.row,     t->dquery.row, t->rows,      width,   t->keys};
+  const kern_tile to_key = {job->dscore, query.at, dkey.at, 1,     columns,
+                            query.row,   dkey.row, t->keys, width, t->rows};
+  const kern_tile to_value = {job->score, dout.at,    dvalue.at, 1,     columns,
+                              dout.row,   dvalue.row, t->keys,   width, t->rows};
   kern_tile_multiply_priv(&scores, KERN_SET);
   kern_tile_multiply_priv(&dprob, KERN_SET);
   gradient_tile(job, t);
-  kern_tile_multiply_priv(&dquery, KERN_SET);
-  kern_tile_multiply_priv(&dkey, t->write);
-  kern_tile_multiply_priv(&dvalue, t->write);
+  kern_tile_multiply_priv(&to_query, KERN_SET);
+  kern_tile_multiply_priv(&to_key, t->write);
+  kern_tile_multiply_priv(&to_value, t->write);
 }
 
 /* The first tile of a key/value head overwrites the gradients of the keys that it sees. */
@@ -59,39 +61,48 @@ static void backward_tile_at(const kern_attention_job *job, int64_t head, int64_
   const kern_attention *attention = job->attention;
   const int64_t width = attention->head_width, end = first + KERN_QUERY_ROWS;
   const int64_t last = end < job->length ? end : job->length, keys = kern_attention_keys(job, last);
-  const int64_t segment = job->begin * job->row, tile = segment + first * job->row;
+  const int64_t rows = last - first, tokens = job->begin + first;
+  const int64_t query = tokens * job->row + head * width, out = tokens * job->out_row + head * width;
   const bool is_first = first == 0 && head == job->kv_head * (attention->heads / attention->kv_heads);
-  const int64_t out = (job->begin + first) * job->out_row + head * width;
-  const int64_t key = (attention->heads + job->kv_head) * width, value = key + attention->kv_heads * width;
-  const backward_tile t = {.first = first,
-                           .rows = last - first,
-                           .keys = keys,
-                           .columns = kern_round_lanes(keys),
-                           .query = job->qkv + tile + head * width,
-                           .key = job->qkv + segment + key,
-                           .dout = job->dout + out,
-                           .lse = job->lse + (job->begin + first) * attention->heads + head,
-                           .dquery = job->dqkv + tile + head * width,
-                           .dkey = job->dqkv + segment + key,
-                           .dvalue = job->dqkv + segment + value,
-                           .write = is_first ? KERN_SET : KERN_ADD};
+  const backward_tile t = {
+      .first = first,
+      .rows = rows,
+      .keys = keys,
+      .columns = kern_round_lanes(keys),
+      .query = kern_slice_load_priv(job, job->qkv, query, job->row, rows, job->query_room),
+      .dout = kern_slice_load_priv(job, job->dout, out, job->out_row, rows, job->dout_room),
+      .dquery = kern_slice_open_priv(job, job->dqkv, query, job->row, job->to_room),
+      .lse = job->lse + tokens * attention->heads + head,
+      .write = is_first ? KERN_SET : KERN_ADD};
   backward_run(job, &t);
+  kern_slice_store_priv(job, t.dquery, job->dqkv, query, job->row, rows);
 }
 
-static void backward_segment(const kern_attention_job *job) {
+static void slice_clear(kern_slice slice, int64_t begin, int64_t end, int64_t width) {
+  for (int64_t j = begin; j < end; j++)
+    for (int64_t a = 0; a < width; a++) slice.at[j * slice.row + a] = 0;
+}
+
+static void backward_segment(kern_attention_job *job) {
   const kern_attention *attention = job->attention;
   const int64_t group = attention->heads / attention->kv_heads, width = attention->head_width;
-  const int64_t key = job->begin * job->row + (attention->heads + job->kv_head) * width;
+  const int64_t length = job->length, row = job->row;
+  const int64_t key = job->begin * row + (attention->heads + job->kv_head) * width;
   const int64_t value = key + attention->kv_heads * width;
+  job->key = kern_slice_load_priv(job, job->qkv, key, row, length, job->key_room);
+  job->value = kern_slice_load_priv(job, job->qkv, value, row, length, job->value_room);
+  job->dkey = kern_slice_open_priv(job, job->dqkv, key, row, job->dkey_room);
+  job->dvalue = kern_slice_open_priv(job, job->dqkv, value, row, job->dvalue_room);
   /* Later keys of a causal segment are first met by ADD. */
-  const int64_t met = attention->mask == KERN_CAUSAL ? KERN_QUERY_ROWS : job->length;
-  for (int64_t j = met; j < job->length; j++)
-    for (int64_t a = 0; a < width; a++)
-      job->dqkv[key + j * job->row + a] = job->dqkv[value + j * job->row + a] = 0;
-  kern_tile_transpose_priv(job->qkv + key, job->row, job->length, job->columns, width, job->keys);
-  kern_tile_transpose_priv(job->qkv + value, job->row, job->length, job->columns, width, job->values);
+  const int64_t met = attention->mask == KERN_CAUSAL ? KERN_QUERY_ROWS : length;
+  slice_clear(job->dkey, met, length, width);
+  slice_clear(job->dvalue, met, length, width);
+  kern_tile_transpose_priv(job->key.at, job->key.row, length, job->columns, width, job->keys);
+  kern_tile_transpose_priv(job->value.at, job->value.row, length, job->columns, width, job->values);
   for (int64_t head = job->kv_head * group; head < (job->kv_head + 1) * group; head++)
-    for (int64_t first = 0; first < job->length; first += KERN_QUERY_ROWS) backward_tile_at(job, head, first);
+    for (int64_t first = 0; first < length; first += KERN_QUERY_ROWS) backward_tile_at(job, head, first);
+  kern_slice_store_priv(job, job->dkey, job->dqkv, key, row, length);
+  kern_slice_store_priv(job, job->dvalue, job->dqkv, value, row, length);
 }
 
 core_status kern_attention_bwd_cpu(kern_context *context, const kern_attention *attention, core_tensor dout,
@@ -102,14 +113,18 @@ core_status kern_attention_bwd_cpu(kern_context *context, const kern_attention *
   const int64_t jobs = attention->segments.count * attention->kv_heads;
 #pragma omp parallel for schedule(dynamic, 8) num_threads(context->threads)
   for (int64_t at = 0; at < jobs; at++) {
-    kern_attention_job job = {
-        .attention = attention, .qkv = qkv.data, .dout = dout.data, .lse = lse.data, .dqkv = dqkv.data};
-    kern_attention_start_priv(&job, context, at / attention->kv_heads, at % attention->kv_heads,
-                              omp_get_thread_num());
+    kern_attention_job job = {.attention = attention,
+                              .dtype = qkv.dtype,
+                              .qkv = qkv.data,
+                              .dout = dout.data,
+                              .lse = lse.data,
+                              .dqkv = dqkv.data};
+    const int64_t next = at / attention->kv_heads + 1;
+    kern_attention_start_priv(&job, context, next - 1, at % attention->kv_heads, omp_get_thread_num());
     if (job.kv_head == 0) {
-      kern_attention_prefetch_priv(attention, at / attention->kv_heads + 1, job.qkv, job.row);
-      kern_attention_prefetch_priv(attention, at / attention->kv_heads + 1, job.dout, job.out_row);
-      kern_attention_prefetch_priv(attention, at / attention->kv_heads + 1, job.dqkv, job.row);
+      kern_attention_prefetch_priv(&job, next, job.qkv, job.row);
+      kern_attention_prefetch_priv(&job, next, job.dout, job.out_row);
+      kern_attention_prefetch_priv(&job, next, job.dqkv, job.row);
     }
     if (job.length > 0) backward_segment(&job);
   }

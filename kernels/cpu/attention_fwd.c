@@ -31,9 +31,12 @@ static void forward_tile(const kern_attention_job *job, int64_t head, int64_t fi
   const int64_t width = attention->head_width, end = first + KERN_QUERY_ROWS;
   const int64_t last = end < job->length ? end : job->length, rows = last - first;
   const int64_t keys = kern_attention_keys(job, last), columns = kern_round_lanes(keys);
-  const core_real *qkv = job->qkv + job->begin * job->row;
-  const kern_tile scores = {.a = qkv + first * job->row + head * width,
-                            .a_row = job->row,
+  const int64_t from = (job->begin + first) * job->row + head * width;
+  const int64_t to = (job->begin + first) * job->out_row + head * width;
+  const kern_slice query = kern_slice_load_priv(job, job->qkv, from, job->row, rows, job->query_room);
+  const kern_slice out = kern_slice_open_priv(job, job->to_out, to, job->out_row, job->to_room);
+  const kern_tile scores = {.a = query.at,
+                            .a_row = query.row,
                             .a_inner = 1,
                             .b = job->keys,
                             .b_row = job->columns,
@@ -42,26 +45,30 @@ static void forward_tile(const kern_attention_job *job, int64_t head, int64_t fi
                             .m = rows,
                             .n = columns,
                             .k = width};
-  kern_tile_multiply_priv(&scores, KERN_SET);
-  softmax_tile(job, first, rows, columns, job->lse + (job->begin + first) * attention->heads + head);
   const kern_tile mix = {.a = job->score,
                          .a_row = job->columns,
                          .a_inner = 1,
-                         .b = qkv + (attention->heads + attention->kv_heads + job->kv_head) * width,
-                         .b_row = job->row,
-                         .c = job->to_out + (job->begin + first) * job->out_row + head * width,
-                         .c_row = job->out_row,
+                         .b = job->value.at,
+                         .b_row = job->value.row,
+                         .c = out.at,
+                         .c_row = out.row,
                          .m = rows,
                          .n = width,
                          .k = keys};
+  kern_tile_multiply_priv(&scores, KERN_SET);
+  softmax_tile(job, first, rows, columns, job->lse + (job->begin + first) * attention->heads + head);
   kern_tile_multiply_priv(&mix, KERN_SET);
+  kern_slice_store_priv(job, out, job->to_out, to, job->out_row, rows);
 }
 
-static void forward_segment(const kern_attention_job *job) {
+static void forward_segment(kern_attention_job *job) {
   const kern_attention *attention = job->attention;
   const int64_t group = attention->heads / attention->kv_heads, width = attention->head_width;
-  kern_tile_transpose_priv(job->qkv + job->begin * job->row + (attention->heads + job->kv_head) * width,
-                           job->row, job->length, job->columns, width, job->keys);
+  const int64_t key = job->begin * job->row + (attention->heads + job->kv_head) * width;
+  const int64_t value = key + attention->kv_heads * width;
+  job->key = kern_slice_load_priv(job, job->qkv, key, job->row, job->length, job->key_room);
+  job->value = kern_slice_load_priv(job, job->qkv, value, job->row, job->length, job->value_room);
+  kern_tile_transpose_priv(job->key.at, job->key.row, job->length, job->columns, width, job->keys);
   for (int64_t head = job->kv_head * group; head < (job->kv_head + 1) * group; head++)
     for (int64_t first = 0; first < job->length; first += KERN_QUERY_ROWS) forward_tile(job, head, first);
 }
@@ -74,11 +81,11 @@ core_status kern_attention_fwd_cpu(kern_context *context, const kern_attention *
   const int64_t jobs = attention->segments.count * attention->kv_heads;
 #pragma omp parallel for schedule(dynamic, 8) num_threads(context->threads)
   for (int64_t at = 0; at < jobs; at++) {
-    kern_attention_job job = {.attention = attention, .qkv = qkv.data, .to_out = out.data, .lse = lse.data};
+    kern_attention_job job = {
+        .attention = attention, .dtype = qkv.dtype, .qkv = qkv.data, .to_out = out.data, .lse = lse.data};
     kern_attention_start_priv(&job, context, at / attention->kv_heads, at % attention->kv_heads,
                               omp_get_thread_num());
-    if (job.kv_head == 0)
-      kern_attention_prefetch_priv(attention, at / attention->kv_heads + 1, job.qkv, job.row);
+    if (job.kv_head == 0) kern_attention_prefetch_priv(&job, at / attention->kv_heads + 1, job.qkv, job.row);
     if (job.length > 0) forward_segment(&job);
   }
   return CORE_OK;

@@ -3,7 +3,7 @@
  * sixteen 32-byte registers hold, and keeps three quarters of the multipliers of a machine with 64-byte ones
  * busy. */
 #include "attention_impl.h" /* kern_tile */
-#include "vecmath_impl.h"   /* kern_put */
+#include "active_impl.h"    /* kern_put, kern_prefetch */
 
 enum { TILE_ROWS = 6, PREFETCH_MOST = 1 << 16 };
 
@@ -105,6 +105,26 @@ void kern_tile_transpose_priv(const core_real *x, int64_t x_row, int64_t length,
   }
 }
 
+kern_slice kern_slice_open_priv(const kern_attention_job *job, void *tensor, int64_t first, int64_t row,
+                                core_real *room) {
+  if (job->dtype == CORE_BFLOAT16) return (kern_slice){room, job->attention->head_width};
+  return (kern_slice){(core_real *)tensor + first, row};
+}
+
+kern_slice kern_slice_load_priv(const kern_attention_job *job, const void *tensor, int64_t first, int64_t row,
+                                int64_t rows, core_real *room) {
+  const kern_slice slice = kern_slice_open_priv(job, kern_element(tensor, job->dtype, 0), first, row, room);
+  if (job->dtype == CORE_BFLOAT16)
+    kern_widen_rows_priv((const uint16_t *)tensor + first, row, rows, slice.row, slice.at, slice.row, 1);
+  return slice;
+}
+
+void kern_slice_store_priv(const kern_attention_job *job, kern_slice slice, void *tensor, int64_t first,
+                           int64_t row, int64_t rows) {
+  if (job->dtype == CORE_BFLOAT16)
+    kern_narrow_rows_priv(slice.at, slice.row, rows, slice.row, KERN_SET, (uint16_t *)tensor + first, row, 1);
+}
+
 core_status kern_attention_check_priv(const char *op, const kern_context *context,
                                       const kern_attention *attention, core_tensor qkv, core_tensor out,
                                       core_tensor lse) {
@@ -115,9 +135,9 @@ core_status kern_attention_check_priv(const char *op, const kern_context *contex
         (long long)kv_heads);
   CHECK(width >= 1 && width <= KERN_MAX_HEAD_WIDTH, CORE_ERR_ARGUMENT,
         "%s: head width %lld, expected 1 to %d", op, (long long)width, (int)KERN_MAX_HEAD_WIDTH);
-  TRY(kern_check_priv(op, "qkv", &qkv, CORE_REAL_DTYPE,
+  TRY(kern_check_priv(op, "qkv", &qkv, kern_active_dtype(qkv.dtype),
                       (const int64_t[]){KERN_ANY, (heads + 2 * kv_heads) * width}, 2));
-  TRY(kern_check_priv(op, "out", &out, CORE_REAL_DTYPE, (const int64_t[]){rows, heads * width}, 2));
+  TRY(kern_check_priv(op, "out", &out, qkv.dtype, (const int64_t[]){rows, heads * width}, 2));
   TRY(kern_check_priv(op, "lse", &lse, CORE_REAL_DTYPE, (const int64_t[]){rows, heads}, 2));
   TRY(kern_check_limit_priv(op, "width", qkv.shape[1], context->limits.width));
   const kern_segments segments = attention->segments;
@@ -142,13 +162,20 @@ void kern_attention_start_priv(kern_attention_job *job, const kern_context *cont
   job->values = job->keys + width * job->columns;
   job->score = job->values + width * job->columns;
   job->dscore = job->score + KERN_QUERY_ROWS * job->columns;
+  job->key_room = job->dscore + KERN_QUERY_ROWS * job->columns;
+  job->value_room = job->key_room + width * job->columns;
+  job->dkey_room = job->value_room + width * job->columns;
+  job->dvalue_room = job->dkey_room + width * job->columns;
+  job->query_room = job->dvalue_room + width * job->columns;
+  job->dout_room = job->query_room + KERN_QUERY_ROWS * width;
+  job->to_room = job->dout_room + KERN_QUERY_ROWS * width;
 }
 
-void kern_attention_prefetch_priv(const kern_attention *attention, int64_t segment, const core_real *rows,
+void kern_attention_prefetch_priv(const kern_attention_job *job, int64_t segment, const void *rows,
                                   int64_t row) {
-  if (segment >= attention->segments.count) return;
-  const int64_t *offset = attention->segments.offset + segment;
+  if (segment >= job->attention->segments.count) return;
+  const int64_t *offset = job->attention->segments.offset + segment;
   const int64_t elements = (offset[1] - offset[0]) * row;
-  if (elements > PREFETCH_MOST) return;
-  for (int64_t i = 0; i < elements; i += KERN_LANES) __builtin_prefetch(rows + offset[0] * row + i, 0, 2);
+  if (elements <= PREFETCH_MOST)
+    kern_prefetch(kern_element(rows, job->dtype, offset[0] * row), job->dtype, elements);
 }

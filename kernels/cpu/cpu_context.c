@@ -2,39 +2,49 @@
 #include <omp.h>    /* omp_get_max_threads */
 #include <stdlib.h> /* calloc, free */
 
-#include "cpu_impl.h" /* kern_context */
+#include "attention_impl.h" /* kern_attention_per_key */
+#include "cpu_impl.h"       /* kern_context */
+#include "gemm_impl.h"      /* kern_product_scratch, kern_bfloat_units_priv */
 
 typedef struct context_plan {
   int32_t threads;
-  int64_t partial, sums, attention; /* elements */
-  size_t bytes;                     /* of all three */
+  int64_t partial, sums, attention, product; /* elements; the last two of one thread */
+  kern_extent tile;
+  size_t bytes; /* of all */
 } context_plan;
 
-/* [K transposed | V transposed | scores | score gradients] of one thread: see attention_impl.h. */
+/* Elements of one thread's scratch, in whole vectors: see attention_impl.h. */
 static bool attention_count(const kern_limits *limits, int64_t *out) {
   const int64_t third = limits->width / 3 + 1;
   const int64_t width = third < KERN_MAX_HEAD_WIDTH ? third : KERN_MAX_HEAD_WIDTH;
   int64_t columns;
   if (__builtin_add_overflow(limits->sequence, (int64_t)KERN_LANES - 1, &columns)) return false;
   columns = columns / KERN_LANES * KERN_LANES;
-  return !__builtin_mul_overflow(columns, 2 * width + 2 * KERN_QUERY_ROWS, out);
+  if (__builtin_mul_overflow(columns, kern_attention_per_key(width), out)) return false;
+  return !__builtin_add_overflow(*out, kern_attention_per_tile(width) + KERN_LANES, out);
+}
+
+static bool add_bytes(int64_t elements, int64_t times, int64_t size, int64_t *bytes) {
+  int64_t more;
+  return !__builtin_mul_overflow(elements, times, &more) && !__builtin_mul_overflow(more, size, &more) &&
+         !__builtin_add_overflow(*bytes, more, bytes);
 }
 
 /* False when a size overflows. */
 static bool context_plan_make(const kern_limits *limits, context_plan *plan) {
+  int64_t bytes = 0;
   plan->threads = limits->threads > 0 ? limits->threads : omp_get_max_threads();
   if (plan->threads > KERN_MAX_THREADS) plan->threads = KERN_MAX_THREADS;
-  int64_t row, all, bytes, sum_bytes;
   if (__builtin_mul_overflow(limits->width, (int64_t)2 * KERN_BLOCKS, &plan->partial)) return false;
-  plan->partial = (plan->partial + KERN_LANES - 1) / KERN_LANES * KERN_LANES;
-  if (__builtin_mul_overflow(limits->experts, (int64_t)2 * KERN_BLOCKS, &plan->sums)) return false;
-  plan->sums += 4 * KERN_BLOCKS;
-  if (!attention_count(limits, &row)) return false;
-  if (__builtin_mul_overflow(row, (int64_t)plan->threads, &plan->attention)) return false;
-  if (__builtin_add_overflow(plan->partial, plan->attention, &all)) return false;
-  if (__builtin_mul_overflow(all, (int64_t)sizeof(core_real), &bytes)) return false;
-  if (__builtin_mul_overflow(plan->sums, (int64_t)sizeof(double), &sum_bytes)) return false;
-  if (__builtin_add_overflow(bytes, sum_bytes, &bytes)) return false;
+  plan->sums = (2 * limits->experts + 4) * KERN_BLOCKS;
+  if (!attention_count(limits, &plan->attention)) return false;
+  plan->attention = kern_round_lanes(plan->attention);
+  plan->tile = kern_product_tile(limits);
+  plan->product = kern_product_scratch(plan->tile);
+  if (!add_bytes(plan->partial, 1, sizeof(core_real), &bytes)) return false;
+  if (!add_bytes(plan->sums, 1, sizeof(double), &bytes)) return false;
+  if (!add_bytes(plan->attention, plan->threads, sizeof(core_real), &bytes)) return false;
+  if (!add_bytes(plan->product, plan->threads, sizeof(core_real), &bytes)) return false;
   plan->bytes = (size_t)bytes;
   return true;
 }
@@ -73,10 +83,14 @@ core_status kern_context_create_cpu(const kern_limits *limits, kern_context **ou
   }
   context->limits = *limits;
   context->threads = plan.threads;
-  context->attention_count = plan.attention / plan.threads;
-  context->attention = context->memory;
-  context->partial = context->attention + plan.attention;
-  context->sums = (double *)(context->partial + plan.partial);
+  context->attention_count = plan.attention;
+  context->product_count = plan.product;
+  context->tile = plan.tile;
+  context->bfloat_units = kern_bfloat_units_priv();
+  context->sums = context->memory;
+  context->partial = (core_real *)(context->sums + plan.sums);
+  context->attention = context->partial + plan.partial;
+  context->product = context->attention + plan.attention * plan.threads;
   *out = context;
   return CORE_OK;
 }

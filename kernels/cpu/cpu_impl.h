@@ -25,15 +25,28 @@ enum {
   KERN_MAX_THREADS = 1024
 };
 
+/* Extents of a matrix product or of a part of it: c[m,n], k the inner one. */
+typedef struct kern_extent {
+  int64_t m, n, k;
+} kern_extent;
+
 struct kern_context {
   kern_limits limits;
   int32_t threads;
   void *memory;
   core_real *partial;   /* [KERN_BLOCKS][2 * limits.width], gradients of shared vectors by block */
   double *sums;         /* [KERN_BLOCKS][2 * limits.experts + 3] */
-  core_real *attention; /* [threads][attention_count] */
+  core_real *attention; /* [threads][attention_count], see attention_impl.h */
   int64_t attention_count;
+  core_real *product; /* [threads][product_count], see gemm_impl.h */
+  int64_t product_count;
+  kern_extent tile;  /* of a product whose operands are widened */
+  bool bfloat_units; /* the processor multiplies bfloat16 by itself, and the library knows how */
 };
+
+static inline int64_t kern_round_lanes(int64_t n) {
+  return (n + KERN_LANES - 1) / KERN_LANES * KERN_LANES;
+}
 
 /* Splits `items` into at most KERN_BLOCKS contiguous blocks of at least about `grain`. The split depends on
  * the shape alone, so that sums combined block by block do not depend on the number of threads. */
@@ -71,6 +84,14 @@ static inline int64_t kern_line_at(kern_split split, int64_t block, int64_t elem
 
 /* y[rows, n] = softmax of the rows of x; a row's bits do not depend on its address. y may be x. */
 void kern_softmax_rows_priv(const core_real *x, core_real *y, int64_t rows, int64_t n);
+
+/* y[r][i] = x[r][i], bfloat16 to core_real, x_row and y_row elements from row to row, on `threads` threads.
+ */
+void kern_widen_rows_priv(const uint16_t *x, int64_t x_row, int64_t rows, int64_t columns, core_real *y,
+                          int64_t y_row, int32_t threads);
+/* y[r][i] = x[r][i] or y[r][i] + x[r][i], rounded once. */
+void kern_narrow_rows_priv(const core_real *x, int64_t x_row, int64_t rows, int64_t columns, kern_write write,
+                           uint16_t *y, int64_t y_row, int32_t threads);
 
 /* out[i] += sum over blocks, in order, of partial[block * stride + i]. */
 void kern_partial_add_priv(const core_real *partial, int64_t blocks, int64_t stride, int64_t n,
@@ -201,5 +222,14 @@ core_status kern_cast_cpu(kern_context *context, core_tensor x, core_tensor y);
 core_status kern_axpy_cpu(kern_context *context, double alpha, core_tensor x, core_tensor y);
 core_status kern_scale_cpu(kern_context *context, double alpha, core_tensor x);
 core_status kern_fill_cpu(kern_context *context, double value, core_tensor x);
+core_status kern_bias_grouped_fwd_cpu(kern_context *context, const int64_t *row, core_tensor bias,
+                                      core_tensor x);
+core_status kern_bias_grouped_bwd_cpu(kern_context *context, const int64_t *row, core_tensor dy,
+                                      core_tensor dbias);
+core_status kern_dropout_cpu(kern_context *context, uint64_t seed, uint64_t stream, double rate,
+                             core_tensor key, core_tensor slot, core_tensor x);
+core_status kern_regression_cpu(kern_context *context, kern_regression kind, double weight,
+                                core_tensor prediction, core_tensor target, core_tensor valid,
+                                core_tensor loss, core_tensor dprediction);
 
 #endif

@@ -53,6 +53,10 @@ static const kern_ops cpu_ops = {
     .axpy = kern_axpy_cpu,
     .scale = kern_scale_cpu,
     .fill = kern_fill_cpu,
+    .bias_grouped_fwd = kern_bias_grouped_fwd_cpu,
+    .bias_grouped_bwd = kern_bias_grouped_bwd_cpu,
+    .dropout = kern_dropout_cpu,
+    .regression = kern_regression_cpu,
 };
 
 const kern_ops *kern_cpu(void) {

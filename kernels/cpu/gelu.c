@@ -35,22 +35,22 @@ KERN_INLINE void gelu_tanh(const gelu_job *job, core_dtype dtype, int64_t begin,
 }
 KERN_ACTIVE_RUN(gelu_tanh, gelu_job)
 
-KERN_INLINE void gelu_erf_back(const gelu_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+KERN_INLINE void gelu_erf_back(const gelu_job *job, core_dtype dtype, kern_write write, int64_t begin,
+                               int64_t end) {
   const void *x = job->x, *dy = job->dy;
   void *dx = job->to;
-  const kern_write write = job->write;
 #pragma omp simd
   for (int64_t i = begin; i < end; i++) {
     const core_real v = kern_at(x, dtype, i), slope = kern_normal_below(v) + v * kern_normal_density(v);
     kern_to(dx, dtype, i, write, kern_at(dy, dtype, i) * slope);
   }
 }
-KERN_ACTIVE_RUN(gelu_erf_back, gelu_job)
+KERN_ACTIVE_WRITE_RUN(gelu_erf_back, gelu_job)
 
-KERN_INLINE void gelu_tanh_back(const gelu_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+KERN_INLINE void gelu_tanh_back(const gelu_job *job, core_dtype dtype, kern_write write, int64_t begin,
+                                int64_t end) {
   const void *x = job->x, *dy = job->dy;
   void *dx = job->to;
-  const kern_write write = job->write;
 #pragma omp simd
   for (int64_t i = begin; i < end; i++) {
     const core_real v = kern_at(x, dtype, i), square = v * v;
@@ -59,7 +59,7 @@ KERN_INLINE void gelu_tanh_back(const gelu_job *job, core_dtype dtype, int64_t b
     kern_to(dx, dtype, i, write, kern_at(dy, dtype, i) * (below + v * below * (1 - below) * slope));
   }
 }
-KERN_ACTIVE_RUN(gelu_tanh_back, gelu_job)
+KERN_ACTIVE_WRITE_RUN(gelu_tanh_back, gelu_job)
 
 core_status kern_gelu_fwd_cpu(kern_context *context, kern_gelu form, core_tensor x, core_tensor y) {
   KERN_CHECK_ANY_ACTIVE(x);

@@ -1,7 +1,15 @@
 /* Rows to unit length, with the floor of METHODS: y = x / max(|x|, 1e-12). */
-#include "vecmath_impl.h" /* kern_put */
+#include "active_impl.h" /* kern_to */
 
 #define L2_FLOOR ((core_real)1e-12)
+
+typedef struct l2_job {
+  core_dtype dtype; /* of dx */
+  kern_write write;
+  int64_t c;
+  const core_real *dy, *y, *norm;
+  void *dx;
+} l2_job;
 
 KERN_CLONES static void l2_rows(const core_real *restrict x, core_real *restrict y, core_real *restrict norm,
                                 int64_t rows, int64_t c) {
@@ -17,22 +25,23 @@ KERN_CLONES static void l2_rows(const core_real *restrict x, core_real *restrict
 }
 
 /* dx = (dy - y <y, dy>) / |x|; below the floor y is linear in x. */
-KERN_CLONES static void l2_rows_back(const core_real *restrict dy, const core_real *restrict y,
-                                     const core_real *restrict norm, kern_write write, core_real *restrict dx,
-                                     int64_t rows, int64_t c) {
-  for (int64_t t = 0; t < rows; t++) {
-    const core_real *restrict d = dy + t * c, *restrict at = y + t * c;
-    core_real *restrict to = dx + t * c;
+KERN_INLINE void l2_rows_back(const l2_job *job, core_dtype dtype, kern_write write, int64_t begin,
+                              int64_t end) {
+  const int64_t c = job->c;
+  for (int64_t t = begin; t < end; t++) {
+    const core_real *restrict d = job->dy + t * c, *restrict y = job->y + t * c;
+    void *restrict dx = kern_element(job->dx, dtype, t * c);
     core_real dot = 0;
 #pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < c; i++) dot += d[i] * at[i];
-    const bool floored = norm[t] < L2_FLOOR;
-    const core_real inverse = 1 / (floored ? L2_FLOOR : norm[t]);
+    for (int64_t i = 0; i < c; i++) dot += d[i] * y[i];
+    const bool floored = job->norm[t] < L2_FLOOR;
+    const core_real inverse = 1 / (floored ? L2_FLOOR : job->norm[t]);
     if (floored) dot = 0;
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++) kern_put(&to[i], write, (d[i] - at[i] * dot) * inverse);
+    for (int64_t i = 0; i < c; i++) kern_to(dx, dtype, i, write, (d[i] - y[i] * dot) * inverse);
   }
 }
+KERN_ACTIVE_WRITE_RUN(l2_rows_back, l2_job)
 
 core_status kern_l2norm_fwd_cpu(kern_context *context, core_tensor x, core_tensor y, core_tensor norm) {
   KERN_CHECK_REAL(x, KERN_ANY, KERN_ANY);
@@ -54,13 +63,17 @@ core_status kern_l2norm_bwd_cpu(kern_context *context, core_tensor dy, core_tens
   const int64_t rows = y.shape[0], c = y.shape[1];
   KERN_CHECK_LIKE(dy, y);
   KERN_CHECK_REAL(norm, rows);
-  KERN_CHECK_LIKE(dx, y);
+  KERN_CHECK_ACTIVE(dx, rows, c);
+  const l2_job job = {.dtype = dx.dtype,
+                      .write = write,
+                      .c = c,
+                      .dy = dy.data,
+                      .y = y.data,
+                      .norm = norm.data,
+                      .dx = dx.data};
   const kern_split split = kern_split_rows(rows, c);
   KERN_FOR_BLOCKS(context, split, block) {
-    const int64_t begin = kern_split_at(split, block);
-    l2_rows_back((const core_real *)dy.data + begin * c, (const core_real *)y.data + begin * c,
-                 (const core_real *)norm.data + begin, write, (core_real *)dx.data + begin * c,
-                 kern_split_at(split, block + 1) - begin, c);
+    l2_rows_back_run(&job, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
   return CORE_OK;
 }

@@ -39,11 +39,11 @@ KERN_INLINE void layer_rows(const layer_job *job, core_dtype dtype, int64_t begi
 }
 KERN_ACTIVE_RUN(layer_rows, layer_job)
 
-KERN_INLINE void layer_rows_back(const layer_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+KERN_INLINE void layer_rows_back(const layer_job *job, core_dtype dtype, kern_write write, int64_t begin,
+                                 int64_t end) {
   const core_real *restrict weight = job->weight;
   core_real *restrict dweight = job->dweight, *restrict dbias = job->dbias;
   const int64_t c = job->c;
-  const kern_write write = job->write;
   for (int64_t t = begin; t < end; t++) {
     const void *restrict dy = kern_element(job->dy, dtype, t * c);
     const void *restrict x = kern_element(job->x, dtype, t * c);
@@ -68,7 +68,7 @@ KERN_INLINE void layer_rows_back(const layer_job *job, core_dtype dtype, int64_t
     }
   }
 }
-KERN_ACTIVE_RUN(layer_rows_back, layer_job)
+KERN_ACTIVE_WRITE_RUN(layer_rows_back, layer_job)
 
 core_status kern_layernorm_fwd_cpu(kern_context *context, core_tensor x, core_tensor weight, core_tensor bias,
                                    double epsilon, core_tensor y, core_tensor stat) {

@@ -1,21 +1,42 @@
 /* Learned positions: row i of the table is added to row i of every segment. */
-#include "cpu_impl.h" /* checks, blocks */
+#include "active_impl.h" /* kern_at, kern_to */
 
-KERN_CLONES static void position_add(const core_real *restrict table, core_real *restrict x, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) x[i] += table[i];
-}
+typedef struct position_job {
+  core_dtype dtype; /* of x and dx */
+  kern_segments segments;
+  int64_t c;
+  const core_real *table;
+  void *x;
+  const void *dx;
+  core_real *dtable;
+} position_job;
 
-/* Rows of the table are independent: each sums its gradient over the segments in their order. */
-KERN_CLONES static void position_sum(kern_segments segments, int64_t row, const core_real *restrict dx,
-                                     core_real *restrict dtable, int64_t c) {
-  for (int64_t s = 0; s < segments.count; s++) {
-    const int64_t t = segments.offset[s] + row;
-    if (t >= segments.offset[s + 1]) continue;
+/* Segments [begin, end). */
+KERN_INLINE void position_add(const position_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const core_real *restrict table = job->table;
+  const int64_t *offset = job->segments.offset, c = job->c;
+  for (int64_t s = begin; s < end; s++) {
+    void *restrict x = kern_element(job->x, dtype, offset[s] * c);
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++) dtable[i] += dx[t * c + i];
+    for (int64_t i = 0; i < (offset[s + 1] - offset[s]) * c; i++) kern_to(x, dtype, i, KERN_ADD, table[i]);
   }
 }
+KERN_ACTIVE_RUN(position_add, position_job)
+
+/* Rows [begin, end) of the table are independent: each sums its gradient over the segments in their order. */
+KERN_INLINE void position_sum(const position_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+  const int64_t *offset = job->segments.offset, c = job->c;
+  for (int64_t row = begin; row < end; row++) {
+    core_real *restrict dtable = job->dtable + row * c;
+    for (int64_t s = 0; s < job->segments.count; s++) {
+      if (offset[s] + row >= offset[s + 1]) continue;
+      const void *restrict dx = kern_element(job->dx, dtype, (offset[s] + row) * c);
+#pragma omp simd
+      for (int64_t i = 0; i < c; i++) dtable[i] += kern_at(dx, dtype, i);
+    }
+  }
+}
+KERN_ACTIVE_RUN(position_sum, position_job)
 
 static core_status position_check(const char *op, kern_segments segments, int64_t rows, int64_t longest) {
   TRY(kern_check_offset_priv(op, "segments", segments.offset, segments.count, rows));
@@ -28,29 +49,29 @@ static core_status position_check(const char *op, kern_segments segments, int64_
 
 core_status kern_position_fwd_cpu(kern_context *context, kern_segments segments, core_tensor table,
                                   core_tensor x) {
-  KERN_CHECK_REAL(x, KERN_ANY, KERN_ANY);
+  KERN_CHECK_ACTIVE(x, KERN_ANY, KERN_ANY);
   const int64_t c = x.shape[1];
   KERN_CHECK_REAL(table, KERN_ANY, c);
   TRY(position_check(__func__, segments, x.shape[0], table.shape[0]));
+  const position_job job = {.dtype = x.dtype, .segments = segments, .c = c, .table = table.data, .x = x.data};
   const kern_split split = kern_split_of(segments.count, 1);
   KERN_FOR_BLOCKS(context, split, block) {
-    for (int64_t s = kern_split_at(split, block); s < kern_split_at(split, block + 1); s++)
-      position_add(table.data, (core_real *)x.data + segments.offset[s] * c,
-                   (segments.offset[s + 1] - segments.offset[s]) * c);
+    position_add_run(&job, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
   return CORE_OK;
 }
 
 core_status kern_position_bwd_cpu(kern_context *context, kern_segments segments, core_tensor dx,
                                   core_tensor dtable) {
-  KERN_CHECK_REAL(dx, KERN_ANY, KERN_ANY);
+  KERN_CHECK_ACTIVE(dx, KERN_ANY, KERN_ANY);
   const int64_t c = dx.shape[1];
   KERN_CHECK_REAL(dtable, KERN_ANY, c);
   TRY(position_check(__func__, segments, dx.shape[0], dtable.shape[0]));
+  const position_job job = {
+      .dtype = dx.dtype, .segments = segments, .c = c, .dx = dx.data, .dtable = dtable.data};
   const kern_split split = kern_split_of(dtable.shape[0], 1);
   KERN_FOR_BLOCKS(context, split, block) {
-    for (int64_t row = kern_split_at(split, block); row < kern_split_at(split, block + 1); row++)
-      position_sum(segments, row, dx.data, (core_real *)dtable.data + row * c, c);
+    position_sum_run(&job, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
   return CORE_OK;
 }

@@ -31,11 +31,11 @@ KERN_INLINE void rms_rows(const rms_job *job, core_dtype dtype, int64_t begin, i
 }
 KERN_ACTIVE_RUN(rms_rows, rms_job)
 
-KERN_INLINE void rms_rows_back(const rms_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+KERN_INLINE void rms_rows_back(const rms_job *job, core_dtype dtype, kern_write write, int64_t begin,
+                               int64_t end) {
   const core_real *restrict weight = job->weight;
   core_real *restrict dweight = job->dweight;
   const int64_t c = job->c;
-  const kern_write write = job->write;
   for (int64_t t = begin; t < end; t++) {
     const void *restrict d = kern_element(job->dy, dtype, t * c);
     const void *restrict x = kern_element(job->x, dtype, t * c);
@@ -54,7 +54,7 @@ KERN_INLINE void rms_rows_back(const rms_job *job, core_dtype dtype, int64_t beg
       kern_to(dx, dtype, i, write, kern_at(d, dtype, i) * weight[i] * r - kern_at(x, dtype, i) * along);
   }
 }
-KERN_ACTIVE_RUN(rms_rows_back, rms_job)
+KERN_ACTIVE_WRITE_RUN(rms_rows_back, rms_job)
 
 core_status kern_rmsnorm_fwd_cpu(kern_context *context, core_tensor x, core_tensor weight, double epsilon,
                                  core_tensor y, core_tensor inv) {

@@ -29,9 +29,9 @@ KERN_INLINE void swiglu_rows(const swiglu_job *job, core_dtype dtype, int64_t be
 KERN_ACTIVE_RUN(swiglu_rows, swiglu_job)
 
 /* d silu(g) / dg = s + g s (1 - s), s = sigmoid(g). */
-KERN_INLINE void swiglu_rows_back(const swiglu_job *job, core_dtype dtype, int64_t begin, int64_t end) {
+KERN_INLINE void swiglu_rows_back(const swiglu_job *job, core_dtype dtype, kern_write write, int64_t begin,
+                                  int64_t end) {
   const int64_t f = job->f;
-  const kern_write write = job->write;
   for (int64_t t = begin; t < end; t++) {
     const void *restrict gate = kern_element(job->x, dtype, t * 2 * f);
     const void *restrict up = kern_element(gate, dtype, f), *restrict dy =
@@ -48,7 +48,7 @@ KERN_INLINE void swiglu_rows_back(const swiglu_job *job, core_dtype dtype, int64
     }
   }
 }
-KERN_ACTIVE_RUN(swiglu_rows_back, swiglu_job)
+KERN_ACTIVE_WRITE_RUN(swiglu_rows_back, swiglu_job)
 
 core_status kern_swiglu_fwd_cpu(kern_context *context, core_tensor x, core_tensor y) {
   KERN_CHECK_ACTIVE(y, KERN_ANY, KERN_ANY);

@@ -51,6 +51,7 @@ static const variant variants[] = {
 };
 
 static comm_world *world;
+static const char *extra; /* one more override, for all variants */
 
 /* What is compared, and how it went. Nothing here leaves the test in the middle: other ranks would wait. */
 typedef struct check {
@@ -255,7 +256,7 @@ static void compare_evaluation(check *c, train_session *session, const data_batc
     return;
   }
   for (int64_t micro = 0; micro < session->env.layout.micro_batches; micro++) {
-    must(train_model_take(model, batch, micro));
+    must(train_model_take(model, batch, micro, -1));
     must(train_model_forward(model, TRAIN_MODE_EVALUATE));
     compare_embeddings(c, model, batch->samples);
   }
@@ -289,9 +290,14 @@ static void run_variant(check *c, const variant *v) {
   data_stream *stream = NULL;
   data_batch *batch = NULL;
   data_position start = {.consumed = c->golden->consumed};
+  const char *set[5];
   int32_t overrides = 0;
-  while (overrides < 4 && v->set[overrides]) overrides++;
-  must(core_config_load(train_settings_spec(), "golden.h5", c->golden->config, v->set, overrides, &config));
+  while (overrides < 4 && v->set[overrides]) {
+    set[overrides] = v->set[overrides];
+    overrides++;
+  }
+  if (extra) set[overrides++] = extra;
+  must(core_config_load(train_settings_spec(), "golden.h5", c->golden->config, set, overrides, &config));
   train_session_options options = {.config = config,
                                    .comm = world,
                                    .purpose = TRAIN_PURPOSE_TRAIN,
@@ -335,7 +341,9 @@ static void agrees_with_pytorch(void **state) {
 #define CASE(name) \
   { name, agrees_with_pytorch, NULL, NULL, name }
 
-int main(void) {
+/* test_golden [key=value] */
+int main(int argc, char **argv) {
+  if (argc > 1) extra = argv[1];
   const struct CMUnitTest tests[] = {CASE("dropless"), CASE("priority"), CASE("order"), CASE("entropy"),
                                      CASE("noise"),    CASE("absent"),   CASE("dense")};
   comm_options options = {.deadline = 60};

@@ -94,9 +94,31 @@ static void case_cross_entropy(battery *b) {
   }
 }
 
+/* Variants: the kind, and from 2 on without a gradient. Every fifth row is not valid. */
+static void case_regression(battery *b) {
+  const int64_t t = b->s.t, d = b->s.c;
+  const kern_regression kind = (kern_regression)(b->s.variant % 2);
+  item *p = ADD(b, "prediction", TOL_EXACT, 1, t, d), *y = ADD(b, "target", TOL_EXACT, 1, t, d);
+  item *valid = battery_add(b, "valid", CORE_UINT8, TOL_EXACT, 0, &t, 1),
+       *loss = ADD(b, "loss", TOL_SUM, 1, t);
+  item *dp = ADD_ACTIVE(b, "dprediction", TOL_ROUND, 1, t, d);
+  for (int64_t i = 0; i < t; i++) valid->ref[i] = i % 5 != 2;
+  battery_upload(b, valid);
+  battery_expect_ok(b, b->ops->regression(b->context, kind, 0.75, p->tensor, y->tensor, valid->tensor,
+                                          loss->tensor, b->s.variant < 2 ? dp->tensor : (core_tensor){0}));
+  for (int64_t i = 0; i < t; i++) loss->ref[i] = 0;
+  for (int64_t i = 0; i < t * d; i++) {
+    const double e = p->ref[i] - y->ref[i], on = valid->ref[i / d], size = fabs(e);
+    const double smooth = size < 1 ? e * e / 2 : size - 0.5, slope = size < 1 ? e : copysign(1, e);
+    loss->ref[i / d] += on * (kind == KERN_SQUARED ? e * e : smooth / (double)d);
+    if (b->s.variant < 2) dp->ref[i] = 0.75 * on * (kind == KERN_SQUARED ? 2 * e : slope / (double)d);
+  }
+}
+
 const battery_case battery_loss[] = {
     {"contrastive_fwd", case_contrastive_fwd, 1, 2},
     {"contrastive_bwd", case_contrastive_bwd, 1, 2},
     {"cross_entropy", case_cross_entropy, 1, 1},
+    {"regression", case_regression, 1, 4},
 };
 const int battery_loss_count = sizeof battery_loss / sizeof *battery_loss;

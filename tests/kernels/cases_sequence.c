@@ -11,7 +11,8 @@
 
 static void case_rope(battery *b) {
   const int64_t t = b->s.t, heads = b->s.k, half = (b->s.c + 1) / 2, width = heads * 2 * half + 3;
-  item *x = ADD(b, "x", TOL_ROUND, 1, t, width), *frequency = ADD(b, "inverse_frequency", TOL_EXACT, 0, half);
+  item *x = ADD_ACTIVE(b, "x", TOL_ROUND, 1, t, width),
+       *frequency = ADD(b, "inverse_frequency", TOL_EXACT, 0, half);
   item *position = ADD_INT(b, "position", t);
   for (int64_t i = 0; i < half; i++) frequency->ref[i] = pow(10000, -(double)i / (double)half);
   for (int64_t i = 0; i < t; i++) position->ref[i] = (double)battery_pick(b, 3000);
@@ -114,10 +115,12 @@ static void case_attention(battery *b) {
                                   .mask = b->s.variant & 1 ? KERN_CAUSAL : KERN_BIDIRECTIONAL,
                                   .scale = 1 / sqrt((double)width)};
   a->row = (heads + 4) * width;
-  a->qkv = ADD(b, "qkv", TOL_EXACT, 1, t, a->row), a->dqkv = ADD(b, "dqkv", TOL_CHAIN, 1, t, a->row);
-  a->out = ADD(b, "out", TOL_SUM, 1, t, heads * width),
-  a->dout = ADD(b, "dout", TOL_EXACT, 1, t, heads * width);
+  a->qkv = ADD_ACTIVE(b, "qkv", TOL_EXACT, 1, t, a->row);
+  a->dqkv = ADD_ACTIVE(b, "dqkv", TOL_CHAIN, 1, t, a->row);
+  a->out = ADD_ACTIVE(b, "out", TOL_SUM, 1, t, heads * width);
+  a->dout = ADD_ACTIVE(b, "dout", TOL_EXACT, 1, t, heads * width);
   a->lse = ADD(b, "lse", TOL_SUM, 1, t, heads);
+  a->out->rounded_inside = a->dqkv->rounded_inside = true;
   battery_expect_ok(
       b, b->ops->attention_fwd(b->context, &a->attention, a->qkv->tensor, a->out->tensor, a->lse->tensor));
   for (int time = 0; time < 2; time++) /* dqkv is set */
@@ -133,8 +136,9 @@ static void case_segment_mean(battery *b) {
   const int64_t t = b->s.t, c = b->s.c;
   int64_t offset[1024];
   const kern_segments segments = battery_segments(b, t, offset);
-  item *x = ADD(b, "x", TOL_EXACT, 1, t, c), *y = ADD(b, "y", TOL_SUM, 1, segments.count, c);
-  item *dy = ADD(b, "dy", TOL_EXACT, 1, segments.count, c), *dx = ADD(b, "dx", TOL_ROUND, 1, t, c);
+  item *x = ADD_ACTIVE(b, "x", TOL_EXACT, 1, t, c), *y = ADD_ACTIVE(b, "y", TOL_SUM, 1, segments.count, c);
+  item *dy = ADD_ACTIVE(b, "dy", TOL_EXACT, 1, segments.count, c);
+  item *dx = ADD_ACTIVE(b, "dx", TOL_ROUND, 1, t, c);
   battery_expect_ok(b, b->ops->segment_mean_fwd(b->context, segments, x->tensor, y->tensor));
   battery_expect_ok(b, b->ops->segment_mean_bwd(b->context, segments, dy->tensor, b->s.write, dx->tensor));
   memset(y->ref, 0, (size_t)y->count * sizeof(double));
@@ -154,8 +158,8 @@ static void case_position(battery *b) {
   const kern_segments segments = battery_segments(b, t, offset);
   for (int64_t s = 0; s < segments.count; s++)
     longest = offset[s + 1] - offset[s] > longest ? offset[s + 1] - offset[s] : longest;
-  item *table = ADD(b, "table", TOL_EXACT, 1, longest + 1, c), *x = ADD(b, "x", TOL_ROUND, 1, t, c);
-  item *dx = ADD(b, "dx", TOL_EXACT, 1, t, c), *dtable = ADD(b, "dtable", TOL_SUM, 1, longest + 1, c);
+  item *table = ADD(b, "table", TOL_EXACT, 1, longest + 1, c), *x = ADD_ACTIVE(b, "x", TOL_ROUND, 1, t, c);
+  item *dx = ADD_ACTIVE(b, "dx", TOL_EXACT, 1, t, c), *dtable = ADD(b, "dtable", TOL_SUM, 1, longest + 1, c);
   battery_expect_ok(b, b->ops->position_fwd(b->context, segments, table->tensor, x->tensor));
   for (int time = 0; time < 2; time++)
     battery_expect_ok(b, b->ops->position_bwd(b->context, segments, dx->tensor, dtable->tensor));

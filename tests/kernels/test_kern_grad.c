@@ -137,6 +137,19 @@ static void bias_backward(grad *g) {
   must(g->ops->bias_bwd(g->context, g->seed, flat(g->gradient[0])));
 }
 
+static void bias_grouped_setup(grad *g) {
+  input(g, 3, C);
+  output(g, T, C);
+}
+static double bias_grouped_loss(grad *g) {
+  must(g->ops->fill(g->context, 0, g->out));
+  must(g->ops->bias_grouped_fwd(g->context, group_row, g->value[0], g->out));
+  return dot(g->seed, g->out);
+}
+static void bias_grouped_backward(grad *g) {
+  must(g->ops->bias_grouped_bwd(g->context, group_row, g->seed, g->gradient[0]));
+}
+
 static void gelu_setup(grad *g) {
   input(g, T, C);
   output(g, T, C);
@@ -484,14 +497,35 @@ static void cross_entropy_backward(grad *g) {
   must(g->ops->axpy(g->context, 1, logits, g->gradient[0]));
 }
 
+static void regression_setup(grad *g) {
+  input(g, T, C);
+  g->out = take(g, T, C, 1);
+  g->aux = take(g, T, 1, 0);
+}
+static double regression_loss(grad *g) {
+  const core_tensor loss = flat(g->aux);
+  must(g->ops->regression(g->context, (kern_regression)g->variant, 0.3, g->value[0], g->out,
+                          core_tensor_1(valid, CORE_UINT8, T), loss, (core_tensor){0}));
+  double sum = 0;
+  for (int64_t i = 0; i < T; i++) sum += 0.3 * (double)values(loss)[i];
+  return sum;
+}
+static void regression_backward(grad *g) {
+  const core_tensor d = take(g, T, C, 0);
+  must(g->ops->regression(g->context, (kern_regression)g->variant, 0.3, g->value[0], g->out,
+                          core_tensor_1(valid, CORE_UINT8, T), flat(g->aux), d));
+  must(g->ops->axpy(g->context, 1, d, g->gradient[0]));
+}
+
 #define CASE(name, variants) \
   { #name, name##_setup, name##_loss, name##_backward, variants }
 static const grad_case cases[] = {
-    CASE(gemm, 3),   CASE(grouped, 1),     CASE(bias, 1),          CASE(gelu, 2),
-    CASE(swiglu, 1), CASE(rmsnorm, 1),     CASE(layernorm, 1),     CASE(l2norm, 1),
-    CASE(rope, 1),   CASE(attention, 4),   CASE(segment_mean, 1),  CASE(position, 1),
-    CASE(gate, 2),   CASE(logits, 2),      CASE(sums, 5),          CASE(combine, 1),
-    CASE(gather, 1), CASE(contrastive, 1), CASE(cross_entropy, 1),
+    CASE(gemm, 3),         CASE(grouped, 1),     CASE(bias, 1),          CASE(gelu, 2),
+    CASE(swiglu, 1),       CASE(rmsnorm, 1),     CASE(layernorm, 1),     CASE(l2norm, 1),
+    CASE(rope, 1),         CASE(attention, 4),   CASE(segment_mean, 1),  CASE(position, 1),
+    CASE(gate, 2),         CASE(logits, 2),      CASE(sums, 5),          CASE(combine, 1),
+    CASE(gather, 1),       CASE(contrastive, 1), CASE(cross_entropy, 1), CASE(regression, 2),
+    CASE(bias_grouped, 1),
 };
 
 /* Each element of each input: (L(x + h) - L(x - h)) / 2h. */

@@ -17,12 +17,25 @@
 
 enum { STEPS = 3, SAMPLES = 64, MOST_MODALITIES = 3 };
 
-/* Relative to the size of the tensor or number. float32: sums of a few thousand terms in another order. */
+/* How far layouts may be apart, relative to the size of the tensor or number; what is a near-tie: a gap
+ * between logits below this share of their spread; and which share of the tokens may be near-ties. */
+typedef struct tolerances {
+  double loss, gradient, parameter, tie, ties;
+  double moved; /* how far the values of a tensor may be apart whatever its size */
+} tolerances;
 #ifdef ANTIPHON_DOUBLE
-static const double loss_tolerance = 1e-12, gradient_tolerance = 1e-9, parameter_tolerance = 1e-6;
+static const tolerances in_real = {1e-12, 1e-9, 1e-6, 1e-5, 1e-3, 1e-9};
 #else
-static const double loss_tolerance = 2e-6, gradient_tolerance = 2e-4, parameter_tolerance = 2e-2;
+/* Sums of a few thousand terms in another order. */
+static const tolerances in_real = {2e-6, 2e-4, 2e-2, 1e-5, 1e-3, 2e-5};
 #endif
+/* A product of other row counts may round the last bit of an activation the other way: 2^-8 of it. Adam's
+ * first steps move an element by the whole rate whatever the size of its gradient; one whose gradient is all
+ * rounding may go the other way, by twice the rate of 0.01. */
+static const tolerances in_bfloat = {5e-4, 3e-2, 3e-2, 4e-3, 2e-2, 2e-2};
+static tolerances allowed;
+static const char *extra[4],
+    *precision = "run.precision=float32"; /* settings of the layouts; of both sides */
 
 static comm_world *job, *alone; /* all ranks; this process by itself */
 static int failures;
@@ -40,32 +53,59 @@ static const char base[] =
     "        moe: {layers: every 2, experts: 4, choose: 1, group_samples: 2, buffer: 0.4}}\n"
     "optimizer: {batch: 16, rate: 0.01, warmup: 2, clip: 0.5}\n";
 
+static const char connector_base[] =
+    "run: {directory: unused, seed: 7, steps: 20, threads: 1, deadline: 60}\n"
+    "data:\n"
+    "  path: unused\n"
+    "  shuffle: 40\n"
+    "  modalities:\n"
+    "    - {name: image, positions: none}\n"
+    "    - {name: text, positions: none}\n"
+    "    - {name: speech, positions: none, normalize: rms}\n"
+    "model: {kind: connector, width: 32, hidden: 40, embedding: 16, activation: gelu,\n"
+    "        moe: {experts: 4, choose: 2, bias: true, dropout: 0.1, noise: 0, buffer: 0.4}}\n"
+    "objective: {directions: ['image:text', 'text:speech', 'speech:image'], temperature: 0.1,\n"
+    "            importance: 0, load: 0, z: 0}\n"
+    "optimizer: {batch: 16, rate: 0.01, warmup: 2, clip: 0.5}\n";
+
 typedef struct layout_case {
-  const char *name;
+  const char *base, *name;
   const char *data;        /* which set */
   const char *settings[6]; /* --set of the case, kept over all layouts */
   bool hot;                /* the router is made to send everything to expert 0 */
 } layout_case;
 
 static const layout_case cases[] = {
-    {"dropless top-1", "plain", {NULL}, false},
-    {"dropless top-2 renormalised",
+    {base, "dropless top-1", "plain", {NULL}, false},
+    {base,
+     "dropless top-2 renormalised",
      "plain",
      {"model.moe.choose=2", "model.moe.gate=renormalised", "model.activation=gelu", NULL},
      false},
-    {"capacity by gate",
+    {base,
+     "capacity by gate",
      "plain",
      {"model.moe.dispatch=capacity", "model.moe.capacity=1.05", "model.moe.choose=2", NULL},
      false},
-    {"capacity by order",
+    {base,
+     "capacity by order",
      "plain",
      {"model.moe.dispatch=capacity", "model.moe.capacity=0.7", "model.moe.priority=order",
       "model.moe.noise=0", NULL},
      false},
-    {"hot expert", "plain", {"model.moe.noise=0", NULL}, true},
-    {"ranks without tokens, a batch without speech", "holes", {NULL}, false},
-    {"capacity with holes", "holes", {"model.moe.dispatch=capacity", NULL}, false},
-    {"dense", "plain", {"model.dense=true", NULL}, false},
+    {base, "hot expert", "plain", {"model.moe.noise=0", NULL}, true},
+    {base, "ranks without tokens, a batch without speech", "holes", {NULL}, false},
+    {base, "capacity with holes", "holes", {"model.moe.dispatch=capacity", NULL}, false},
+    {base, "biases and dropout", "plain", {"model.moe.bias=true", "model.moe.dropout=0.2", NULL}, false},
+    {base, "dense", "plain", {"model.dense=true", NULL}, false},
+    {connector_base, "connector, joint", "plain", {NULL}, false},
+    {connector_base, "connector, alternating, holes", "holes", {"schedule.alternate=cyclic", NULL}, false},
+    {connector_base,
+     "connector, one for each direction, smooth differences",
+     "plain",
+     {"model.per_direction=true", "objective.regression=smooth_l1", NULL},
+     false},
+    {connector_base, "connector, dense", "plain", {"model.dense=true", NULL}, false},
 };
 
 static int64_t plain_rows(int64_t sample, int32_t m) {
@@ -125,8 +165,7 @@ static core_status collect_counts(outcome *o, int step) {
   return CORE_OK;
 }
 
-/* Tokens whose K-th and next logit differ by less than 1e-5 of the logits' spread, in the last micro-batch.
- */
+/* Tokens whose K-th and next logit are nearly tied, in the last micro-batch. */
 static void count_near_ties(outcome *o) {
   const train_model *model = o->session->model;
   for (int64_t l = 0; l < model->L; l++) {
@@ -147,7 +186,7 @@ static void count_near_ties(outcome *o) {
       }
       o->tokens++;
       double gap = last - next; /* an exact tie is decided by the index, on every layout alike */
-      o->near_ties += E > K && gap > 0 && gap < 1e-5 * (high - low);
+      o->near_ties += E > K && gap > 0 && gap < allowed.tie * (high - low);
     }
     free(logits);
     free(choice);
@@ -175,14 +214,16 @@ static core_status run_steps(outcome *o, data_stream *stream) {
 
 static core_status run_side(comm_world *world, const char *root, const layout_case *c,
                             const char *const *layout, outcome *o) {
-  const char *set[16];
+  const char *set[24];
   char path[600];
   int32_t count = 0;
   memset(o, 0, sizeof *o);
   for (int i = 0; c->settings[i]; i++) set[count++] = c->settings[i];
   for (int i = 0; layout[i]; i++) set[count++] = layout[i];
+  for (int i = 0; world == job && extra[i]; i++) set[count++] = extra[i];
+  set[count++] = precision;
   snprintf(path, sizeof path, "%s/%s", root, c->data);
-  TRY(core_config_load(train_settings_spec(), "the harness", base, set, count, &o->config));
+  TRY(core_config_load(train_settings_spec(), "the harness", c->base, set, count, &o->config));
   train_session_options options = {.config = o->config,
                                    .comm = world,
                                    .purpose = TRAIN_PURPOSE_TRAIN,
@@ -215,8 +256,11 @@ static void complain(const char *what, const char *where, double got, double exp
          got, expected);
 }
 
+static tolerances largest; /* differences seen on this rank */
+
 static void expect_close(const char *what, const char *where, double got, double expected, double tolerance) {
   double size = fabs(expected) > 1e-3 ? fabs(expected) : 1e-3;
+  if (tolerance == allowed.loss) largest.loss = fmax(largest.loss, fabs(got - expected) / size);
   if (!(fabs(got - expected) <= tolerance * size)) complain(what, where, got, expected);
 }
 
@@ -244,16 +288,19 @@ static void compare_tensors(const outcome *got, const outcome *expected, const c
   for (int32_t i = 0; i < a->count; i++) {
     const train_parameter *p = &a->list[i], *q = find(b, p->name);
     char what[CORE_NAME + 32];
+    if (!p->active) continue; /* an alternating connector's: as it was */
     if (!q || q->count != p->count) {
       complain(p->name, where, (double)p->count, q ? (double)q->count : -1);
       continue;
     }
     snprintf(what, sizeof what, "gradient of %s", p->name);
     double d = distance(got->gradient + p->first, expected->gradient + q->first, p->count, &size);
-    if (!(d <= gradient_tolerance * (size + 0.01 * norm))) complain(what, where, d, size);
+    largest.gradient = fmax(largest.gradient, d / (size + 0.01 * norm));
+    if (!(d <= allowed.gradient * (size + 0.01 * norm))) complain(what, where, d, size);
     snprintf(what, sizeof what, "value of %s after %d steps", p->name, STEPS);
     d = distance(got->value + p->first, expected->value + q->first, p->count, &size);
-    if (!(d <= parameter_tolerance * (size + 1e-3))) complain(what, where, d, size);
+    largest.parameter = fmax(largest.parameter, d / (size + 1e-3));
+    if (!(d <= allowed.parameter * size + allowed.moved)) complain(what, where, d, size);
   }
 }
 
@@ -273,15 +320,14 @@ static void compare(const outcome *got, const outcome *expected, const char *whe
   for (int step = 0; step < STEPS; step++) {
     const train_report *a = &got->report[step], *b = &expected->report[step];
     double grown = step == 0 ? 1 : 50; /* later steps start from parameters that differ in the last bits */
-    expect_close("loss", where, a->loss, b->loss, loss_tolerance * grown);
-    expect_close("contrastive loss", where, a->contrastive, b->contrastive, loss_tolerance * grown);
-    expect_close("importance loss", where, a->router.importance, b->router.importance,
-                 loss_tolerance * grown);
-    expect_close("load loss", where, a->router.load, b->router.load, loss_tolerance * grown);
-    expect_close("z loss", where, a->router.z, b->router.z, loss_tolerance * grown);
-    expect_close("local loss", where, a->router.local, b->router.local, loss_tolerance * grown);
-    expect_close("global loss", where, a->router.global, b->router.global, loss_tolerance * grown);
-    expect_close("gradient norm", where, a->norm, b->norm, 10 * loss_tolerance * grown);
+    expect_close("loss", where, a->loss, b->loss, allowed.loss * grown);
+    expect_close("contrastive loss", where, a->contrastive, b->contrastive, allowed.loss * grown);
+    expect_close("importance loss", where, a->router.importance, b->router.importance, allowed.loss * grown);
+    expect_close("load loss", where, a->router.load, b->router.load, allowed.loss * grown);
+    expect_close("z loss", where, a->router.z, b->router.z, allowed.loss * grown);
+    expect_close("local loss", where, a->router.local, b->router.local, allowed.loss * grown);
+    expect_close("global loss", where, a->router.global, b->router.global, allowed.loss * grown);
+    expect_close("gradient norm", where, a->norm, b->norm, 10 * allowed.loss * grown);
     for (int m = 0; m < MOST_MODALITIES; m++)
       if (a->tokens[m] != b->tokens[m] || a->items[m] != b->items[m])
         complain("tokens", where, (double)a->tokens[m], (double)b->tokens[m]);
@@ -327,7 +373,7 @@ static core_status cross(const char *root, const layout_case *c, const outcome *
 }
 
 static core_status run_case(const char *root, const layout_case *c) {
-  const char *none[] = {"parallel.shard_optimizer=false", NULL};
+  const char *none[] = {"parallel.shard_optimizer=false", "run.device=cpu", NULL};
   int way = 0;
   int32_t ranks = comm_size(comm_world_group(job));
   outcome reference;
@@ -335,7 +381,7 @@ static core_status run_case(const char *root, const layout_case *c) {
   if (comm_rank(comm_world_group(job)) == 0)
     printf("%s: %lld near-ties in %lld routed tokens\n", c->name, (long long)reference.near_ties,
            (long long)reference.tokens);
-  if (reference.near_ties * 1000 > reference.tokens)
+  if ((double)reference.near_ties > allowed.ties * (double)reference.tokens)
     complain("near-ties: a bad case", c->name, (double)reference.near_ties, 0);
   for (int e = 1; e <= ranks; e *= 2)
     for (int partitioned = 0; partitioned < 2; partitioned++)
@@ -376,7 +422,17 @@ static core_status run_all(char *root, size_t capacity) {
   return CORE_OK;
 }
 
-int main(void) {
+/* test_layout [key=value]...: settings of the side under test, such as run.device=cuda; run.precision is that
+ * of both. The reference is always on the CPU. */
+int main(int argc, char **argv) {
+  allowed = in_real;
+  for (int i = 1, n = 0; i < argc && n < 3; i++) {
+    if (strncmp(argv[i], "run.precision=", 14) == 0)
+      precision = argv[i];
+    else
+      extra[n++] = argv[i];
+  }
+  if (strcmp(precision, "run.precision=bfloat16") == 0) allowed = in_bfloat;
   char root[256] = "/tmp/antiphon-layout-XXXXXX", text[4096];
   core_status status = run_all(root, sizeof root);
   if (status != CORE_OK) {
@@ -386,6 +442,11 @@ int main(void) {
     return 1;
   }
   bool first = comm_rank(comm_world_group(job)) == 0;
+  if (first)
+    printf(
+        "largest differences on rank 0: loss of the first step %.1e, gradients of the last %.1e, values "
+        "%.1e\n",
+        largest.loss, largest.gradient, largest.parameter);
   if (first) test_remove_tree(root);
   comm_finish(alone);
   comm_finish(job);

@@ -61,6 +61,8 @@ static void share_inside(train_block *block, const train_block *from) {
   block->moe.router_bias = own.moe.router_bias;
   block->moe.in = own.moe.in;
   block->moe.out = own.moe.out;
+  block->moe.in_bias = own.moe.in_bias;
+  block->moe.out_bias = own.moe.out_bias;
 }
 
 /* The first block that has the same kind and sizes. */

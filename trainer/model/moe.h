@@ -48,6 +48,7 @@ typedef struct train_moe {
   int32_t index;                 /* among the MoE layers */
   int32_t router, router_bias;   /* parameters [E, C]; bias -1 */
   int32_t in, out;               /* first local expert's [2F, C], [C, F]; the others follow */
+  int32_t in_bias, out_bias;     /* first local expert's [2F], [C]; -1 absent */
   core_tensor logits, prob;      /* [T, E] noise-free */
   core_tensor noisy, noisy_prob; /* the same tensors when noise is off */
   core_tensor choice, gate;      /* int32 [T, K], [T, K] */
@@ -58,6 +59,7 @@ typedef struct train_moe {
   core_tensor hidden, active;    /* [R, 2F], [R, F] of the last round */
   train_dispatch_state dispatch;
   bool noise, drops; /* in the last forward pass */
+  double dropout;    /* likewise: the rate */
 } train_moe;
 
 /* Shared by all MoE layers. */

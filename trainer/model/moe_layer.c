@@ -1,7 +1,9 @@
 /* Mixture of experts (METHODS sections 0 and 1; Mustafa et al. 2022; Riquelme et al. 2021):
  *   l = W_g x, noise in training: l~ = l + N(0, noise / E);  chosen = the K largest l~;  gate = softmax(l~)
- * of the chosen (or renormalised over them);  y += sum over the chosen and kept of gate_e FFN_e(x) Forward:
- * router -> keep -> plan -> gather -> all-to-all -> experts -> all-to-all -> combine. Backward mirrors it.
+ * of the chosen (or renormalised over them);  y += sum over the chosen and kept of gate_e FFN_e(x)
+ * with FFN_e(x) = act(x W1^T + b1) W2^T + b2, biases where configured, and dropout on it in training.
+ * Forward: router -> keep -> plan -> gather -> all-to-all -> experts -> all-to-all -> combine. Backward
+ * mirrors it.
  *
  * Expert buffers have R rows. Where more arrive, the stream is taken in rounds; only the last round's
  * activations stay, the others are sent and computed again in backward. Imbalance costs time, never memory.
@@ -58,6 +60,20 @@ static core_status declare_experts(train_model *model, train_moe *moe, int32_t l
     TRY(train_declare(model, out, &index, "blocks.%d.experts.%d.out.weight", layer, (int)(first + j)));
     if (j == 0) moe->out = index;
   }
+  moe->in_bias = moe->out_bias = -1;
+  if (!model->env->settings->model.moe.bias) return CORE_OK;
+  train_parameter in_bias = {.rank = 1, .shape = {in.shape[0]}, .scope = TRAIN_SCOPE_EXPERT};
+  train_parameter out_bias = {.rank = 1, .shape = {C}, .scope = TRAIN_SCOPE_EXPERT};
+  for (int64_t j = 0; j < count; j++) {
+    int32_t index;
+    TRY(train_declare(model, in_bias, &index, "blocks.%d.experts.%d.in.bias", layer, (int)(first + j)));
+    if (j == 0) moe->in_bias = index;
+  }
+  for (int64_t j = 0; j < count; j++) {
+    int32_t index;
+    TRY(train_declare(model, out_bias, &index, "blocks.%d.experts.%d.out.bias", layer, (int)(first + j)));
+    if (j == 0) moe->out_bias = index;
+  }
   return CORE_OK;
 }
 
@@ -71,6 +87,9 @@ core_status train_moe_declare(train_model *model, int32_t layer) {
       .init = TRAIN_INIT_NORMAL,
       .init_value = 0.02}; /* not zero: the entropy losses have no gradient at uniform */
   TRY(train_declare(model, router, &moe->router, "blocks.%d.router.weight", layer));
+  train_parameter bias = {.rank = 1, .shape = {router.shape[0]}};
+  if (model->env->settings->model.moe.bias)
+    TRY(train_declare(model, bias, &moe->router_bias, "blocks.%d.router.bias", layer));
   TRY(declare_experts(model, moe, layer));
   return CORE_OK;
 }
@@ -133,7 +152,9 @@ static core_status route(train_model *model, train_moe *moe, core_tensor x, trai
   int64_t T = x.shape[0];
   core_tensor logits = train_rows(moe->logits, T), prob = train_rows(moe->prob, T);
   core_tensor noisy = logits, noisy_prob = prob;
-  KERN(env, router_logits, x, train_parameter_value(&model->parameters, moe->router), train_none(), logits);
+  core_tensor bias =
+      moe->router_bias < 0 ? train_none() : train_parameter_value(&model->parameters, moe->router_bias);
+  KERN(env, router_logits, x, train_parameter_value(&model->parameters, moe->router), bias, logits);
   moe->noise = s->model.moe.noise > 0 && mode != TRAIN_MODE_EVALUATE;
   if (moe->noise) {
     KERN(env, softmax_fwd, logits, prob);
@@ -202,6 +223,10 @@ static core_status experts_inner(train_model *model, train_moe *moe) {
   int64_t n = moe->dispatch.rows;
   KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->received, n), weights_in(model, moe),
        KERN_SET, train_rows(moe->hidden, n));
+  if (moe->in_bias >= 0)
+    KERN(env, bias_grouped_fwd, moe->dispatch.group,
+         train_parameter_vectors(&model->parameters, moe->in_bias, local_experts(model)),
+         train_rows(moe->hidden, n));
   TRY(train_activate(model, train_rows(moe->hidden, n), train_rows(moe->active, n)));
   return CORE_OK;
 }
@@ -226,8 +251,23 @@ static core_status experts_forward(train_model *model, train_moe *moe, core_tens
     int64_t n = moe->dispatch.rows;
     KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->active, n), weights_out(model, moe),
          KERN_SET, train_rows(out, n));
+    if (moe->out_bias >= 0)
+      KERN(env, bias_grouped_fwd, moe->dispatch.group,
+           train_parameter_vectors(&model->parameters, moe->out_bias, local_experts(model)),
+           train_rows(out, n));
     TRY(train_dispatch_return(model, moe, round, out, moe->returned));
   }
+  return CORE_OK;
+}
+
+/* On rows at their sender, an expert's output or its gradient. */
+static core_status drop_out(train_model *model, const train_moe *moe, core_tensor rows) {
+  train_env *env = model->env;
+  int64_t T = model->items.tokens;
+  uint64_t stream = core_random_stream(CORE_RANDOM_DROPOUT, (uint64_t)env->step, (uint64_t)moe->index);
+  if (moe->dropout > 0)
+    KERN(env, dropout, env->settings->run.seed, stream, moe->dropout, train_rows(model->items.key.device, T),
+         train_rows(moe->slot, T), train_rows(rows, moe->dispatch.sent));
   return CORE_OK;
 }
 
@@ -241,6 +281,8 @@ core_status train_moe_forward(train_model *model, train_moe *moe, core_tensor x,
   TRY(train_dispatch_make(model, moe, T));
   if (mode != TRAIN_MODE_AGAIN) TRY(add_sums(model, moe, x));
   TRY(experts_forward(model, moe, x));
+  moe->dropout = mode == TRAIN_MODE_EVALUATE ? 0 : s->model.moe.dropout;
+  TRY(drop_out(model, moe, moe->returned));
   KERN(env, combine_fwd, train_rows(moe->returned, moe->dispatch.sent), train_rows(moe->slot, T),
        train_rows(moe->gate, T), KERN_ADD, y);
   return CORE_OK;
@@ -261,10 +303,14 @@ static core_status experts_round_backward(train_model *model, train_moe *moe, co
   dy = train_rows(dy, n);
   KERN(env, gemm_grouped, KERN_TN, group, dy, train_rows(moe->active, n), KERN_ADD,
        train_parameter_gradients(p, moe->out, count));
+  if (moe->out_bias >= 0)
+    KERN(env, bias_grouped_bwd, group, dy, train_parameter_gradients(p, moe->out_bias, count));
   KERN(env, gemm_grouped, KERN_NN, group, dy, weights_out(model, moe), KERN_SET, d_active);
   TRY(train_activate_backward(model, d_active, train_rows(moe->hidden, n), d_hidden));
   KERN(env, gemm_grouped, KERN_TN, group, d_hidden, train_rows(moe->received, n), KERN_ADD,
        train_parameter_gradients(p, moe->in, count));
+  if (moe->in_bias >= 0)
+    KERN(env, bias_grouped_bwd, group, d_hidden, train_parameter_gradients(p, moe->in_bias, count));
   KERN(env, gemm_grouped, KERN_NN, group, d_hidden, weights_in(model, moe), KERN_SET, train_rows(dx, n));
   return CORE_OK;
 }
@@ -295,13 +341,14 @@ static core_status router_backward(train_model *model, train_moe *moe, core_tens
   KERN(env, router_gate_bwd, (kern_gate)env->settings->model.moe.gate,
        train_rows(model->moe_scratch.d_gate, T), noisy_prob(moe, T), train_rows(moe->choice, T),
        train_rows(moe->gate, T), KERN_SET, d_logits);
-  for (int32_t m = 0; m < env->layout.modalities; m++) {
+  for (int32_t m = 0; m < env->layout.modalities && weights.data; m++) {
     KERN(env, router_sums_bwd, cell(weights, m), of_modality(model, m, moe->logits),
          of_modality(model, m, moe->prob), of_modality(model, m, noisy_logits(moe, T)),
          of_modality(model, m, moe->choice), noise_deviation(model, moe), of_modality(model, m, d_logits));
   }
   KERN(env, router_logits_bwd, d_logits, x, train_parameter_value(p, moe->router), KERN_ADD, dx,
-       train_parameter_gradient(p, moe->router), train_none());
+       train_parameter_gradient(p, moe->router),
+       moe->router_bias < 0 ? train_none() : train_parameter_gradient(p, moe->router_bias));
   return CORE_OK;
 }
 
@@ -313,6 +360,7 @@ core_status train_moe_backward(train_model *model, train_moe *moe, core_tensor x
   core_tensor slot = train_rows(moe->slot, T);
   KERN(env, combine_bwd, dy, train_rows(moe->returned, sent), slot, train_rows(moe->gate, T),
        train_rows(s->send_dy, sent), train_rows(s->d_gate, T));
+  TRY(drop_out(model, moe, s->send_dy));
   TRY(experts_backward(model, moe, x));
   KERN(env, combine_fwd, train_rows(s->send_dx, sent), slot, train_none(), KERN_SET, dx);
   TRY(router_backward(model, moe, x, weights, dx));

@@ -20,16 +20,17 @@ core_status train_declare(train_model *model, train_parameter parameter, int32_t
 static void take_sizes(train_model *model) {
   const train_settings *s = model->env->settings;
   model->C = s->model.width;
-  model->L = s->model.layers;
+  model->L = s->model.per_direction ? s->objective.directions_count : s->model.layers;
   model->H = s->model.heads;
   model->G = s->model.kv_heads ? s->model.kv_heads : s->model.heads;
-  model->A = s->model.head_width ? s->model.head_width : s->model.width / s->model.heads;
+  if (s->model.kind == TRAIN_KIND_TOWER)
+    model->A = s->model.head_width ? s->model.head_width : s->model.width / s->model.heads;
   model->Z = s->model.embedding ? s->model.embedding : s->model.width;
   int64_t gated = (model->C * 8 / 3 + 31) / 32 * 32; /* as many weights as an ungated layer of 4 C */
   model->F = s->model.hidden ? s->model.hidden : s->model.activation == TRAIN_SWIGLU ? gated : 4 * model->C;
 }
 
-static core_status declare(train_model *model) {
+static core_status declare_tower(train_model *model) {
   train_env *env = model->env;
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_connector_declare(model, m));
@@ -41,9 +42,29 @@ static core_status declare(train_model *model) {
   train_parameter scale = {.rank = 1, .shape = {1}, .init = TRAIN_INIT_CONSTANT};
   scale.init_value = log(env->settings->objective.scale);
   TRY(train_declare(model, scale, &model->log_scale, "log_scale"));
-  train_parameters_place(&model->parameters);
-  train_parameters_share(&model->parameters, env, env->settings->parallel.shard_optimizer);
   return CORE_OK;
+}
+
+static bool is_connector(const train_model *model) {
+  return model->env->settings->model.kind == TRAIN_KIND_CONNECTOR;
+}
+
+static core_status declare(train_model *model) {
+  model->log_scale = -1;
+  for (int32_t m = 0; m < model->env->layout.modalities; m++)
+    model->connector[m].width = model->limits.width[m];
+  TRY(is_connector(model) ? train_alignment_declare(model) : declare_tower(model));
+  train_parameters_place(&model->parameters);
+  train_parameters_share(&model->parameters, model->env, model->env->settings->parallel.shard_optimizer);
+  return CORE_OK;
+}
+
+int32_t train_model_directions(const train_model *model) {
+  return is_connector(model) ? model->alignment.directions : 1;
+}
+
+void train_model_activate(train_model *model, int32_t d) {
+  if (is_connector(model)) train_alignment_activate(model, d);
 }
 
 core_status train_model_create(train_env *env, const int64_t *width, train_model **out) {
@@ -68,6 +89,7 @@ core_status train_model_create(train_env *env, const int64_t *width, train_model
 void train_model_destroy(train_model *model) {
   if (!model) return;
   train_parameters_free(&model->parameters);
+  train_alignment_free(&model->alignment);
   free(model->block);
   free(model);
 }
@@ -118,8 +140,27 @@ static core_status plan_sums(train_model *model, const train_arenas *arenas) {
   return CORE_OK;
 }
 
+/* What the connector's blocks need of a tower's. */
+static core_status plan_connector(train_model *model, const train_arenas *arenas) {
+  TRY(plan_items(model, arenas));
+  for (int32_t m = 0; m < model->env->layout.modalities; m++) {
+    train_connector_layer *layer = &model->connector[m];
+    TRY(train_mirror_plan(arenas, arenas->activations, CORE_REAL_DTYPE, layer->width, 1, &layer->shift));
+    TRY(train_mirror_plan(arenas, arenas->activations, CORE_REAL_DTYPE, layer->width, 1, &layer->scale));
+  }
+  for (int32_t p = 0; p < model->L; p++)
+    TRY(model->block[p].has_moe ? train_moe_plan(model, &model->block[p].moe, arenas)
+                                : train_feed_forward_plan(model, &model->block[p], arenas->activations));
+  TRY(plan_gradients(model, arenas->activations));
+  if (model->moe_layers > 0) TRY(train_moe_scratch_plan(model, arenas));
+  TRY(plan_sums(model, arenas));
+  TRY(train_alignment_plan(model, arenas));
+  return CORE_OK;
+}
+
 static core_status plan_activations(train_model *model, const train_arenas *arenas) {
   core_arena *arena = arenas->activations;
+  if (is_connector(model)) return plan_connector(model, arenas);
   TRY(plan_items(model, arenas));
   TRY(train_take_active(model, arena, model->T, model->C, &model->input));
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
@@ -141,11 +182,7 @@ static core_status plan_activations(train_model *model, const train_arenas *aren
 core_status train_model_plan(train_model *model, const train_model_limits *limits,
                              const train_arenas *arenas) {
   model->limits = *limits;
-  model->T = model->S = 0;
-  for (int32_t m = 0; m < model->env->layout.modalities; m++) {
-    model->T += limits->tokens[m];
-    model->S += limits->segments[m];
-  }
+  train_model_rows(model->env->settings, limits, &model->T, &model->S);
   TRY(train_parameters_plan(&model->parameters, model->env, arenas->parameters, limits->training));
   TRY(train_mirror_plan(arenas, arenas->parameters, CORE_REAL_DTYPE, model->A / 2, 1,
                         &model->inverse_frequency));
@@ -163,6 +200,17 @@ core_status train_model_prepare(train_model *model) {
   return CORE_OK;
 }
 
+void train_model_rows(const train_settings *settings, const train_model_limits *limits, int64_t *tokens,
+                      int64_t *segments) {
+  bool connector = settings->model.kind == TRAIN_KIND_CONNECTOR;
+  *tokens = *segments = 0;
+  for (unsigned m = 0; m < settings->data.modalities_count; m++) {
+    int64_t T = limits->tokens[m], S = limits->segments[m];
+    *tokens = !connector ? *tokens + T : TRAIN_VIEWS * T > *tokens ? TRAIN_VIEWS * T : *tokens;
+    *segments = !connector ? *segments + S : TRAIN_VIEWS * S > *segments ? TRAIN_VIEWS * S : *segments;
+  }
+}
+
 /* ---- items ---- */
 
 /* What the host knows of one part: offsets, keys, positions. */
@@ -174,7 +222,6 @@ static void describe_part(train_model *model, const data_part *part, int32_t m) 
   int32_t *position = (int32_t *)items->position.host + row;
   int64_t *offset = (int64_t *)items->offset.host + first;
   bool rotates = env->settings->data.modalities[m].positions == TRAIN_POSITIONS_ROPE;
-  memcpy(items->part_offset[m].host, part->offset, (size_t)(count + 1) * sizeof *offset);
   for (int64_t i = 0; i < count; i++) {
     uint64_t place = ((uint64_t)(part->lo + i) * (uint64_t)env->layout.modalities + (uint64_t)m) << 24;
     int64_t length = part->offset[i + 1] - part->offset[i];
@@ -184,14 +231,22 @@ static void describe_part(train_model *model, const data_part *part, int32_t m) 
       *position++ = rotates ? (int32_t)t : 0;
     }
   }
-  items->sample_first[m] = part->lo;
   items->segment_first[m + 1] = first + count;
   items->row_first[m + 1] = row + part->offset[count];
 }
 
-static core_status take_latents(train_model *model, const data_part *part, int32_t m) {
+core_status train_items_take_part(train_model *model, const data_part *part, int32_t m) {
   train_items *items = &model->items;
   core_tensor *latent = &items->latent[m];
+  int64_t count = part->hi - part->lo, rows = count > 0 ? part->offset[count] : 0;
+  CHECK(count <= model->limits.segments[m] && rows <= model->limits.tokens[m], CORE_ERR_INTERNAL,
+        "a micro-batch has %lld items and %lld tokens of '%s'; %lld and %lld were planned", (long long)count,
+        (long long)rows, model->env->settings->data.modalities[m].name, (long long)model->limits.segments[m],
+        (long long)model->limits.tokens[m]);
+  memcpy(items->part_offset[m].host, part->offset, (size_t)(count + 1) * sizeof *part->offset);
+  TRY(train_mirror_up(model->env, &items->part_offset[m], count + 1));
+  items->part_count[m] = count;
+  items->sample_first[m] = part->lo;
   *latent = core_tensor_2(part->latent, part->dtype, part->offset[part->hi - part->lo], part->width);
   if (!items->arrived[m] || latent->shape[0] == 0) return CORE_OK;
   /* The batch is lent until the step is over, and the step waits for the device after this. */
@@ -200,21 +255,16 @@ static core_status take_latents(train_model *model, const data_part *part, int32
   return CORE_OK;
 }
 
-core_status train_model_take(train_model *model, const data_batch *batch, int64_t micro) {
+core_status train_model_take(train_model *model, const data_batch *batch, int64_t micro, int32_t d) {
+  if (is_connector(model)) return train_alignment_take(model, batch, micro, d);
   train_items *items = &model->items;
   const train_env *env = model->env;
   int32_t M = env->layout.modalities;
   items->row_first[0] = items->segment_first[0] = 0;
   for (int32_t m = 0; m < M; m++) {
     const data_part *part = &batch->part[micro * M + m];
-    int64_t count = part->hi - part->lo, rows = count > 0 ? part->offset[count] : 0;
-    CHECK(count <= model->limits.segments[m] && rows <= model->limits.tokens[m], CORE_ERR_INTERNAL,
-          "a micro-batch has %lld items and %lld tokens of '%s'; %lld and %lld were planned",
-          (long long)count, (long long)rows, env->settings->data.modalities[m].name,
-          (long long)model->limits.segments[m], (long long)model->limits.tokens[m]);
+    TRY(train_items_take_part(model, part, m));
     describe_part(model, part, m);
-    TRY(take_latents(model, part, m));
-    TRY(train_mirror_up(env, &items->part_offset[m], count + 1));
   }
   items->segments = items->segment_first[M];
   items->tokens = items->row_first[M];
@@ -250,6 +300,7 @@ static core_status pool(train_model *model, core_tensor x) {
 }
 
 core_status train_model_forward(train_model *model, train_mode mode) {
+  if (is_connector(model)) return train_alignment_forward(model, (int)mode);
   train_env *env = model->env;
   train_items *items = &model->items;
   core_tensor x = train_rows(model->input, items->tokens);
@@ -280,6 +331,7 @@ static core_tensor router_of(const train_model *model, const train_block *block,
 }
 
 core_status train_model_backward(train_model *model, core_tensor router) {
+  if (is_connector(model)) return train_alignment_backward(model);
   train_env *env = model->env;
   train_items *items = &model->items;
   kern_segments segments = train_segments(model);

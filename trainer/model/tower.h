@@ -11,6 +11,7 @@
 #define TRAIN_TOWER_H
 
 #include "trainer/mirror.h"
+#include "trainer/model/alignment.h"
 #include "trainer/model/moe.h"
 #include "trainer/parameter.h"
 
@@ -21,6 +22,7 @@ typedef struct train_items {
   int64_t row_first[CORE_MAX_MODALITIES + 1]; /* modality m: rows [row_first[m], row_first[m + 1]) */
   int64_t segment_first[CORE_MAX_MODALITIES + 1];
   train_mirror part_offset[CORE_MAX_MODALITIES]; /* int64, of m's items, counted from m's first row */
+  int64_t part_count[CORE_MAX_MODALITIES];       /* m's items */
   int64_t sample_first[CORE_MAX_MODALITIES];     /* place in the global batch of the first segment of m */
   train_mirror position;                         /* int32 [T] for RoPE; 0 where a modality has none */
   train_mirror key;                              /* uint64 [T] global place: (sample M + m) 2^24 + position */
@@ -90,7 +92,8 @@ typedef struct train_model {
   train_block *block; /* [L] */
   train_norm final_norm;
   train_head head[CORE_MAX_MODALITIES];
-  int32_t log_scale;              /* parameter: log of 1 / temperature */
+  int32_t log_scale;              /* parameter: log of 1 / temperature; -1 where it is fixed */
+  train_alignment alignment;      /* of model.kind connector */
   core_tensor input, pooled;      /* [T, C], [S, C] */
   train_mirror inverse_frequency; /* core_real [A / 2] */
   bool rotates;
@@ -110,10 +113,21 @@ CORE_NODISCARD core_status train_model_plan(train_model *model, const train_mode
                                             const train_arenas *arenas);
 /* What the host contributes to the planned memory's content (tables). After the arenas are committed. */
 CORE_NODISCARD core_status train_model_prepare(train_model *model);
+/* Most rows and segments that pass through the blocks together: of all modalities in a tower, of the largest
+ * one in two views in a connector. */
+void train_model_rows(const train_settings *settings, const train_model_limits *limits, int64_t *tokens,
+                      int64_t *segments);
 void train_model_destroy(train_model *model);
 
-/* Fills model->items from micro-batch `micro` of a batch. */
-CORE_NODISCARD core_status train_model_take(train_model *model, const data_batch *batch, int64_t micro);
+/* Directions that a step may train: those of a connector, 1 for a tower. */
+int32_t train_model_directions(const train_model *model);
+/* Marks the parameters that a step of direction d changes (-1: all) as active. */
+void train_model_activate(train_model *model, int32_t d);
+/* Fills model->items from micro-batch `micro` of a batch; d: the direction of a connector. */
+CORE_NODISCARD core_status train_model_take(train_model *model, const data_batch *batch, int64_t micro,
+                                            int32_t d);
+/* The latents and offsets of one modality, on the device. */
+CORE_NODISCARD core_status train_items_take_part(train_model *model, const data_part *part, int32_t m);
 /* How a forward pass is meant. */
 typedef enum train_mode {
   TRAIN_MODE_TRAIN,    /* noise, capacity; sums are added to model->sums */

@@ -26,6 +26,8 @@ core_status train_contrastive_make(train_env *env, int64_t width, train_contrast
       out->first[out->pairs] = a;
       out->second[out->pairs++] = b;
     }
+  out->averaged = out->pairs;
+  out->factor = 1;
   return CORE_OK;
 }
 
@@ -48,31 +50,36 @@ core_status train_contrastive_plan(train_contrastive *loss, const train_arenas *
   return CORE_OK;
 }
 
-/* Rows of micro-batch `micro` between the head of a modality and the global batch; none where the modality is
- * not held. */
-static core_status copy_own(const train_env *env, void *target, const void *source, core_tensor rows) {
-  size_t bytes = core_tensor_bytes(&rows);
-  if (bytes > 0) TRY(env->ops->device->copy(target, source, bytes, NULL));
+/* Rows of this rank's samples of micro-batch `micro` in a [B, Z]; none where the modality is not held. */
+static core_tensor own_rows(const train_contrastive *loss, core_tensor all, int32_t m, int64_t micro) {
+  data_range range = train_layout_range(&loss->env->layout, loss->env->layout.rank, m, micro);
+  return train_slice(all, range.lo, range.hi - range.lo);
+}
+
+core_status train_contrastive_put_rows(train_contrastive *loss, int32_t m, int64_t micro, core_tensor rows) {
+  core_tensor own = own_rows(loss, loss->z[m], m, micro);
+  if (core_tensor_bytes(&own) > 0)
+    TRY(loss->env->ops->device->copy(own.data, rows.data, core_tensor_bytes(&own), NULL));
+  return CORE_OK;
+}
+
+core_status train_contrastive_get_rows(const train_contrastive *loss, int32_t m, int64_t micro,
+                                       core_tensor rows) {
+  core_tensor own = own_rows(loss, loss->gradient[m], m, micro);
+  if (core_tensor_bytes(&own) > 0)
+    TRY(loss->env->ops->device->copy(rows.data, own.data, core_tensor_bytes(&own), NULL));
   return CORE_OK;
 }
 
 core_status train_contrastive_put(train_contrastive *loss, const train_model *model, int64_t micro) {
-  const train_env *env = loss->env;
-  for (int32_t m = 0; m < env->layout.modalities; m++) {
-    data_range range = train_layout_range(&env->layout, env->layout.rank, m, micro);
-    core_tensor own = train_slice(loss->z[m], range.lo, range.hi - range.lo);
-    TRY(copy_own(env, own.data, model->head[m].z.data, own));
-  }
+  for (int32_t m = 0; m < loss->env->layout.modalities; m++)
+    TRY(train_contrastive_put_rows(loss, m, micro, model->head[m].z));
   return CORE_OK;
 }
 
 core_status train_contrastive_get(const train_contrastive *loss, train_model *model, int64_t micro) {
-  const train_env *env = loss->env;
-  for (int32_t m = 0; m < env->layout.modalities; m++) {
-    data_range range = train_layout_range(&env->layout, env->layout.rank, m, micro);
-    core_tensor own = train_slice(loss->gradient[m], range.lo, range.hi - range.lo);
-    TRY(copy_own(env, model->head[m].gradient.data, own.data, own));
-  }
+  for (int32_t m = 0; m < loss->env->layout.modalities; m++)
+    TRY(train_contrastive_get_rows(loss, m, micro, model->head[m].gradient));
   return CORE_OK;
 }
 
@@ -133,7 +140,7 @@ static core_status add_losses(train_contrastive *loss, const rows *r, double sca
 static core_status gradients(train_contrastive *loss, const rows *r, double scale) {
   if (loss->count[r->pair] == 0) return CORE_OK;
   kern_contrastive op = describe(loss, r, scale);
-  double weight = 0.5 / ((double)loss->count[r->pair] * loss->pairs);
+  double weight = 0.5 * loss->factor / ((double)loss->count[r->pair] * loss->averaged);
   core_tensor block = cosine_rows(loss, r);
   TRY(cosines(loss, r));
   KERN(loss->env, contrastive_bwd, &op, weight, part(loss->lse.device, line_of(r, r->direction), r->lo, r->n),
@@ -145,10 +152,11 @@ static core_status gradients(train_contrastive *loss, const rows *r, double scal
 
 typedef core_status (*rows_work)(train_contrastive *, const rows *, double);
 
-/* Every block of this rank's rows, in both directions of every pair. */
-static core_status for_own_rows(train_contrastive *loss, double scale, rows_work work) {
+/* Every block of this rank's rows, in both directions of the pairs [first, last). */
+static core_status for_own_rows(train_contrastive *loss, int32_t first, int32_t last, double scale,
+                                rows_work work) {
   const train_layout *layout = &loss->env->layout;
-  for (int32_t d = 0; d < 2 * loss->pairs; d++) {
+  for (int32_t d = 2 * first; d < 2 * last; d++) {
     rows r = {.pair = d / 2, .direction = d % 2};
     r.query = r.direction ? loss->second[r.pair] : loss->first[r.pair];
     r.key = r.direction ? loss->first[r.pair] : loss->second[r.pair];
@@ -164,12 +172,14 @@ static core_status for_own_rows(train_contrastive *loss, double scale, rows_work
 }
 
 /* What the masks are made of. */
-static core_status take_samples(train_contrastive *loss, const data_batch *batch) {
-  for (int32_t p = 0; p < loss->pairs; p++) {
+static core_status take_samples(train_contrastive *loss, const data_batch *batch, int32_t first,
+                                int32_t last) {
+  for (int32_t p = first; p < last; p++) {
     const uint8_t *a = batch->present + loss->first[p] * loss->B,
                   *b = batch->present + loss->second[p] * loss->B;
     uint8_t *valid = (uint8_t *)loss->valid.host + p * loss->B;
     loss->count[p] = 0;
+    loss->loss[p] = 0;
     for (int64_t j = 0; j < loss->B; j++) {
       valid[j] = a[j] && b[j];
       loss->count[p] += valid[j];
@@ -184,8 +194,8 @@ static core_status take_samples(train_contrastive *loss, const data_batch *batch
 }
 
 /* The denominators of direction d belong to the rows of its query modality. */
-static core_status share_denominators(train_contrastive *loss) {
-  for (int32_t d = 0; d < 2 * loss->pairs; d++) {
+static core_status share_denominators(train_contrastive *loss, int32_t first, int32_t last) {
+  for (int32_t d = 2 * first; d < 2 * last; d++) {
     int32_t query = d % 2 ? loss->second[d / 2] : loss->first[d / 2];
     TRY(train_share_rows(loss->env, &loss->env->layout, query, part(loss->lse.device, d, 0, loss->B),
                          loss->send, loss->recv));
@@ -193,24 +203,45 @@ static core_status share_denominators(train_contrastive *loss) {
   return CORE_OK;
 }
 
-core_status train_contrastive_evaluate(train_contrastive *loss, const data_batch *batch, double scale) {
+/* Embeddings that the pairs [first, last) are made of go round; their gradients begin at zero. */
+static core_status share_embeddings(train_contrastive *loss, int32_t first, int32_t last) {
   train_env *env = loss->env;
-  CHECK(batch->samples == loss->B, CORE_ERR_INTERNAL, "a batch of %lld samples, expected %lld",
-        (long long)batch->samples, (long long)loss->B);
-  TRY(take_samples(loss, batch));
-  memset(loss->loss, 0, sizeof loss->loss);
-  TRY(train_mirror_clear(env, &loss->d_scale));
   for (int32_t m = 0; m < env->layout.modalities; m++) {
+    bool used = false;
+    for (int32_t p = first; p < last; p++) used = used || loss->first[p] == m || loss->second[p] == m;
+    if (!used) continue;
     TRY(train_share_rows(env, &env->layout, m, loss->z[m], loss->send, loss->recv));
     KERN(env, fill, 0, loss->gradient[m]);
   }
-  TRY(for_own_rows(loss, scale, denominators));
-  TRY(share_denominators(loss));
-  TRY(for_own_rows(loss, scale, gradients));
+  return CORE_OK;
+}
+
+static core_status evaluate_pairs(train_contrastive *loss, const data_batch *batch, double scale,
+                                  int32_t first, int32_t last) {
+  train_env *env = loss->env;
+  CHECK(batch->samples == loss->B, CORE_ERR_INTERNAL, "a batch of %lld samples, expected %lld",
+        (long long)batch->samples, (long long)loss->B);
+  TRY(take_samples(loss, batch, first, last));
+  TRY(train_mirror_clear(env, &loss->d_scale));
+  TRY(share_embeddings(loss, first, last));
+  TRY(for_own_rows(loss, first, last, scale, denominators));
+  TRY(share_denominators(loss, first, last));
+  TRY(for_own_rows(loss, first, last, scale, gradients));
   TRY(train_mirror_down(env, &loss->lse, 2 * loss->pairs));
   TRY(train_mirror_down(env, &loss->positive, 2 * loss->pairs));
   TRY(train_mirror_down(env, &loss->d_scale, 1));
-  TRY(for_own_rows(loss, scale, add_losses));
+  TRY(for_own_rows(loss, first, last, scale, add_losses));
+  return CORE_OK;
+}
+
+core_status train_contrastive_evaluate(train_contrastive *loss, const data_batch *batch, double scale) {
+  TRY(evaluate_pairs(loss, batch, scale, 0, loss->pairs));
+  return CORE_OK;
+}
+
+core_status train_contrastive_evaluate_pair(train_contrastive *loss, const data_batch *batch, double scale,
+                                            int32_t pair) {
+  TRY(evaluate_pairs(loss, batch, scale, pair, pair + 1));
   return CORE_OK;
 }
 

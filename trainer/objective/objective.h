@@ -27,11 +27,18 @@ typedef struct train_contrastive {
   train_mirror d_scale;                      /* float64 [1], this rank's part of dL/ds */
   int64_t count[TRAIN_MAX_PAIRS];            /* samples that have both, global */
   double loss[TRAIN_MAX_PAIRS];              /* this rank's part of sum (..), not yet divided */
+  int32_t averaged;                          /* P above: pairs whose mean is the loss */
+  double factor;                             /* of the gradients */
   comm_piece *send, *recv;
 } train_contrastive;
 
 CORE_NODISCARD core_status train_contrastive_make(train_env *env, int64_t width, train_contrastive *out);
 CORE_NODISCARD core_status train_contrastive_plan(train_contrastive *loss, const train_arenas *arenas);
+/* The same for the rows of one modality: [n, Z] of this rank's samples in `micro`. */
+CORE_NODISCARD core_status train_contrastive_put_rows(train_contrastive *loss, int32_t m, int64_t micro,
+                                                      core_tensor rows);
+CORE_NODISCARD core_status train_contrastive_get_rows(const train_contrastive *loss, int32_t m, int64_t micro,
+                                                      core_tensor rows);
 /* Takes the embeddings of a forward pass of micro-batch `micro`; gives their gradients for its backward pass.
  */
 CORE_NODISCARD core_status train_contrastive_put(train_contrastive *loss, const train_model *model,
@@ -42,6 +49,9 @@ CORE_NODISCARD core_status train_contrastive_get(const train_contrastive *loss, 
  * afterwards. Collective over the world. */
 CORE_NODISCARD core_status train_contrastive_evaluate(train_contrastive *loss, const data_batch *batch,
                                                       double scale);
+/* The same for one pair; the others' losses and counts stay. */
+CORE_NODISCARD core_status train_contrastive_evaluate_pair(train_contrastive *loss, const data_batch *batch,
+                                                           double scale, int32_t pair);
 /* The loss from parts that have been summed over ranks. */
 double train_contrastive_total(const train_contrastive *loss, const double *summed);
 

@@ -1,0 +1,205 @@
+/* Whole models against central differences (double build): the loss that a step reports, moved by one
+ * parameter at a time, against the gradient of the same step. Covers a tower and a connector with everything
+ * that has a gradient, on several ranks: the parameter is moved on every rank that holds it. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core/random.h"
+#include "tests/support/test_device.h"
+#include "tests/support/test_set.h"
+#include "trainer/session.h"
+
+enum { SAMPLES = 24, DRAWS = 3 };
+
+static comm_world *job;
+static int failures, compared;
+
+static const char tower[] =
+    "run: {directory: unused, seed: 3, steps: 20, threads: 1, deadline: 60}\n"
+    "data:\n"
+    "  path: unused\n"
+    "  modalities:\n"
+    "    - {name: image, length: 8, local: 0.05, global: 0.1, experts: 3}\n"
+    "    - {name: text, length: 12, connector: mlp, hidden: 12, global: 0.05, experts: 4}\n"
+    "    - {name: speech, positions: rope, length: 12, local: 0.02}\n"
+    "model: {width: 12, layers: 3, heads: 2, hidden: 10, embedding: 8,\n"
+    "        moe: {layers: every 2, experts: 4, choose: 2, bias: true, dropout: 0.2}}\n"
+    "optimizer: {batch: 8}\n";
+
+static const char connector[] =
+    "run: {directory: unused, seed: 3, steps: 20, threads: 1, deadline: 60}\n"
+    "data:\n"
+    "  path: unused\n"
+    "  modalities:\n"
+    "    - {name: image, positions: none}\n"
+    "    - {name: text, positions: none}\n"
+    "    - {name: speech, positions: none}\n"
+    "model: {kind: connector, width: 12, hidden: 10, embedding: 8, activation: gelu,\n"
+    "        moe: {experts: 4, choose: 2, bias: true, dropout: 0.2}}\n"
+    "objective: {directions: ['image:text', 'speech:image', 'text:speech'], temperature: 0.3,\n"
+    "            importance: 0, load: 0, z: 0}\n"
+    "optimizer: {batch: 8}\n";
+
+static const struct {
+  const char *name, *config;
+  const char *set[5];
+} cases[] = {
+    {"tower", tower, {NULL}},
+    {"tower, capacity, renormalised",
+     tower,
+     {"model.moe.dispatch=capacity", "model.moe.gate=renormalised", "model.moe.group_samples=2", NULL}},
+    {"tower, dense, gelu", tower, {"model.dense=true", "model.activation=gelu", NULL}},
+    {"tower, recomputed, accumulated", tower, {"model.recompute=true", "optimizer.accumulate=2", NULL}},
+    {"connector, joint", connector, {NULL}},
+    {"connector, one direction, smooth differences",
+     connector,
+     {"schedule.alternate=cyclic", "objective.regression=smooth_l1", "objective.alpha=0.3", NULL}},
+    {"connector, accumulated", connector, {"optimizer.accumulate=2", "model.activation=swiglu", NULL}},
+    {"connector, dense", connector, {"model.dense=true", NULL}},
+    {"connector, one for each direction", connector, {"model.per_direction=true", NULL}},
+};
+
+static int64_t rows_of(int64_t sample, int32_t m) {
+  return (sample + m) % 5 == 0 ? 0 : 2 + (sample * 3 + m) % 4;
+}
+
+/* Adds `move` to element `at` of the parameter of this name, wherever it is held. */
+static void move_value(train_session *session, const char *name, int64_t at, double move) {
+  const train_parameters *set = &session->model->parameters;
+  for (int32_t i = 0; i < set->count; i++) {
+    if (strcmp(set->list[i].name, name) != 0) continue;
+    core_tensor one = core_tensor_1(set->value + set->list[i].first + at, CORE_REAL_DTYPE, 1);
+    core_real *value = test_fetch(session->env.ops->device, one);
+    *value += (core_real)move;
+    test_store(session->env.ops->device, one, value);
+    free(value);
+  }
+}
+
+static double loss_of(train_session *session, const data_batch *batch) {
+  train_report report = {0};
+  test_device_must(train_stepper_gradients(&session->stepper, batch, &report));
+  return report.loss;
+}
+
+/* Gradient of one element, from the ranks that hold it; they agree. */
+static double gradient_of(const train_session *session, const double *gradient, const char *name,
+                          int64_t at) {
+  const train_parameters *set = &session->model->parameters;
+  double sum[2] = {0, 0};
+  for (int32_t i = 0; i < set->count; i++)
+    if (strcmp(set->list[i].name, name) == 0) {
+      sum[0] = gradient[set->list[i].first + at];
+      sum[1] = 1;
+    }
+  test_device_must(comm_all_reduce(session->env.world, COMM_SUM, CORE_FLOAT64, sum, 2));
+  return sum[0] / sum[1];
+}
+
+static void compare_element(train_session *session, const data_batch *batch, const double *gradient,
+                            const char *what, const char *name, int64_t at, double size) {
+  const double h = 2e-6;
+  double analytic = gradient_of(session, gradient, name, at);
+  move_value(session, name, at, h);
+  double up = loss_of(session, batch);
+  move_value(session, name, at, -2 * h);
+  double down = loss_of(session, batch);
+  move_value(session, name, at, h);
+  double numeric = (up - down) / (2 * h), error = fabs(numeric - analytic);
+  compared++;
+  if (error <= 2e-7 * size + 2e-5 * fabs(analytic)) return;
+  failures++;
+  if (comm_rank(session->env.world) == 0)
+    printf("FAILED %s: %s[%lld]: gradient %.10g, differences %.10g\n", what, name, (long long)at, analytic,
+           numeric);
+}
+
+/* Names of all parameters, on every rank in one order: experts lie on different ones. */
+static void compare_all(train_session *session, const data_batch *batch, const char *what) {
+  const train_parameters *set = &session->model->parameters;
+  comm_group *world = session->env.world;
+  double before = loss_of(session, batch);
+  test_device_must(train_optimizer_gather(session->model));
+  double *gradient =
+      test_fetch(session->env.ops->device, core_tensor_1(set->gradient, CORE_REAL_DTYPE, set->total));
+  for (int32_t rank = 0; rank < comm_size(world); rank++) {
+    int64_t count = set->count;
+    test_device_must(comm_broadcast(world, rank, &count, sizeof count));
+    for (int64_t i = 0; i < count; i++) {
+      train_parameter p = rank == comm_rank(world) ? set->list[i] : (train_parameter){0};
+      test_device_must(comm_broadcast(world, rank, &p, sizeof p));
+      if (!p.active) continue;
+      for (int draw = 0; draw < DRAWS; draw++)
+        compare_element(
+            session, batch, gradient, what, p.name,
+            (int64_t)core_random_below(9, core_hash_text(p.name), (uint64_t)draw, (uint64_t)p.count),
+            fabs(before) + 1);
+    }
+  }
+  free(gradient);
+}
+
+static void run_case(const char *root, size_t which, const char *layout) {
+  const char *set[8];
+  int32_t count = 0;
+  for (int i = 0; cases[which].set[i]; i++) set[count++] = cases[which].set[i];
+  if (layout) set[count++] = layout;
+  core_config *config = NULL;
+  train_session *session = NULL;
+  data_stream *stream = NULL;
+  data_batch *batch = NULL;
+  data_position start = {0, 0, 0};
+  test_device_must(
+      core_config_load(train_settings_spec(), "the case", cases[which].config, set, count, &config));
+  train_session_options options = {.config = config,
+                                   .comm = job,
+                                   .purpose = TRAIN_PURPOSE_TRAIN,
+                                   .data_path = root,
+                                   .training_split = "train"};
+  test_device_must(train_session_open(&options, &session));
+  test_device_must(train_session_standardise(session));
+  test_device_must(
+      train_session_stream(session, session->training, &session->env.layout, &start, true, &stream));
+  test_device_must(data_stream_get(stream, &batch));
+  int had = failures, did = compared;
+  compare_all(session, batch, cases[which].name);
+  if (comm_rank(comm_world_group(job)) == 0)
+    printf("%-50s %-24s %4d elements %s\n", cases[which].name, layout ? layout : "", compared - did,
+           failures == had ? "ok" : "FAILED");
+  data_stream_put(stream, batch);
+  data_stream_close(stream);
+  train_session_close(session);
+  core_config_destroy(config);
+}
+
+int main(void) {
+  char root[256] = "/tmp/antiphon-differences-XXXXXX", path[300];
+  comm_options options = {.deadline = 60};
+  test_device_must(comm_start(&options, &job));
+  int32_t ranks = comm_size(comm_world_group(job));
+  bool first = comm_rank(comm_world_group(job)) == 0;
+  if (first) {
+    if (!mkdtemp(root)) return 1;
+    snprintf(path, sizeof path, "%s/train", root);
+    test_set_options o = {.modalities = 3,
+                          .width = {9, 7, 11},
+                          .samples = SAMPLES,
+                          .shards = 1,
+                          .labels = true,
+                          .directory = path,
+                          .first_id = 1,
+                          .rows = rows_of};
+    test_device_must(test_set_write(&o));
+  }
+  test_device_must(comm_broadcast(comm_world_group(job), 0, root, sizeof root));
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    run_case(root, i, NULL);
+    if (ranks > 1) run_case(root, i, "parallel.experts=2");
+  }
+  if (first) test_remove_tree(root);
+  comm_finish(job);
+  return failures > 0;
+}
