@@ -20,7 +20,7 @@ resume_equals() {
   expect_text "$work/err" "resumed at step $first"
   expect_equal "content after --resume PATH" "$whole" "$(content "$(step_path "$work/other" $last)")"
   expect_steps "$work/other" $last $((first + 1))
-  sed "1,${first}d" "$work/expected" >"$work/later"
+  awk -F '[:,]' -v first="$first" '$2 > first' "$work/expected" >"$work/later"
   metrics "$work/other" "$work/got"
   expect_same_file "metrics after --resume PATH" "$work/later" "$work/got"
 
@@ -50,6 +50,30 @@ resume_equals "experts over ranks, partitioned" 2 5 4 --set parallel.experts=2 -
 resume_equals "replicas and accumulation" 2 5 4 --set optimizer.accumulate=2
 resume_equals "replicas, each with the whole optimizer" 2 5 4 --set parallel.shard_optimizer=false
 resume_equals "bfloat16, recomputed" 2 5 4 --set run.precision=bfloat16 --set model.recompute=true
+
+# A connector between latent spaces, resumed inside a block, inside a cycle, and after an adaptive schedule has learned
+# from an evaluation.
+cp "$work/config.yaml" "$work/tower.yaml"
+cat >"$work/config.yaml" <<END
+run: {directory: $work/run, seed: 7, steps: 20, log: 5, deadline: 60, threads: 1}
+data:
+  path: $work/data
+  shuffle: 16
+  cache: 8
+  modalities: [{name: image, positions: none}, {name: text, positions: none}]
+model: {kind: connector, width: 16, embedding: 8, activation: gelu,
+  moe: {experts: 4, choose: 2, hidden: 24, bias: true, dropout: 0.1, noise: 0}}
+objective: {directions: ["image:text", "text:image"], importance: 0, load: 0, z: 0}
+optimizer: {batch: 8, rate: 0.003, warmup: 2}
+checkpoint: {interval: 0, keep: 10}
+evaluate: {batch: 16, at_end: false}
+END
+resume_equals "a connector, in the middle of a cycle" 1 5 4 --set schedule.alternate=cyclic
+resume_equals "a connector, in the middle of a block" 2 5 6 --set schedule.alternate=block \
+  --set 'schedule.steps=[3, 4]' --set parallel.experts=2
+resume_equals "a connector, adaptive" 1 9 8 --set schedule.alternate=adaptive --set evaluate.interval=4 \
+  --set schedule.gain=20
+resume_equals "a connector, joint" 2 5 4 --set parallel.experts=2 --set parallel.placement=partitioned
 
 rm -rf "$work/data"
 prepare samples=48
