@@ -233,6 +233,7 @@ static core_status connector_gradients(train_stepper *stepper, const data_batch 
       TRY(direction_gradients(stepper, batch, d, mark, exchanged));
   TRY(reduce_sums(stepper));
   report->scale = 1 / s->objective.temperature;
+  report->loss = report->contrastive = 0;
   for (int32_t d = 0; d < D; d++) {
     double count = loss->contrastive.count[d] > 0 ? (double)loss->contrastive.count[d] : 1;
     report->pair[d] = stepper->reduced[d] / count;
