@@ -57,7 +57,7 @@ static void forget(void) {
   record.count = record.rows = 0;
 }
 
-core_status bench_products_record(train_session *session, const data_batch *batch) {
+core_status launch_products_record(train_session *session, const data_batch *batch) {
   kern_ops recording = *session->env.ops;
   train_report report = {0};
   forget();
@@ -161,7 +161,7 @@ static void give_buffers(replay *r) {
   device->release(r->c);
 }
 
-static core_status time_all(replay *r, bench_products *out) {
+static core_status time_all(replay *r, launch_products *out) {
   int64_t size[3] = {1, 1, 1};
   for (int64_t i = 0; i < record.count; i++) {
     const product *p = &record.list[i];
@@ -182,14 +182,14 @@ static core_status time_all(replay *r, bench_products *out) {
   return CORE_OK;
 }
 
-core_status bench_products_time(train_session *session, bench_products *out) {
+core_status launch_products_time(train_session *session, launch_products *out) {
   const core_device *device = session->env.ops->device;
   void *library = device->host_access ? dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL) : NULL;
   replay r = {.env = &session->env,
               .blas = library ? (blas_gemm)(uintptr_t)dlsym(library, "cblas_sgemm") : NULL};
-  *out = (bench_products){.library = !device->host_access ? session->env.ops->name
-                                     : r.blas             ? "the faster of oneDNN and OpenBLAS for each"
-                                                          : "oneDNN"};
+  *out = (launch_products){.library = !device->host_access ? session->env.ops->name
+                                      : r.blas             ? "the faster of oneDNN and OpenBLAS for each"
+                                                           : "oneDNN"};
   core_status status = time_all(&r, out);
   give_buffers(&r);
   forget();
@@ -198,7 +198,7 @@ core_status bench_products_time(train_session *session, bench_products *out) {
   return CORE_OK;
 }
 
-core_status bench_products_ceiling(train_session *session, double *flops_per_second) {
+core_status launch_products_ceiling(train_session *session, double *flops_per_second) {
   const train_env *env = &session->env;
   int64_t n = env->ops->device->host_access ? 1536 : 8192;
   product square = {.form = KERN_NT, .dtype = env->active, .result = env->active, .m = n, .n = n, .k = n};

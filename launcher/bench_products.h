@@ -6,18 +6,18 @@
 
 /* One step's products on this rank. One record exists at a time: the op table's functions carry no context of
  * the bench. */
-typedef struct bench_products {
+typedef struct launch_products {
   double seconds;      /* all of them, each its shortest time alone, by the fastest library at hand */
   double flops;        /* 2 m n k, summed */
   const char *library; /* who repeated them */
-} bench_products;
+} launch_products;
 
 /* Runs one step of `batch` with a table that records. Collective. */
-CORE_NODISCARD core_status bench_products_record(train_session *session, const data_batch *batch);
+CORE_NODISCARD core_status launch_products_record(train_session *session, const data_batch *batch);
 /* Repeats what was recorded on buffers of its own and frees the record. Local. */
-CORE_NODISCARD core_status bench_products_time(train_session *session, bench_products *out);
+CORE_NODISCARD core_status launch_products_time(train_session *session, launch_products *out);
 /* FLOP/s of one large square product of the session's active type, its best of a few: what a matrix product
  * can reach here. Local. */
-CORE_NODISCARD core_status bench_products_ceiling(train_session *session, double *flops_per_second);
+CORE_NODISCARD core_status launch_products_ceiling(train_session *session, double *flops_per_second);
 
 #endif

@@ -103,10 +103,10 @@ static core_status time_steps(train_session *session, const data_batch *batch, d
 
 /* What is printed, and what goes into the JSON line. */
 typedef struct figures {
-  double shortest, median; /* seconds of a step on the slowest rank */
-  bench_products products; /* of the slowest rank; flops of all */
-  double ceiling;          /* FLOP/s of one rank in a large product */
-  int64_t tokens, active;  /* of a step; parameters that a token passes */
+  double shortest, median;  /* seconds of a step on the slowest rank */
+  launch_products products; /* of the slowest rank; flops of all */
+  double ceiling;           /* FLOP/s of one rank in a large product */
+  int64_t tokens, active;   /* of a step; parameters that a token passes */
 } figures;
 
 static const char *precision_of(const train_session *session) {
@@ -166,9 +166,9 @@ static core_status measure_batch(train_session *session, const data_batch *batch
   comm_group *world = session->env.world;
   train_counts counts;
   TRY(time_steps(session, batch, &f->shortest, &f->median, report));
-  TRY(bench_products_record(session, batch));
-  TRY(bench_products_time(session, &f->products));
-  TRY(bench_products_ceiling(session, &f->ceiling));
+  TRY(launch_products_record(session, batch));
+  TRY(launch_products_time(session, &f->products));
+  TRY(launch_products_ceiling(session, &f->ceiling));
   TRY(comm_all_reduce(world, COMM_MAX, CORE_FLOAT64, &f->products.seconds, 1));
   TRY(comm_all_reduce(world, COMM_SUM, CORE_FLOAT64, &f->products.flops, 1));
   TRY(train_session_counts(session, &counts));

@@ -25,7 +25,7 @@ typedef struct launch_arguments {
   int positional_count;
   const char *override[LAUNCH_MOST_OVERRIDES]; /* --set */
   int32_t override_count;
-  const char *resume, *split;
+  const char *resume, *split, *from;
   bool help, json;
 } launch_arguments;
 

@@ -17,8 +17,8 @@ core_status launch_parse(int argc, char **argv, int most_positional, launch_argu
   memset(out, 0, sizeof *out);
   for (int i = 1; i < argc; i++) {
     const char *word = argv[i];
-    bool takes_value =
-        strcmp(word, "--set") == 0 || strcmp(word, "--resume") == 0 || strcmp(word, "--split") == 0;
+    bool takes_value = strcmp(word, "--set") == 0 || strcmp(word, "--resume") == 0 ||
+                       strcmp(word, "--split") == 0 || strcmp(word, "--from") == 0;
     if (takes_value) {
       CHECK(i + 1 < argc, CORE_ERR_USAGE, "%s needs a value", word);
       const char *value = argv[++i];
@@ -27,6 +27,7 @@ core_status launch_parse(int argc, char **argv, int most_positional, launch_argu
       if (strcmp(word, "--set") == 0) out->override[out->override_count++] = value;
       if (strcmp(word, "--resume") == 0) out->resume = value;
       if (strcmp(word, "--split") == 0) out->split = value;
+      if (strcmp(word, "--from") == 0) out->from = value;
     } else if (strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0) {
       out->help = true;
     } else if (strcmp(word, "--json") == 0) {

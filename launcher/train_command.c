@@ -6,8 +6,10 @@ static core_status train(comm_world *world, launch_arguments *arguments, int *co
   core_config *config = NULL;
   train_outcome outcome = TRAIN_FINISHED;
   TRY(launch_config(world, arguments->positional[0], NULL, arguments, &config));
-  train_run_options options = {
-      .config = config, .comm = world, .resume = arguments->resume ? arguments->resume : "auto"};
+  train_run_options options = {.config = config,
+                               .comm = world,
+                               .resume = arguments->resume ? arguments->resume : "auto",
+                               .from = arguments->from};
   core_status status = train_run(&options, &outcome);
   core_config_destroy(config);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
@@ -21,11 +23,15 @@ static int run(const launch_command *command, int argc, char **argv) {
 
 const launch_command launch_train_command = {
     "train", "trains a model; goes on from the newest checkpoint of its run directory",
-    "usage: antiphon train CONFIG [--resume auto|never|PATH] [--set key=value]...\n\n"
+    "usage: antiphon train CONFIG [--resume auto|never|PATH] [--from PATH] [--set key=value]...\n\n"
     "Trains as CONFIG (YAML) says, on as many ranks as mpirun or srun started; alone, on one.\n\n"
     "  --resume auto    (default) go on from the newest sound checkpoint of run.directory, or start\n"
     "  --resume never   start; refused when the directory already holds checkpoints\n"
     "  --resume PATH    go on from this checkpoint, whatever layout wrote it\n"
+    "  --from PATH      begin a new run with the parameters of this checkpoint: what it lacks (a new "
+    "modality, a new\n"
+    "                   direction) is initialised, the optimizer begins anew; optimizer.frozen keeps what is "
+    "old\n"
     "  --set key=value  overrides a key of CONFIG, for example --set optimizer.rate=0.0005\n"
     "                   or --set data.modalities.image.connector=mlp\n\n"
     "The run directory receives config.yaml, metrics.jsonl (a line a step), log.txt and checkpoints/.\n"

@@ -1,5 +1,6 @@
 #include "trainer/parameter.h"
 
+#include <fnmatch.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,6 +26,17 @@ core_status train_parameters_add(train_parameters *set, const train_parameter *p
   }
   *index = set->count++;
   return CORE_OK;
+}
+
+int32_t train_parameters_freeze(train_parameters *set, const char *pattern) {
+  int32_t matches = 0;
+  for (int32_t i = 0; i < set->count; i++) {
+    if (fnmatch(pattern, set->list[i].name, 0) != 0) continue;
+    set->list[i].frozen = true;
+    set->list[i].active = false;
+    matches++;
+  }
+  return matches;
 }
 
 int32_t train_scope_number(const train_parameter *parameter) {

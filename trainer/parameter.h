@@ -37,7 +37,8 @@ typedef struct train_parameter {
   train_init init;
   double init_value; /* standard deviation, or the constant */
   bool decay;        /* weight decay applies */
-  bool active;       /* takes part in the current step; set when declared */
+  bool frozen;       /* no step changes it */
+  bool active;       /* takes part in the current step; when declared, and of a tower always, unless frozen */
   /* set by train_parameters_place: */
   int64_t first, count; /* range in the flat arrays */
   int64_t steps;        /* updates so far, for Adam's bias correction */
@@ -69,6 +70,8 @@ typedef struct train_parameters {
 /* Declares a parameter; *index is its number in the set. */
 CORE_NODISCARD core_status train_parameters_add(train_parameters *set, const train_parameter *parameter,
                                                 int32_t *index);
+/* Freezes what matches a pattern of names (* and ?); returns how many parameters do. */
+int32_t train_parameters_freeze(train_parameters *set, const char *pattern);
 /* Orders by scope and fixes the ranges; no more declarations. */
 void train_parameters_place(train_parameters *set);
 /* Divides each scope among the ranks of its group, at cells of CKPT_CELL elements inside a parameter, as

@@ -169,10 +169,53 @@ static core_status find_checkpoint(const run *r, const char *resume, ckpt_reader
   return CORE_OK;
 }
 
-static core_status start_or_resume(run *r, const char *resume) {
+/* Keeps of `wanted` what the checkpoint has. Equal name and another shape is no new parameter but a mistake.
+ */
+static core_status keep_known(const ckpt_reader *reader, train_state_tensors *wanted, int64_t *fresh) {
+  int32_t kept = 0;
+  for (int32_t i = 0; i < wanted->count; i++) {
+    ckpt_tensor found;
+    if (ckpt_reader_find(reader, wanted->list[i].name, &found) != CORE_OK) {
+      core_error_clear();
+      if (++*fresh <= 8) LOG_INFO("new: %s", wanted->list[i].name);
+    } else {
+      wanted->list[kept++] = wanted->list[i];
+    }
+  }
+  wanted->count = kept;
+  return CORE_OK;
+}
+
+/* A new run with the parameters of another: what that one has is taken (its standardisation too), what it
+ * lacks is initialised, the optimizer begins anew. */
+static core_status begin_from(run *r, const char *path) {
+  ckpt_reader *reader = NULL;
+  train_state_tensors wanted = {0};
+  int64_t fresh = 0;
+  TRY(train_session_standardise(r->session));
+  TRY(ckpt_reader_open(r->env->control, path, &reader));
+  core_status status =
+      comm_agree(r->env->control, train_state_list(r->session->model, NULL, TRAIN_STATE_LOAD_MODEL, &wanted));
+  if (status == CORE_OK) status = comm_agree(r->env->control, keep_known(reader, &wanted, &fresh));
+  if (status == CORE_OK) status = ckpt_reader_load(reader, wanted.list, wanted.count);
+  if (status == CORE_OK) status = comm_agree(r->env->control, train_state_loaded(r->session->model));
+  if (status == CORE_OK)
+    LOG_INFO("began with %d tensors of %s; %lld are new", wanted.count, path, (long long)fresh);
+  train_state_free(&wanted);
+  ckpt_reader_close(reader);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  return CORE_OK;
+}
+
+static core_status start(run *r, const char *from) {
+  TRY(from ? begin_from(r, from) : train_session_standardise(r->session));
+  return CORE_OK;
+}
+
+static core_status start_or_resume(run *r, const char *resume, const char *from) {
   ckpt_reader *reader = NULL;
   core_status status = find_checkpoint(r, resume, &reader);
-  if (status == CORE_OK) status = reader ? load(r, reader) : train_session_standardise(r->session);
+  if (status == CORE_OK) status = reader ? load(r, reader) : start(r, from);
   int32_t own = status == CORE_OK && reader && same_place(ckpt_reader_path(reader), r->checkpoints);
   ckpt_reader_close(reader);
   if (status == CORE_OK)
@@ -428,8 +471,8 @@ static core_status describe(run *r) {
   int64_t bytes = ckpt_writer_bytes(r->writer) + data_stream_bytes(r->stream);
   LOG_INFO("%s; %s backend, %d threads a rank, transport %s", layout, r->env->ops->name,
            r->env->ops->context_threads(r->env->kern), comm_transport_name(r->env->world));
-  LOG_INFO("%.2f M parameters, %.2f M active; %lld training samples, %lld held out",
-           (double)counts.total / 1e6, (double)counts.active / 1e6,
+  LOG_INFO("%.2f M parameters, %.2f M active, %.2f M frozen; %lld training samples, %lld held out",
+           (double)counts.total / 1e6, (double)counts.active / 1e6, (double)counts.frozen / 1e6,
            (long long)data_set_samples(r->session->training),
            (long long)(r->session->evaluation ? data_set_samples(r->session->evaluation) : 0));
   /* The arenas' pages are all there; what is resident beside them are libraries, MPI and the index of the
@@ -487,7 +530,7 @@ static core_status open_run(run *r, const train_run_options *options) {
                          .threads = (int32_t)s->checkpoint.threads,
                          .keep_every = s->checkpoint.keep_every};
   TRY(ckpt_writer_create(r->env->control, &saving, r->saved.list, r->saved.count, &r->writer));
-  TRY(start_or_resume(r, options->resume));
+  TRY(start_or_resume(r, options->resume, options->from));
   TRY(comm_agree(r->env->control, open_local(r)));
   TRY(describe(r));
   return CORE_OK;

@@ -9,6 +9,8 @@ typedef struct train_run_options {
   const core_config *config;
   comm_world *comm;
   const char *resume; /* "auto", "never", or the path of a checkpoint */
+  const char
+      *from; /* a checkpoint whose parameters a new run begins with, as far as it has them; NULL: none */
 } train_run_options;
 
 /* How a run ended when nothing failed. */

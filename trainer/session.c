@@ -268,6 +268,21 @@ static core_status allocate_local(train_session *session) {
   return CORE_OK;
 }
 
+/* A pattern that freezes nothing on any rank is a mistake. */
+static core_status freeze(train_session *session) {
+  const train_settings *s = session->env.settings;
+  for (unsigned i = 0; i < s->optimizer.frozen_count; i++) {
+    int64_t matches = train_parameters_freeze(&session->model->parameters, s->optimizer.frozen[i]);
+    TRY(comm_all_reduce(session->env.control, COMM_SUM, CORE_INT64, &matches, 1));
+    char key[64];
+    snprintf(key, sizeof key, "optimizer.frozen.%u", i);
+    if (matches == 0)
+      return core_config_refuse(session->env.config, key, "no parameter's name matches '%s'",
+                                s->optimizer.frozen[i]);
+  }
+  return CORE_OK;
+}
+
 static core_status open_all(train_session *session, const train_session_options *options) {
   train_env *env = &session->env;
   TRY(train_settings_check(options->config, comm_size(env->world)));
@@ -275,6 +290,7 @@ static core_status open_all(train_session *session, const train_session_options 
   TRY(comm_agree(env->control, make_layout(session)));
   TRY(make_groups(env));
   TRY(comm_agree(env->control, allocate_local(session)));
+  TRY(freeze(session));
   return CORE_OK;
 }
 
@@ -438,7 +454,7 @@ core_status train_session_counts(train_session *session, train_counts *out) {
   train_env *env = &session->env;
   const train_settings *s = env->settings;
   const train_parameters *set = &session->model->parameters;
-  int64_t counts[2] = {0, 0}; /* all, of experts; each by its first holder */
+  int64_t counts[3] = {0, 0, 0}; /* all, of experts, frozen; each by its first holder */
   for (int32_t scope = 0; scope < 2 + env->layout.modalities; scope++) {
     comm_group *group = scope == 0 ? env->world : scope == 1 ? env->replica : env->modality[scope - 2];
     if (!group || comm_rank(group) != 0) continue;
@@ -448,9 +464,11 @@ core_status train_session_counts(train_session *session, train_counts *out) {
       if (its != scope) continue;
       counts[0] += p->count;
       counts[1] += scope == 1 ? p->count : 0;
+      counts[2] += p->frozen ? p->count : 0;
     }
   }
-  TRY(comm_all_reduce(env->world, COMM_SUM, CORE_INT64, counts, 2));
+  TRY(comm_all_reduce(env->world, COMM_SUM, CORE_INT64, counts, 3));
+  out->frozen = counts[2];
   out->total = counts[0];
   out->active = counts[0] - counts[1] + counts[1] / s->model.moe.experts * s->model.moe.choose;
   return CORE_OK;

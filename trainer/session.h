@@ -48,7 +48,7 @@ CORE_NODISCARD core_status train_session_stream(train_session *session, data_set
 /* Distinct parameters over all ranks, and those without the experts that a token does not pass. Collective.
  */
 typedef struct train_counts {
-  int64_t total, active;
+  int64_t total, active, frozen; /* frozen: of the total, changed by no step */
 } train_counts;
 CORE_NODISCARD core_status train_session_counts(train_session *session, train_counts *out);
 

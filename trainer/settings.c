@@ -177,6 +177,7 @@ static const cyaml_schema_field_t optimizer_fields[] = {
     CYAML_FIELD_FLOAT("beta2", NEEDED, optimizer_part, beta2),
     CYAML_FIELD_FLOAT("epsilon", NEEDED, optimizer_part, epsilon),
     CYAML_FIELD_FLOAT("clip", NEEDED, optimizer_part, clip),
+    CYAML_FIELD_SEQUENCE("frozen", CYAML_FLAG_POINTER, optimizer_part, frozen, &pair_value, 0, 256),
     CYAML_FIELD_END};
 
 typedef PART(checkpoint) checkpoint_part;
@@ -226,7 +227,8 @@ static const char defaults[] =
     "schedule: {alternate: none, steps: [], gain: 1, least: 0, most: 1}\n"
     "parallel: {experts: 1, placement: shared, shard_optimizer: true, transport: auto}\n"
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
-    " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1}\n"
+    " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1,"
+    " frozen: []}\n"
     "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1}\n"
     "evaluate: {interval: 0, batch: 256, at_end: true}\n";
 

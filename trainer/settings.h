@@ -126,7 +126,9 @@ typedef struct train_settings {
     double rate, min_rate, warmup; /* warm-up below 1: share of the steps, rounded up */
     double timescale, cooldown;    /* rsqrt */
     double weight_decay, beta1, beta2, epsilon;
-    double clip; /* largest gradient norm; 0: no clipping */
+    double clip;   /* largest gradient norm; 0: no clipping */
+    char **frozen; /* patterns of parameter names (* and ?) that no step changes */
+    unsigned frozen_count;
   } optimizer;
   struct {
     int64_t interval, keep, keep_every, level, threads;

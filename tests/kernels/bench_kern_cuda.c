@@ -154,7 +154,12 @@ static double seconds(bench *b, core_status (*run)(bench *b)) {
   X(cast, 1, 1, 0, 0, (b->context, b->real, b->y))                                                         \
   X(axpy, 0, 3, 0, 0, (b->context, 0.5, b->real, b->other))                                                \
   X(scale, 0, 2, 0, 0, (b->context, 0.999, b->other))                                                      \
-  X(fill, 1, 0, 0, 0, (b->context, 0, b->y))
+  X(fill, 1, 0, 0, 0, (b->context, 0, b->y))                                                               \
+  X(bias_grouped_fwd, 2, 0, 0, 0, (b->context, b->row, b->w_router, part(b->x, b->row[b->e], b->c)))       \
+  X(bias_grouped_bwd, 1, 0, 0, 0, (b->context, b->row, part(b->x, b->row[b->e], b->c), b->dw_router))      \
+  X(dropout, 4, 0, 0, 0, (b->context, 1, 2, 0.1, line(b->key), b->slot, b->taken))                         \
+  X(regression, 1, 2, 0, 0,                                                                                \
+    (b->context, KERN_SQUARED, 0.5, b->real, b->other, b->valid, line(b->loss), b->dx))
 
 #define RUN(op, active, real, experts, choices, arguments) \
   static core_status run_##op(bench *b) {                  \
@@ -382,6 +387,7 @@ static void make_integers(bench *b) {
   b->choice = integers(b, CORE_INT32, b->t, CHOICES, some_expert);
   b->slot = integers(b, CORE_INT32, b->t, CHOICES, own_slot);
   b->key = integers(b, CORE_UINT64, 1, b->t, itself);
+  b->valid = line(integers(b, CORE_UINT8, 1, b->t, one_of));
 }
 
 /* A square of cosines as large as fits, and a list of ranges that cover a flat array. */
@@ -401,6 +407,7 @@ static void make_lists(bench *b) {
 static void run_type(bench *b, core_dtype active) {
   b->active = active;
   make_active(b), make_real(b), make_integers(b), make_segments(b), make_lists(b);
+  set_groups(b, 0);
   time_memory_ops(b);
   time_larger_ops(b);
   b->best_flops = 0;

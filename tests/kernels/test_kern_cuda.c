@@ -57,7 +57,7 @@ static core_tensor on_device(core_dtype dtype, int64_t rows, int64_t columns, co
   core_tensor t = core_tensor_2(NULL, dtype, rows, columns);
   const int64_t count = rows * columns;
   expect_ok(cuda->device->allocate(core_tensor_bytes(&t) + 1, &t.data));
-  float *const host = malloc((size_t)count * sizeof(float) + 1);
+  float *const host = calloc((size_t)count + 1, sizeof(double)); /* as large as any type */
   for (int64_t i = 0; i < count; i++) host[i] = (float)core_random_normal(3, (uint64_t)columns, (uint64_t)i);
   uint16_t *const brief = malloc((size_t)count * sizeof(uint16_t) + 1);
   for (int64_t i = 0; i < count; i++) brief[i] = core_bfloat_from_float(host[i]);
@@ -125,6 +125,8 @@ static void bad_indices_are_reported_and_harmless(void **state) {
   expect_fault(cuda->segment_mean_fwd(c, (kern_segments){offset, line(at), 2}, x,
                                       core_tensor_2(four.data, CORE_FLOAT32, 2, 12)),
                "segment_mean_fwd", "is ");
+  expect_fault(cuda->dropout(c, 1, 2, 0.5, core_tensor_1(zeros.data, CORE_UINT64, 4), list, x), "dropout",
+               "is ");
   int64_t count[4];
   expect_refusal(cuda->dispatch_plan(c, list, none, 4, count, slot, line(list)), CORE_ERR_ARGUMENT,
                  "dispatch_plan", "is ");

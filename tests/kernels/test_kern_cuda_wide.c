@@ -12,128 +12,13 @@
 
 #include "core/random.h"
 #include "kernels/cuda/cuda_grouping_impl.h" /* kern_grouping */
-#include "kernels/kernels.h"
+#include "twin.h"
 
-enum { CPU, CUDA, SIDES, MOST_TWINS = 16, SKIPPED = 77 };
+enum { SKIPPED = 77 };
 
 static const core_tensor none;
 
-/* The same tensor in memory of both backends. */
-typedef struct twin {
-  const char *name;
-  core_tensor of[SIDES];
-} twin;
-
-typedef struct session {
-  const kern_ops *ops[SIDES];
-  kern_context *context[SIDES];
-  core_dtype active;
-  double bar; /* for the next comparison; 0: as the type allows */
-  uint64_t stream;
-  int count;
-  twin twins[MOST_TWINS];
-} session;
-
 static session shared;
-
-static void expect_ok(core_status status) {
-  if (status != CORE_OK) fail_msg("%s", core_error_get()->message);
-}
-
-static double read_at(const void *data, core_dtype dtype, int64_t i) {
-  if (dtype == CORE_FLOAT32) return ((const float *)data)[i];
-  if (dtype == CORE_FLOAT64) return ((const double *)data)[i];
-  if (dtype == CORE_INT32) return ((const int32_t *)data)[i];
-  if (dtype == CORE_INT64 || dtype == CORE_UINT64) return (double)((const int64_t *)data)[i];
-  return core_float_from_bfloat(((const uint16_t *)data)[i]);
-}
-
-/* Random normals times scale; integers are left 0. */
-static void fill_host(session *s, core_tensor *host, double scale) {
-  s->stream++;
-  for (int64_t i = 0; scale != 0 && i < core_tensor_count(host); i++) {
-    const double value = scale * core_random_normal(5, s->stream, (uint64_t)i);
-    if (host->dtype == CORE_FLOAT32) ((float *)host->data)[i] = (float)value;
-    if (host->dtype == CORE_BFLOAT16) ((uint16_t *)host->data)[i] = core_bfloat_from_float((float)value);
-  }
-}
-
-/* Copies the CPU's content to the device. */
-static void publish(session *s, twin *t) {
-  const size_t bytes = core_tensor_bytes(&t->of[CPU]);
-  expect_ok(s->ops[CUDA]->device->copy(t->of[CUDA].data, t->of[CPU].data, bytes, NULL));
-}
-
-static twin *add(session *s, const char *name, core_dtype dtype, double scale, int64_t rows,
-                 int64_t columns) {
-  assert_true(s->count < MOST_TWINS);
-  twin *t = &s->twins[s->count++];
-  t->name = name;
-  for (int side = 0; side < SIDES; side++) {
-    t->of[side] = core_tensor_2(NULL, dtype, rows, columns);
-    expect_ok(s->ops[side]->device->allocate(core_tensor_bytes(&t->of[side]) + 1, &t->of[side].data));
-  }
-  memset(t->of[CPU].data, 0, core_tensor_bytes(&t->of[CPU]));
-  fill_host(s, &t->of[CPU], scale);
-  publish(s, t);
-  return t;
-}
-static twin *add_active(session *s, const char *name, double scale, int64_t rows, int64_t columns) {
-  return add(s, name, s->active, scale, rows, columns);
-}
-static twin *add_real(session *s, const char *name, double scale, int64_t rows, int64_t columns) {
-  return add(s, name, CORE_FLOAT32, scale, rows, columns);
-}
-
-/* As one-dimensional, or with other extents over the same memory. */
-static core_tensor line(core_tensor t) {
-  t.rank = 1;
-  t.shape[0] = core_tensor_count(&(core_tensor){.rank = 2, .shape = {t.shape[0], t.shape[1], 1, 1}});
-  t.shape[1] = 1;
-  return t;
-}
-static core_tensor stack(core_tensor t, int64_t n) {
-  return core_tensor_3(t.data, t.dtype, n, t.shape[0] / n, t.shape[1]);
-}
-
-/* The op on both backends; `side` is the index of the backend in the arguments. */
-#define BOTH(s, op, ...) \
-  for (int side = 0; side < SIDES; side++) expect_ok((s)->ops[side]->op((s)->context[side], __VA_ARGS__))
-
-/* Float results agree as sums in another order do; a bfloat16 result may fall on the other side of a rounding
- * in a few elements of a thousand. Exact for integers. */
-static double allowed(core_dtype dtype) {
-  if (dtype == CORE_FLOAT32) return 2e-11;
-  if (dtype == CORE_FLOAT64) return 1e-12;
-  return dtype == CORE_BFLOAT16 ? 1e-7 : 0;
-}
-
-static void compare(session *s, const twin *t, double bar, int64_t width) {
-  const size_t bytes = core_tensor_bytes(&t->of[CUDA]);
-  void *got = malloc(bytes + 1);
-  expect_ok(s->ops[CUDA]->device->copy(got, t->of[CUDA].data, bytes, NULL));
-  double error = 0, norm = 0;
-  for (int64_t i = 0; i < core_tensor_count(&t->of[CPU]); i++) {
-    const double want = read_at(t->of[CPU].data, t->of[CPU].dtype, i),
-                 d = read_at(got, t->of[CPU].dtype, i) - want;
-    error += d * d;
-    norm += want * want;
-  }
-  free(got);
-  if (!(error <= bar * norm))
-    fail_msg("%s (%s) at %lld: NMSE %.3g above %.3g", t->name, core_dtype_text(s->active), (long long)width,
-             error / norm, bar);
-}
-
-/* Compares all twins and releases them. */
-static void finish(session *s, int64_t width) {
-  for (int i = 0; i < s->count; i++)
-    compare(s, &s->twins[i], s->bar > 0 ? s->bar : allowed(s->twins[i].of[CPU].dtype), width);
-  s->bar = 0;
-  for (int i = 0; i < s->count; i++)
-    for (int side = 0; side < SIDES; side++) s->ops[side]->device->release(s->twins[i].of[side].data);
-  s->count = 0;
-}
 
 static void each_type(void (*run)(session *s)) {
   for (int type = 0; type < 2; type++) {
@@ -147,12 +32,12 @@ static void run_norms(session *s) {
   const int64_t widths[] = {128, 512, 516, 520, 1024, 1032, 2048, 2056, 3001, 4096, 8192};
   for (size_t w = 0; w < sizeof widths / sizeof *widths; w++) {
     const int64_t t = 13, c = widths[w];
-    twin *x = add_active(s, "x", 2, t, c), *y = add_active(s, "y", 0, t, c),
-         *inv = add_real(s, "inv", 0, 1, t);
-    twin *weight = add_real(s, "weight", 1, 1, c), *bias = add_real(s, "bias", 1, 1, c);
-    twin *dy = add_active(s, "dy", 1, t, c), *dx = add_active(s, "dx", 1, t, c);
-    twin *dweight = add_real(s, "dweight", 1, 1, c), *dbias = add_real(s, "dbias", 1, 1, c);
-    twin *stat = add_real(s, "stat", 0, t, 2), *z = add_active(s, "z", 0, t, c);
+    twin *x = twin_add_active(s, "x", 2, t, c), *y = twin_add_active(s, "y", 0, t, c),
+         *inv = twin_add_real(s, "inv", 0, 1, t);
+    twin *weight = twin_add_real(s, "weight", 1, 1, c), *bias = twin_add_real(s, "bias", 1, 1, c);
+    twin *dy = twin_add_active(s, "dy", 1, t, c), *dx = twin_add_active(s, "dx", 1, t, c);
+    twin *dweight = twin_add_real(s, "dweight", 1, 1, c), *dbias = twin_add_real(s, "dbias", 1, 1, c);
+    twin *stat = twin_add_real(s, "stat", 0, t, 2), *z = twin_add_active(s, "z", 0, t, c);
     BOTH(s, rmsnorm_fwd, x->of[side], line(weight->of[side]), 1e-5, y->of[side], line(inv->of[side]));
     BOTH(s, rmsnorm_bwd, dy->of[side], x->of[side], line(weight->of[side]), line(inv->of[side]), KERN_ADD,
          dx->of[side], line(dweight->of[side]));
@@ -161,7 +46,7 @@ static void run_norms(session *s) {
     BOTH(s, layernorm_bwd, dy->of[side], x->of[side], line(weight->of[side]), stat->of[side], KERN_SET,
          dx->of[side], line(dweight->of[side]), line(dbias->of[side]));
     BOTH(s, bias_bwd, dy->of[side], line(dbias->of[side]));
-    finish(s, c);
+    twin_finish(s, c);
   }
 }
 static void norms_match_at_every_width(void **state) {
@@ -173,16 +58,25 @@ static void run_rows(session *s) {
   const int64_t widths[] = {300, 1100, 2048, 2304, 4096};
   for (size_t w = 0; w < sizeof widths / sizeof *widths; w++) {
     const int64_t t = 9, c = widths[w], k = 3;
-    twin *x = add_active(s, "x", 1, t * k, c), *y = add_active(s, "y", 1, t, c);
-    twin *weight = add_real(s, "weight", 1, t, k), *dweight = add_real(s, "dweight", 0, t, k);
-    twin *slot = add(s, "slot", CORE_INT32, 0, t, k), *dx = add_active(s, "dx", 1, t * k, c);
+    twin *x = twin_add_active(s, "x", 1, t * k, c), *y = twin_add_active(s, "y", 1, t, c);
+    twin *weight = twin_add_real(s, "weight", 1, t, k), *dweight = twin_add_real(s, "dweight", 0, t, k);
+    twin *slot = twin_add(s, "slot", CORE_INT32, 0, t, k), *dx = twin_add_active(s, "dx", 1, t * k, c);
     for (int64_t i = 0; i < t * k; i++)
       ((int32_t *)slot->of[CPU].data)[i] = i % 5 == 4 ? -1 : (int32_t)(t * k - 1 - i);
-    publish(s, slot);
-    twin *r = add_real(s, "r", 1, t, c), *unit = add_real(s, "unit", 0, t, c),
-         *norm = add_real(s, "norm", 0, 1, t);
-    twin *logits = add_real(s, "logits", 2, t, c), *target = add(s, "target", CORE_INT32, 0, 1, t);
-    twin *lse = add_real(s, "lse", 0, 1, t), *loss = add_real(s, "loss", 0, 1, t);
+    twin_publish(s, slot);
+    twin *r = twin_add_real(s, "r", 1, t, c), *unit = twin_add_real(s, "unit", 0, t, c),
+         *norm = twin_add_real(s, "norm", 0, 1, t);
+    twin *logits = twin_add_real(s, "logits", 2, t, c), *target = twin_add(s, "target", CORE_INT32, 0, 1, t);
+    twin *lse = twin_add_real(s, "lse", 0, 1, t), *loss = twin_add_real(s, "loss", 0, 1, t);
+    twin *valid = twin_add(s, "valid", CORE_UINT8, 0, 1, t), *key = twin_add(s, "key", CORE_UINT64, 0, 1, t);
+    for (int64_t i = 0; i < t; i++) ((uint8_t *)valid->of[CPU].data)[i] = i % 4 != 1;
+    for (int64_t i = 0; i < t; i++) ((uint64_t *)key->of[CPU].data)[i] = (uint64_t)(i * 77);
+    twin_publish(s, valid), twin_publish(s, key);
+    const int64_t row[] = {0, 0, 4, 4, 5, t};
+    twin *biases = twin_add_real(s, "biases", 1, 5, c);
+    BOTH(s, bias_grouped_fwd, row, biases->of[side], y->of[side]);
+    BOTH(s, bias_grouped_bwd, row, y->of[side], biases->of[side]);
+    BOTH(s, dropout, 1, 2, 0.25, line(key->of[side]), slot->of[side], x->of[side]);
     BOTH(s, combine_fwd, x->of[side], slot->of[side], weight->of[side], KERN_ADD, y->of[side]);
     BOTH(s, combine_bwd, y->of[side], x->of[side], slot->of[side], weight->of[side], dx->of[side],
          dweight->of[side]);
@@ -191,7 +85,9 @@ static void run_rows(session *s) {
     BOTH(s, cross_entropy_fwd, logits->of[side], line(target->of[side]), line(lse->of[side]),
          line(loss->of[side]));
     BOTH(s, cross_entropy_bwd, 0.5, line(lse->of[side]), line(target->of[side]), logits->of[side]);
-    finish(s, c);
+    BOTH(s, regression, KERN_SMOOTH_L1, 0.5, r->of[side], unit->of[side], line(valid->of[side]),
+         line(loss->of[side]), y->of[side]);
+    twin_finish(s, c);
   }
 }
 static void wide_rows_match(void **state) {
@@ -204,17 +100,17 @@ static void run_router(session *s) {
   const int64_t experts[] = {8, 16, 20, 32, 64, 100, 128, 256, 300, 1024};
   for (size_t w = 0; w < sizeof experts / sizeof *experts; w++) {
     const int64_t t = 70, e = experts[w], c = 72, k = 8;
-    twin *x = add_active(s, "x", 1, t, c), *weight = add_real(s, "weight", 0.3, e, c);
-    twin *bias = add_real(s, "bias", 1, 1, e), *logits = add_real(s, "logits", 0, t, e);
-    twin *noisy = add_real(s, "noisy", 0, t, e), *prob = add_real(s, "prob", 0, t, e);
-    twin *choice = add(s, "choice", CORE_INT32, 0, t, k), *gate = add_real(s, "gate", 0, t, k);
-    twin *dgate = add_real(s, "dgate", 1, t, k), *dlogits = add_real(s, "dlogits", 1, t, e);
-    twin *sums = add(s, "sums", CORE_FLOAT64, 0, 1, kern_router_sums_count(e));
-    twin *dx = add_active(s, "dx", 1, t, c), *dweight = add_real(s, "dweight", 1, e, c);
-    twin *key = add(s, "key", CORE_UINT64, 0, 1, t), *dbias = add_real(s, "dbias", 1, 1, e);
-    twin *count = add(s, "count", CORE_INT64, 0, 1, 2 * e + 2);
+    twin *x = twin_add_active(s, "x", 1, t, c), *weight = twin_add_real(s, "weight", 0.3, e, c);
+    twin *bias = twin_add_real(s, "bias", 1, 1, e), *logits = twin_add_real(s, "logits", 0, t, e);
+    twin *noisy = twin_add_real(s, "noisy", 0, t, e), *prob = twin_add_real(s, "prob", 0, t, e);
+    twin *choice = twin_add(s, "choice", CORE_INT32, 0, t, k), *gate = twin_add_real(s, "gate", 0, t, k);
+    twin *dgate = twin_add_real(s, "dgate", 1, t, k), *dlogits = twin_add_real(s, "dlogits", 1, t, e);
+    twin *sums = twin_add(s, "sums", CORE_FLOAT64, 0, 1, kern_router_sums_count(e));
+    twin *dx = twin_add_active(s, "dx", 1, t, c), *dweight = twin_add_real(s, "dweight", 1, e, c);
+    twin *key = twin_add(s, "key", CORE_UINT64, 0, 1, t), *dbias = twin_add_real(s, "dbias", 1, 1, e);
+    twin *count = twin_add(s, "count", CORE_INT64, 0, 1, 2 * e + 2);
     for (int64_t i = 0; i < t; i++) ((uint64_t *)key->of[CPU].data)[i] = (uint64_t)(i * i * 1000003);
-    publish(s, key);
+    twin_publish(s, key);
     BOTH(s, router_logits, x->of[side], weight->of[side], line(bias->of[side]), logits->of[side]);
     BOTH(s, router_noise, logits->of[side], 1, 2, line(key->of[side]), 0.25, noisy->of[side]);
     BOTH(s, router_choose, KERN_GATE_RENORMALISED, noisy->of[side], prob->of[side], choice->of[side],
@@ -229,7 +125,7 @@ static void run_router(session *s) {
     BOTH(s, router_count, choice->of[side], choice->of[side], line(count->of[side]));
     BOTH(s, router_logits_bwd, dlogits->of[side], x->of[side], weight->of[side], KERN_ADD, dx->of[side],
          dweight->of[side], line(dbias->of[side]));
-    finish(s, e);
+    twin_finish(s, e);
   }
 }
 static void router_matches_at_every_number_of_experts(void **state) {
@@ -243,15 +139,15 @@ static void dispatch_plans_are_the_same(void **state) {
   session *s = &shared;
   const int64_t t = 40000, k = 8, experts = 900;
   int64_t counts[SIDES][CORE_MAX_EXPERTS];
-  twin *choice = add(s, "choice", CORE_INT32, 0, t, k), *slot = add(s, "slot", CORE_INT32, 0, t, k);
-  twin *index = add(s, "index", CORE_INT32, 0, 1, t * k);
+  twin *choice = twin_add(s, "choice", CORE_INT32, 0, t, k), *slot = twin_add(s, "slot", CORE_INT32, 0, t, k);
+  twin *index = twin_add(s, "index", CORE_INT32, 0, 1, t * k);
   for (int64_t i = 0; i < t * k; i++)
     ((int32_t *)choice->of[CPU].data)[i] = (int32_t)(core_random_below(1, 2, (uint64_t)i, 30) * 30);
-  publish(s, choice);
+  twin_publish(s, choice);
   BOTH(s, dispatch_plan, choice->of[side], none, experts, counts[side], slot->of[side],
        line(index->of[side]));
   assert_memory_equal(counts[CPU], counts[CUDA], (size_t)experts * sizeof(int64_t));
-  finish(s, experts);
+  twin_finish(s, experts);
 }
 
 /* --- segments --- */
@@ -270,9 +166,9 @@ static int64_t pack(session *s, packed *p) {
   p->count = sizeof lengths / sizeof *lengths;
   p->offset[0] = 0;
   for (int64_t i = 0; i < p->count; i++) p->offset[i + 1] = p->offset[i] + lengths[i];
-  twin *offset = add(s, "offset", CORE_INT64, 0, 1, p->count + 1);
+  twin *offset = twin_add(s, "offset", CORE_INT64, 0, 1, p->count + 1);
   memcpy(offset->of[CPU].data, p->offset, (size_t)(p->count + 1) * sizeof(int64_t));
-  publish(s, offset);
+  twin_publish(s, offset);
   for (int side = 0; side < SIDES; side++) p->device[side] = line(offset->of[side]);
   return p->offset[p->count];
 }
@@ -284,22 +180,22 @@ static void run_attention(session *s) {
       packed p;
       const int32_t heads = 4, kv = w % 2 == 0 ? 2 : 4, a = widths[w];
       const int64_t t = pack(s, &p), row = (heads + 2 * kv) * a;
-      twin *qkv = add_active(s, "qkv", 1, t, row), *out = add_active(s, "out", 0, t, heads * a);
-      twin *lse = add_real(s, "lse", 0, t, heads), *dout = add_active(s, "dout", 1, t, heads * a);
-      twin *dqkv = add_active(s, "dqkv", 1, t, row);
+      twin *qkv = twin_add_active(s, "qkv", 1, t, row), *out = twin_add_active(s, "out", 0, t, heads * a);
+      twin *lse = twin_add_real(s, "lse", 0, t, heads), *dout = twin_add_active(s, "dout", 1, t, heads * a);
+      twin *dqkv = twin_add_active(s, "dqkv", 1, t, row);
       for (int side = 0; side < SIDES; side++) {
         const kern_attention at = {segments_of(&p, side), heads, kv, a, (kern_mask)mask, 1 / sqrt(a)};
-        expect_ok(
+        twin_expect_ok(
             s->ops[side]->attention_fwd(s->context[side], &at, qkv->of[side], out->of[side], lse->of[side]));
       }
       for (int side = 0; side < SIDES; side++) {
         const kern_attention at = {segments_of(&p, side), heads, kv, a, (kern_mask)mask, 1 / sqrt(a)};
-        expect_ok(s->ops[side]->attention_bwd(s->context[side], &at, dout->of[side], qkv->of[side],
-                                              out->of[side], lse->of[side], dqkv->of[side]));
+        twin_expect_ok(s->ops[side]->attention_bwd(s->context[side], &at, dout->of[side], qkv->of[side],
+                                                   out->of[side], lse->of[side], dqkv->of[side]));
       }
       /* delta comes from the rounded output, which the CPU does without */
       s->bar = s->active == CORE_BFLOAT16 ? 1e-5 : 0;
-      finish(s, a);
+      twin_finish(s, a);
     }
 }
 static void attention_matches_at_every_head_width(void **state) {
@@ -313,19 +209,20 @@ static void run_positions(session *s) {
   int64_t offset[401] = {0};
   for (int64_t i = 0; i < count; i++) offset[i + 1] = offset[i] + i * 7 % (longest + 1);
   const int64_t t = offset[count];
-  twin *at = add(s, "offset", CORE_INT64, 0, 1, count + 1);
+  twin *at = twin_add(s, "offset", CORE_INT64, 0, 1, count + 1);
   memcpy(at->of[CPU].data, offset, sizeof offset);
-  publish(s, at);
-  twin *table = add_real(s, "table", 1, longest + 2, c), *x = add_active(s, "x", 1, t, c);
-  twin *dtable = add_real(s, "dtable", 1, longest + 2, c), *y = add_active(s, "y", 0, count, c);
+  twin_publish(s, at);
+  twin *table = twin_add_real(s, "table", 1, longest + 2, c), *x = twin_add_active(s, "x", 1, t, c);
+  twin *dtable = twin_add_real(s, "dtable", 1, longest + 2, c), *y = twin_add_active(s, "y", 0, count, c);
   for (int side = 0; side < SIDES; side++) {
     const kern_segments segments = {offset, line(at->of[side]), count};
-    expect_ok(s->ops[side]->position_fwd(s->context[side], segments, table->of[side], x->of[side]));
-    expect_ok(s->ops[side]->segment_mean_fwd(s->context[side], segments, x->of[side], y->of[side]));
-    expect_ok(s->ops[side]->position_bwd(s->context[side], segments, x->of[side], dtable->of[side]));
-    expect_ok(s->ops[side]->segment_mean_bwd(s->context[side], segments, y->of[side], KERN_ADD, x->of[side]));
+    twin_expect_ok(s->ops[side]->position_fwd(s->context[side], segments, table->of[side], x->of[side]));
+    twin_expect_ok(s->ops[side]->segment_mean_fwd(s->context[side], segments, x->of[side], y->of[side]));
+    twin_expect_ok(s->ops[side]->position_bwd(s->context[side], segments, x->of[side], dtable->of[side]));
+    twin_expect_ok(
+        s->ops[side]->segment_mean_bwd(s->context[side], segments, y->of[side], KERN_ADD, x->of[side]));
   }
-  finish(s, c);
+  twin_finish(s, c);
 }
 static void positions_of_many_segments_match(void **state) {
   (void)state;
@@ -347,16 +244,17 @@ static void run_groups(session *s) {
         int64_t row[9];
         group_rows(row, groups, 64, skew);
         const int64_t rows = row[groups], wide = form == KERN_NT ? k : n;
-        twin *a = add_active(s, "a", 1, rows, wide);
-        twin *b = form == KERN_TN ? add_active(s, "b", 1, rows, k) : add_active(s, "b", 1, groups * n, k);
-        twin *c =
-            form == KERN_TN ? add_real(s, "c", 1, groups * n, k) : add_active(s, "c", 1, rows, n + k - wide);
+        twin *a = twin_add_active(s, "a", 1, rows, wide);
+        twin *b =
+            form == KERN_TN ? twin_add_active(s, "b", 1, rows, k) : twin_add_active(s, "b", 1, groups * n, k);
+        twin *c = form == KERN_TN ? twin_add_real(s, "c", 1, groups * n, k)
+                                  : twin_add_active(s, "c", 1, rows, n + k - wide);
         kern_cuda_set_grouping_priv(s->context[CUDA], (kern_grouping)grouping);
         for (int write = 0; write < 2; write++)
           BOTH(s, gemm_grouped, (kern_form)form, row, a->of[side],
                form == KERN_TN ? b->of[side] : stack(b->of[side], groups), (kern_write)write,
                form == KERN_TN ? stack(c->of[side], groups) : c->of[side]);
-        finish(s, grouping);
+        twin_finish(s, grouping);
       }
   kern_cuda_set_grouping_priv(s->context[CUDA], KERN_GROUPING_STREAMS);
 }
@@ -384,10 +282,10 @@ static void run_updates(session *s) {
     at += list[i].count + (i % 3 == 0 ? 1 : 0); /* gaps are left alone, and odd beginnings */
     assert_true(at <= n);
   }
-  twin *g = add_real(s, "gradient", 1, 1, n), *p = add_real(s, "parameter", 1, 1, n),
-       *m = add_real(s, "m", 0.1, 1, n);
-  twin *v = add_real(s, "v", 0, 1, n), *copy = add(s, "copy", CORE_BFLOAT16, 1, 1, n);
-  twin *sum = add(s, "sum", CORE_FLOAT64, 0, 1, 1);
+  twin *g = twin_add_real(s, "gradient", 1, 1, n), *p = twin_add_real(s, "parameter", 1, 1, n),
+       *m = twin_add_real(s, "m", 0.1, 1, n);
+  twin *v = twin_add_real(s, "v", 0, 1, n), *copy = twin_add(s, "copy", CORE_BFLOAT16, 1, 1, n);
+  twin *sum = twin_add(s, "sum", CORE_FLOAT64, 0, 1, 1);
   /* More lists than the ring has slots, each with rates of its own. */
   for (int step = 0; step < 9; step++) {
     for (int i = 0; i < RANGES; i++) list[i].rate *= step % 2 == 0 ? 3 : 0.25;
@@ -396,7 +294,7 @@ static void run_updates(session *s) {
   }
   BOTH(s, sum_squares, p->of[side], line(sum->of[side]));
   BOTH(s, cast, p->of[side], copy->of[side]);
-  finish(s, n);
+  twin_finish(s, n);
 }
 static void updates_of_many_ranges_match(void **state) {
   (void)state;
@@ -416,7 +314,7 @@ static int open_session(void **state) {
                               .threads = 2};
   shared.ops[CPU] = kern_cpu();
   for (int side = 0; side < SIDES; side++)
-    expect_ok(shared.ops[side]->context_create(&limits, &shared.context[side]));
+    twin_expect_ok(shared.ops[side]->context_create(&limits, &shared.context[side]));
   return 0;
 }
 static int close_session(void **state) {

@@ -10,7 +10,7 @@ if ! clang-format --version | grep -q 'version 14\.'; then # other versions brea
   echo "skipped: clang-format is not version 14, Debian 12's"
   exit 77
 fi
-files=$(find core kernels comm data checkpoint trainer launcher tests -name build -prune -o -name '*.[ch]' -print)
+files=$(find core kernels comm data checkpoint trainer launcher tests -name build -prune -o \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' \) -print)
 # shellcheck disable=SC2086
 wrong=$(clang-format --dry-run -Werror $files 2>&1 | sed -n 's/^\([^: ]*\):[0-9]*:.*/\1/p' | sort -u)
 [ -z "$wrong" ] && exit 0

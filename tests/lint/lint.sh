@@ -10,7 +10,7 @@ trap 'rm -f "$violations"' EXIT
 existing() { for f in "$@"; do [ -d "$f" ] && echo "$f"; done; }
 sources() { # folders... : their C and CUDA sources
   # shellcheck disable=SC2046
-  find $(existing "$@") -name build -prune -o \( -name '*.c' -o -name '*.h' -o -name '*.cu' \) -print | LC_ALL=C sort
+  find $(existing "$@") -name build -prune -o \( -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print | LC_ALL=C sort
 }
 
 # include order, *_impl.h, third-party headers, prefixes, ways to end the process

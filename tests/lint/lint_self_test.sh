@@ -8,7 +8,7 @@ trap 'rm -rf "$copy"' EXIT
 failures=0
 cd "$root" || exit 1
 for f in core kernels comm data checkpoint trainer launcher tests experiments slurm; do
-  [ -d "$f" ] && find "$f" -name build -prune -o -type f \( -name '*.[ch]' -o -name '*.cu' -o -name README.md \
+  [ -d "$f" ] && find "$f" -name build -prune -o -type f \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name README.md \
     -o -name '*.sh' -o -name '*.yaml' -o -name '*.py' \) -print
 done | tar cf - -T - | tar xf - -C "$copy" || exit 1
 cd "$copy" || exit 1

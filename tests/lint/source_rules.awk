@@ -24,6 +24,8 @@ BEGIN {
   third["hdf5.h"] = "data"
   third["zlib.h"] = "data"
   third["zstd.h"] = "data checkpoint"
+  third["initializer_list"] = "kernels/cuda" # C++
+  third["type_traits"] = "kernels/cuda"
   third["cJSON.h"] = "comm checkpoint trainer launcher"
   third["cjson/cJSON.h"] = "comm checkpoint trainer launcher"
   split("assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign " \
@@ -33,6 +35,7 @@ BEGIN {
   for (i in words) system_header[words[i] ".h"] = 1
   # ways to end the process, and the only functions that may
   may_end["comm/comm.c exit"] = "comm_fail_stop"
+  may_end["comm/comm.c _exit"] = "on_last_resort" # after a device that does not let go
   may_end["launcher/main.c exit"] = "main"
   may_end["comm/mpi_transport.c _Exit"] = "comm_mpi_abort_priv"
   may_end["core/stop.c _exit"] = "on_signal" # a second interrupt

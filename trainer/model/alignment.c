@@ -150,7 +150,7 @@ void train_alignment_free(train_alignment *alignment) {
 /* ---- the active set ---- */
 
 static void mark(train_model *model, int32_t index) {
-  if (index >= 0) model->parameters.list[index].active = true;
+  if (index >= 0) model->parameters.list[index].active = !model->parameters.list[index].frozen;
 }
 
 static void mark_block(train_model *model, int32_t p) {
