@@ -1,14 +1,17 @@
 #include "comm/comm.h"
 
 #include <cJSON.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h> /* alarm */
 
 #include "comm/comm_impl.h"
 #include "core/file.h" /* core_file_replace */
 #include "core/log.h"
 
+enum { ABORT_SECONDS = 10 };
 static const double default_deadline = 600;
 static const int64_t largest_message = (int64_t)1 << 30; /* MPI counts are int */
 
@@ -38,6 +41,8 @@ core_status comm_group_allocate_priv(comm_world *world, const comm_transport *tr
 }
 
 static void group_free(comm_group *group) {
+  if (group->device_ops && group->device_ops->destroy) group->device_ops->destroy(group);
+  comm_pending_destroy_priv(group);
   if (group->transport->group_destroy) group->transport->group_destroy(group);
   free(group->world_rank);
   free(group->list);
@@ -97,6 +102,7 @@ core_status comm_configure(comm_world *world, const comm_options *options) {
 
 void comm_finish(comm_world *world) {
   if (!world) return;
+  comm_device_unwatch_priv(world);
   for (int32_t i = 0; i < world->group_count; i++) group_free(world->group[i]);
   if (world->mpi) comm_mpi_finish_priv(world);
   free(world);
@@ -121,6 +127,21 @@ static void write_error_file(const comm_world *world, const core_error *error, c
   cJSON_Delete(object);
 }
 
+/* A transport that does not let go of its device must not keep the job: if the end takes longer than this,
+ * the process ends without it, and the launcher ends the others. */
+static void on_last_resort(int signal) {
+  (void)signal;
+  _exit(1);
+}
+
+static void drop_device_work(comm_world *world) {
+  signal(SIGALRM, on_last_resort);
+  alarm(ABORT_SECONDS);
+  for (int32_t i = 0; i < world->group_count; i++)
+    if (world->group[i]->device_ops && world->group[i]->device_ops->abort)
+      world->group[i]->device_ops->abort(world->group[i]);
+}
+
 void comm_fail_stop(comm_world *world, core_status status) {
   core_error error;
   char text[4096];
@@ -131,6 +152,7 @@ void comm_fail_stop(comm_world *world, core_status status) {
   LOG_ERROR("%s", text);
   core_error_format(&error, true, text, sizeof text);
   write_error_file(world, &error, text);
+  drop_device_work(world);
   if (world->mpi) comm_mpi_abort_priv();
   exit(1);
 }

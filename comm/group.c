@@ -25,8 +25,8 @@ static core_status copy_own(const comm_group *group, const comm_piece *send, int
   return CORE_OK;
 }
 
-static core_status exchange_as(comm_group *group, const char *operation, const comm_piece *send,
-                               int32_t send_count, const comm_piece *recv, int32_t recv_count) {
+core_status comm_exchange_as_priv(comm_group *group, const char *operation, const comm_piece *send,
+                                  int32_t send_count, const comm_piece *recv, int32_t recv_count) {
   double start = core_clock_now();
   group->operation = operation;
   group->sequence++;
@@ -39,8 +39,8 @@ static core_status exchange_as(comm_group *group, const char *operation, const c
   return CORE_OK;
 }
 
-static core_status check_pieces(const comm_group *group, const char *side, const comm_piece *piece,
-                                int32_t count) {
+core_status comm_check_pieces_priv(const comm_group *group, const char *side, const comm_piece *piece,
+                                   int32_t count) {
   CHECK(count >= 0, CORE_ERR_ARGUMENT, "group '%s': %d pieces to %s", group->name, count, side);
   for (int32_t i = 0; i < count; i++)
     CHECK(piece[i].peer >= 0 && piece[i].peer < group->size && piece[i].bytes >= 0, CORE_ERR_ARGUMENT,
@@ -51,9 +51,9 @@ static core_status check_pieces(const comm_group *group, const char *side, const
 
 core_status comm_exchange(comm_group *group, const comm_piece *send, int32_t send_count,
                           const comm_piece *recv, int32_t recv_count) {
-  TRY(check_pieces(group, "send", send, send_count));
-  TRY(check_pieces(group, "receive", recv, recv_count));
-  TRY(exchange_as(group, "exchange", send, send_count, recv, recv_count));
+  TRY(comm_check_pieces_priv(group, "send", send, send_count));
+  TRY(comm_check_pieces_priv(group, "receive", recv, recv_count));
+  TRY(comm_exchange_as_priv(group, "exchange", send, send_count, recv, recv_count));
   return CORE_OK;
 }
 
@@ -67,7 +67,7 @@ core_status comm_barrier(comm_group *group) {
     send[n] = (comm_piece){r, &out, 1};
     recv[n++] = (comm_piece){r, in + r, 1};
   }
-  TRY(exchange_as(group, "barrier", send, n, recv, n));
+  TRY(comm_exchange_as_priv(group, "barrier", send, n, recv, n));
   return CORE_OK;
 }
 
@@ -78,7 +78,7 @@ core_status comm_broadcast(comm_group *group, int32_t root, void *data, size_t b
   for (int32_t r = 0; r < group->size && group->rank == root && bytes > 0; r++)
     if (r != root) send[n++] = (comm_piece){r, data, (int64_t)bytes};
   int32_t expected = group->rank != root && bytes > 0;
-  TRY(exchange_as(group, "broadcast", send, n, &recv, expected));
+  TRY(comm_exchange_as_priv(group, "broadcast", send, n, &recv, expected));
   return CORE_OK;
 }
 
@@ -92,7 +92,7 @@ core_status comm_all_gather(comm_group *group, const void *send_data, const int6
     if (bytes[r] > 0) recv[recvs++] = (comm_piece){r, (char *)recv_data + at, bytes[r]};
     at += bytes[r];
   }
-  TRY(exchange_as(group, "all-gather", send, sends, recv, recvs));
+  TRY(comm_exchange_as_priv(group, "all-gather", send, sends, recv, recvs));
   return CORE_OK;
 }
 
@@ -117,7 +117,7 @@ core_status comm_gather_bytes(comm_group *group, int32_t root, const void *send_
     for (int32_t r = 0; r < group->size && all; r++)
       if (sizes[r + 1] > sizes[r]) recv[recvs++] = (comm_piece){r, all + sizes[r], sizes[r + 1] - sizes[r]};
   }
-  if (status == CORE_OK) status = exchange_as(group, "gather", &own, bytes > 0, recv, recvs);
+  if (status == CORE_OK) status = comm_exchange_as_priv(group, "gather", &own, bytes > 0, recv, recvs);
   if (status != CORE_OK || group->rank != root) {
     free(all);
     free(sizes);
@@ -176,7 +176,7 @@ static core_status reduce_slices(comm_group *group, const char *operation_name, 
       send[sends++] = (comm_piece){r, data + group->first[r] * width, group->slice[r] * width};
     if (own > 0) recv[recvs++] = (comm_piece){r, group->scratch + r * group->piece, own * width};
   }
-  TRY(exchange_as(group, operation_name, send, sends, recv, recvs));
+  TRY(comm_exchange_as_priv(group, operation_name, send, sends, recv, recvs));
   for (int32_t r = 1; r < group->size && own > 0; r++)
     reduce_into(operation, dtype, group->scratch, group->scratch + r * group->piece, own);
   return CORE_OK;
@@ -201,16 +201,21 @@ static core_status reduce_round(comm_group *group, comm_reduction operation, cor
     if (group->slice[r] > 0)
       recv[recvs++] = (comm_piece){r, data + group->first[r] * width, group->slice[r] * width};
   }
-  TRY(exchange_as(group, "all-reduce", send, sends, recv, recvs));
+  TRY(comm_exchange_as_priv(group, "all-reduce", send, sends, recv, recvs));
+  return CORE_OK;
+}
+
+core_status comm_check_reduction_priv(core_dtype dtype, int64_t count) {
+  bool known = dtype == CORE_FLOAT32 || dtype == CORE_FLOAT64 || dtype == CORE_INT32 || dtype == CORE_INT64 ||
+               dtype == CORE_UINT64;
+  CHECK(known && count >= 0, CORE_ERR_ARGUMENT, "all-reduce of %lld x %s", (long long)count,
+        core_dtype_text(dtype));
   return CORE_OK;
 }
 
 core_status comm_all_reduce(comm_group *group, comm_reduction operation, core_dtype dtype, void *data,
                             int64_t count) {
-  bool known = dtype == CORE_FLOAT32 || dtype == CORE_FLOAT64 || dtype == CORE_INT32 || dtype == CORE_INT64 ||
-               dtype == CORE_UINT64;
-  CHECK(known && count >= 0, CORE_ERR_ARGUMENT, "all-reduce of %lld x %s", (long long)count,
-        core_dtype_text(dtype));
+  TRY(comm_check_reduction_priv(dtype, count));
   if (group->size == 1) return CORE_OK;
   int64_t width = (int64_t)core_dtype_size(dtype), most = group->piece / width;
   for (int64_t done = 0; done < count; done += most * group->size) {

@@ -11,7 +11,7 @@
 enum { TAG_DATA = 1, TAG_ASK = 2, TAG_ANSWER = 3, SPINS = 2000 };
 static const double answer_seconds = 2.0;
 
-/* One communicator for the watchdog's questions; see ask_everybody. */
+/* One communicator for the watchdog's questions. */
 typedef struct mpi_world {
   MPI_Comm watch;
 } mpi_world;
@@ -128,33 +128,27 @@ static void mpi_group_destroy(comm_group *group) {
   free(state);
 }
 
-/* Answers the questions of ranks whose deadline has passed: where is this rank? */
-static void answer_questions(comm_group *group) {
-  mpi_world *world = group->world->private;
+void comm_mpi_answer_priv(const comm_world *world, const comm_place *here) {
+  const mpi_world *state = world->private;
   int there = 0;
   MPI_Status status;
-  while (MPI_Iprobe(MPI_ANY_SOURCE, TAG_ASK, world->watch, &there, &status) == MPI_SUCCESS && there) {
+  if (!world->mpi) return;
+  while (MPI_Iprobe(MPI_ANY_SOURCE, TAG_ASK, state->watch, &there, &status) == MPI_SUCCESS && there) {
     char question;
-    comm_place place;
-    MPI_Recv(&question, 1, MPI_BYTE, status.MPI_SOURCE, TAG_ASK, world->watch, MPI_STATUS_IGNORE);
-    comm_place_now_priv(group, &place);
+    comm_place place = *here;
+    MPI_Recv(&question, 1, MPI_BYTE, status.MPI_SOURCE, TAG_ASK, state->watch, MPI_STATUS_IGNORE);
     MPI_Request request;
-    MPI_Isend(&place, sizeof place, MPI_BYTE, status.MPI_SOURCE, TAG_ANSWER, world->watch, &request);
+    MPI_Isend(&place, sizeof place, MPI_BYTE, status.MPI_SOURCE, TAG_ANSWER, state->watch, &request);
     int done = 0;
     for (int i = 0; i < 1000 && !done; i++) MPI_Test(&request, &done, MPI_STATUS_IGNORE);
     if (!done) MPI_Request_free(&request);
   }
 }
 
-/* This rank's deadline has passed and the job will end. Asks all other ranks where they are, and takes the
- * answers of two seconds; ranks that also wait answer, ranks that are gone, stopped or computing do not. */
-static core_status ask_everybody(comm_group *group, const bool *pending) {
-  comm_world *world = group->world;
-  mpi_world *state = world->private;
-  bool *answered = calloc((size_t)world->size, sizeof *answered);
-  comm_place *place = calloc((size_t)world->size, sizeof *place);
-  CHECK(answered && place, CORE_ERR_MEMORY, "no memory for the watchdog");
-  char question = 1;
+void comm_mpi_ask_priv(const comm_world *world, const comm_place *here, bool *answered, comm_place *place) {
+  const mpi_world *state = world->private;
+  static const char question = 1;
+  if (!world->mpi) return;
   for (int32_t r = 0; r < world->size; r++) {
     MPI_Request request;
     if (r == world->rank) continue;
@@ -165,7 +159,7 @@ static core_status ask_everybody(comm_group *group, const bool *pending) {
   while (core_clock_now() < until) {
     int there = 0;
     MPI_Status status;
-    answer_questions(group);
+    comm_mpi_answer_priv(world, here);
     MPI_Iprobe(MPI_ANY_SOURCE, TAG_ANSWER, state->watch, &there, &status);
     if (!there) {
       sched_yield();
@@ -175,19 +169,23 @@ static core_status ask_everybody(comm_group *group, const bool *pending) {
     MPI_Recv(&place[r], sizeof *place, MPI_BYTE, r, TAG_ANSWER, state->watch, MPI_STATUS_IGNORE);
     answered[r] = true;
   }
-  core_status result = comm_watchdog_report_priv(group, pending, answered, place);
-  free(answered);
-  free(place);
-  return result;
+}
+
+static void answer_questions(const comm_group *group) {
+  comm_place here;
+  comm_place_now_priv(group, &here);
+  comm_mpi_answer_priv(group->world, &here);
 }
 
 static core_status over_deadline(comm_group *group, int32_t count) {
   mpi_group *state = group->private;
+  comm_place here;
   bool *pending = calloc((size_t)group->size, sizeof *pending);
   CHECK(pending, CORE_ERR_MEMORY, "no memory for the watchdog");
   for (int32_t i = 0; i < count; i++)
     if (state->request[i] != MPI_REQUEST_NULL) pending[state->peer[i]] = true;
-  core_status result = ask_everybody(group, pending);
+  comm_place_now_priv(group, &here);
+  core_status result = comm_watchdog_over_priv(group, &here, pending);
   free(pending);
   return core_error_trace(result, __func__, __FILE__, __LINE__);
 }

@@ -30,7 +30,7 @@ BEGIN {
   third["cjson/cJSON.h"] = "comm checkpoint trainer launcher"
   split("assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign " \
     "stdarg stdatomic stdbool stddef stdint stdio stdlib stdnoreturn string tgmath threads time uchar wchar " \
-    "wctype dirent dlfcn fcntl ftw getopt glob libgen netdb omp poll pthread sched semaphore spawn strings " \
+    "wctype dirent dlfcn fcntl fnmatch ftw getopt glob libgen netdb omp poll pthread sched semaphore spawn strings " \
     "syslog termios unistd immintrin cpuid malloc execinfo", words, " ")
   for (i in words) system_header[words[i] ".h"] = 1
   # ways to end the process, and the only functions that may

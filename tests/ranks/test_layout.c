@@ -33,7 +33,11 @@ static const tolerances in_real = {2e-6, 2e-4, 2e-2, 1e-5, 1e-3, 2e-5};
  * first steps move an element by the whole rate whatever the size of its gradient; one whose gradient is all
  * rounding may go the other way, by twice the rate of 0.01. */
 static const tolerances in_bfloat = {5e-4, 3e-2, 3e-2, 4e-3, 2e-2, 2e-2};
+/* Another backend rounds other intermediates, and a token at a near-tie that it sends elsewhere is one of
+ * few. */
+static const double other_backend_gradient = 1e-1;
 static tolerances allowed;
+static bool few; /* cross a part of the layouts: a backend that is emulated takes its time */
 static const char *extra[4],
     *precision = "run.precision=float32"; /* settings of the layouts; of both sides */
 
@@ -385,8 +389,9 @@ static core_status run_case(const char *root, const layout_case *c) {
     complain("near-ties: a bad case", c->name, (double)reference.near_ties, 0);
   for (int e = 1; e <= ranks; e *= 2)
     for (int partitioned = 0; partitioned < 2; partitioned++)
-      for (int accumulate = 1; accumulate <= 2; accumulate++)
-        TRY(cross(root, c, &reference, e, partitioned, accumulate, way++));
+      for (int accumulate = 1; accumulate <= 2; accumulate++, way++)
+        if (!few || way % 4 == 0 || way % 4 == 3)
+          TRY(cross(root, c, &reference, e, partitioned, accumulate, way));
   free_side(&reference);
   return CORE_OK;
 }
@@ -422,17 +427,22 @@ static core_status run_all(char *root, size_t capacity) {
   return CORE_OK;
 }
 
-/* test_layout [key=value]...: settings of the side under test, such as run.device=cuda; run.precision is that
- * of both. The reference is always on the CPU. */
+/* test_layout [few] [key=value]...: settings of the side under test, such as run.device=cuda; run.precision
+ * is that of both. The reference is always on the CPU. */
 int main(int argc, char **argv) {
   allowed = in_real;
   for (int i = 1, n = 0; i < argc && n < 3; i++) {
-    if (strncmp(argv[i], "run.precision=", 14) == 0)
+    if (strcmp(argv[i], "few") == 0)
+      few = true;
+    else if (strncmp(argv[i], "run.precision=", 14) == 0)
       precision = argv[i];
     else
       extra[n++] = argv[i];
   }
-  if (strcmp(precision, "run.precision=bfloat16") == 0) allowed = in_bfloat;
+  if (strcmp(precision, "run.precision=bfloat16") == 0) {
+    allowed = in_bfloat;
+    if (extra[0]) allowed.gradient = other_backend_gradient;
+  }
   char root[256] = "/tmp/antiphon-layout-XXXXXX", text[4096];
   core_status status = run_all(root, sizeof root);
   if (status != CORE_OK) {
