@@ -1,5 +1,5 @@
 /* The configuration of a run: what YAML says, and what it means once checked. Every key is described where it
- * stands; defaults are in settings.c. Local. */
+ * stands; defaults are in settings.c, refusals in settings_check.c. Local. */
 #ifndef TRAIN_SETTINGS_H
 #define TRAIN_SETTINGS_H
 

@@ -7,8 +7,8 @@
 #include <unistd.h>
 
 #include "tests/support/test_device.h"
+#include "tests/support/test_session.h"
 #include "tests/support/test_set.h"
-#include "trainer/session.h"
 
 enum { STEPS = 7 };
 
@@ -105,39 +105,25 @@ static int64_t rows_of(int64_t sample, int32_t m) {
 }
 
 static void run(const char *root, const char *layout) {
-  core_config *config = NULL;
-  train_session *session = NULL;
-  data_stream *stream = NULL;
-  data_position start = {0, 0, 0};
   static const int expected[STEPS] = {0, 1, 1, 0, 1, 1, 0};
-  test_device_must(core_config_load(train_settings_spec(), "the test", config_text, layout ? &layout : NULL,
-                                    layout != NULL, &config));
-  train_session_options options = {.config = config,
-                                   .comm = job,
-                                   .purpose = TRAIN_PURPOSE_TRAIN,
-                                   .data_path = root,
-                                   .training_split = "train"};
-  test_device_must(train_session_open(&options, &session));
-  test_device_must(train_session_standardise(session));
-  test_device_must(
-      train_session_stream(session, session->training, &session->env.layout, &start, true, &stream));
+  const char *set[] = {layout, NULL};
+  test_session t;
+  test_session_open(job, config_text, set, root, &t);
   for (int step = 0; step < STEPS; step++) {
     data_batch *batch = NULL;
     train_report report = {0};
-    copy old = take(session);
-    test_device_must(data_stream_get(stream, &batch));
-    test_device_must(train_stepper_run(&session->stepper, batch, &report));
-    data_stream_put(stream, batch);
-    session->env.step++;
-    copy now = take(session);
+    copy old = take(t.session);
+    test_device_must(data_stream_get(t.stream, &batch));
+    test_device_must(train_stepper_run(&t.session->stepper, batch, &report));
+    data_stream_put(t.stream, batch);
+    t.session->env.step++;
+    copy now = take(t.session);
     expect(report.direction == expected[step], "another direction was trained", "schedule", step);
-    compare(session, &old, &now, expected[step], step);
+    compare(t.session, &old, &now, expected[step], step);
     give(&old);
     give(&now);
   }
-  data_stream_close(stream);
-  train_session_close(session);
-  core_config_destroy(config);
+  test_session_close(&t);
 }
 
 int main(void) {

@@ -9,8 +9,8 @@
 
 #include "core/random.h"
 #include "tests/support/test_device.h"
+#include "tests/support/test_session.h"
 #include "tests/support/test_set.h"
-#include "trainer/session.h"
 
 enum { SAMPLES = 24, DRAWS = 3 };
 
@@ -143,36 +143,21 @@ static void compare_all(train_session *session, const data_batch *batch, const c
 }
 
 static void run_case(const char *root, size_t which, const char *layout) {
-  const char *set[8];
+  const char *set[8] = {NULL};
   int32_t count = 0;
   for (int i = 0; cases[which].set[i]; i++) set[count++] = cases[which].set[i];
-  if (layout) set[count++] = layout;
-  core_config *config = NULL;
-  train_session *session = NULL;
-  data_stream *stream = NULL;
+  set[count] = layout;
+  test_session t;
   data_batch *batch = NULL;
-  data_position start = {0, 0, 0};
-  test_device_must(
-      core_config_load(train_settings_spec(), "the case", cases[which].config, set, count, &config));
-  train_session_options options = {.config = config,
-                                   .comm = job,
-                                   .purpose = TRAIN_PURPOSE_TRAIN,
-                                   .data_path = root,
-                                   .training_split = "train"};
-  test_device_must(train_session_open(&options, &session));
-  test_device_must(train_session_standardise(session));
-  test_device_must(
-      train_session_stream(session, session->training, &session->env.layout, &start, true, &stream));
-  test_device_must(data_stream_get(stream, &batch));
+  test_session_open(job, cases[which].config, set, root, &t);
+  test_device_must(data_stream_get(t.stream, &batch));
   int had = failures, did = compared;
-  compare_all(session, batch, cases[which].name);
+  compare_all(t.session, batch, cases[which].name);
   if (comm_rank(comm_world_group(job)) == 0)
     printf("%-50s %-24s %4d elements %s\n", cases[which].name, layout ? layout : "", compared - did,
            failures == had ? "ok" : "FAILED");
-  data_stream_put(stream, batch);
-  data_stream_close(stream);
-  train_session_close(session);
-  core_config_destroy(config);
+  data_stream_put(t.stream, batch);
+  test_session_close(&t);
 }
 
 int main(void) {
