@@ -189,7 +189,7 @@ static kern_limits kernel_limits(const train_session *session, const train_model
   const train_model *model = session->model;
   const train_settings *s = session->env.settings;
   int64_t F = larger(model->F, s->model.moe.hidden),
-          width = larger(model->C, 2 * F * (s->model.dense ? s->model.moe.choose : 1));
+          width = larger(model->C, 2 * F * (s->model.dense ? train_dense_experts(s) : 1));
   kern_limits k = {.experts = s->model.moe.experts, .heads = model->H, .threads = threads_of(&session->env)};
   width = larger(width, (model->H + 2 * model->G) * model->A);
   width = larger(width, larger(model->Z, s->evaluate.batch));

@@ -46,20 +46,43 @@ static const char connector[] =
 static const struct {
   const char *name, *config;
   const char *set[5];
+  const char *sized; /* a parameter that must have so many rows; NULL: none */
+  int64_t rows;
 } cases[] = {
-    {"tower", tower, {NULL}},
+    {"tower", tower, {NULL}, NULL, 0},
     {"tower, capacity, renormalised",
      tower,
-     {"model.moe.dispatch=capacity", "model.moe.gate=renormalised", "model.moe.group_samples=2", NULL}},
-    {"tower, dense, gelu", tower, {"model.dense=true", "model.activation=gelu", NULL}},
-    {"tower, recomputed, accumulated", tower, {"model.recompute=true", "optimizer.accumulate=2", NULL}},
-    {"connector, joint", connector, {NULL}},
+     {"model.moe.dispatch=capacity", "model.moe.gate=renormalised", "model.moe.group_samples=2", NULL},
+     NULL,
+     0},
+    {"tower, dense, gelu",
+     tower,
+     {"model.dense=true", "model.activation=gelu", NULL},
+     "blocks.0.feed_forward.in.weight",
+     2 * 10},
+    {"tower, recomputed, accumulated",
+     tower,
+     {"model.recompute=true", "optimizer.accumulate=2", NULL},
+     NULL,
+     0},
+    {"connector, joint", connector, {NULL}, NULL, 0},
     {"connector, one direction, smooth differences",
      connector,
-     {"schedule.alternate=cyclic", "objective.regression=smooth_l1", "objective.alpha=0.3", NULL}},
-    {"connector, accumulated", connector, {"optimizer.accumulate=2", "model.activation=swiglu", NULL}},
-    {"connector, dense", connector, {"model.dense=true", NULL}},
-    {"connector, one for each direction", connector, {"model.per_direction=true", NULL}},
+     {"schedule.alternate=cyclic", "objective.regression=smooth_l1", "objective.alpha=0.3", NULL},
+     NULL,
+     0},
+    {"connector, accumulated",
+     connector,
+     {"optimizer.accumulate=2", "model.activation=swiglu", NULL},
+     NULL,
+     0},
+    {"connector, dense", connector, {"model.dense=true", NULL}, "blocks.0.feed_forward.in.weight", 2 * 10},
+    {"connectors, dense, as wide as all experts",
+     connector,
+     {"model.dense=true", "model.dense_match=total", "model.per_direction=true", NULL},
+     "blocks.2.feed_forward.in.weight",
+     4 * 10},
+    {"connector, one for each direction", connector, {"model.per_direction=true", NULL}, NULL, 0},
 };
 
 static int64_t rows_of(int64_t sample, int32_t m) {
@@ -152,6 +175,13 @@ static void run_case(const char *root, size_t which, const char *layout) {
   test_session_open(job, cases[which].config, set, root, &t);
   test_device_must(data_stream_get(t.stream, &batch));
   int had = failures, did = compared;
+  for (int32_t i = 0; cases[which].sized && i < t.session->model->parameters.count; i++) {
+    const train_parameter *p = &t.session->model->parameters.list[i];
+    if (strcmp(p->name, cases[which].sized) == 0 && p->shape[0] != cases[which].rows) {
+      failures++;
+      printf("FAILED %s: %s has %lld rows\n", cases[which].name, p->name, (long long)p->shape[0]);
+    }
+  }
   compare_all(t.session, batch, cases[which].name);
   if (comm_rank(comm_world_group(job)) == 0)
     printf("%-50s %-24s %4d elements %s\n", cases[which].name, layout ? layout : "", compared - did,

@@ -11,6 +11,15 @@ static const char base[] =
     "model: {width: 32, layers: 4, heads: 4, moe: {experts: 8}}\n"
     "optimizer: {batch: 16}\n";
 
+/* A connector between latent spaces. */
+static const char connector[] =
+    "data:\n"
+    "  path: nowhere\n"
+    "  modalities: [{name: image, positions: none}, {name: text, positions: none}]\n"
+    "model: {kind: connector, width: 32, moe: {experts: 8, choose: 2}}\n"
+    "objective: {directions: ['image:text', 'text:image'], importance: 0, load: 0, z: 0}\n"
+    "optimizer: {batch: 16}\n";
+
 static core_config *config;
 
 static int forget(void **state) {
@@ -20,11 +29,15 @@ static int forget(void **state) {
   return 0;
 }
 
-static core_status check(const char *const *set, int32_t count, int32_t ranks) {
+static core_status check_text(const char *text, const char *const *set, int32_t count, int32_t ranks) {
   forget(NULL);
-  TRY(core_config_load(train_settings_spec(), "s.yaml", base, set, count, &config));
+  TRY(core_config_load(train_settings_spec(), "s.yaml", text, set, count, &config));
   TRY(train_settings_check(config, ranks));
   return CORE_OK;
+}
+
+static core_status check(const char *const *set, int32_t count, int32_t ranks) {
+  return check_text(base, set, count, ranks);
 }
 
 typedef struct bad_value {
@@ -143,12 +156,64 @@ static const bad_value bad_values[] = {
     {3, "optimizer.batch=16", NULL, "optimizer.batch: 16"},
 };
 
-static void bad_values_are_refused_by_their_key(void **state) {
+static const bad_value bad_connectors[] = {
+    {1, "objective.directions=[]", NULL, "objective.directions: a connector needs at least one"},
+    {1, "objective.directions=['image:smell']", NULL,
+     "objective.directions.0: expected two different modalities"},
+    {1, "objective.directions=['image:image']", NULL, "got 'image:image'"},
+    {1, "objective.directions=['image:text', 'text:image', 'image:text']", NULL,
+     "objective.directions.2: the direction is listed twice"},
+    {1, "objective.pairs=['image:text']", NULL, "objective.pairs: a connector has directions"},
+    {1, "objective.z=0.1", NULL, "a connector has no router losses"},
+    {1, "objective.alpha=1.5", NULL, "objective.alpha: expected 0 to 1"},
+    {1, "objective.temperature=0", NULL, "objective.temperature"},
+    {1, "objective.regression=cubic", NULL, "squared, smooth_l1"},
+    {1, "model.layers=2", NULL, "model.layers: a connector has one layer"},
+    {1, "model.moe.dispatch=capacity", NULL, "model.moe.dispatch: a connector drops nothing"},
+    {1, "model.moe.dropout=1", NULL, "model.moe.dropout"},
+    {1, "data.modalities.text.positions=learned", NULL, "data.modalities.text: with model.kind connector"},
+    {1, "data.modalities.text.connector=mlp", NULL, "data.modalities.text: with model.kind connector"},
+    {1, "data.modalities.image.local=1", NULL, "data.modalities.image: with model.kind connector"},
+    {1, "schedule.alternate=block", NULL,
+     "schedule.steps: expected a number of steps for each of 2 directions, got 0"},
+    {1, "schedule.steps=[1, 2, 3]", "schedule.alternate=block", "of 2 directions, got 3"},
+    {1, "schedule.steps=[1, 0]", "schedule.alternate=block",
+     "expected 1 to 1000000 steps for each direction, got 0"},
+    {1, "schedule.alternate=adaptive", NULL, "evaluate.interval: adaptive alternation follows"},
+    {1, "schedule.least=2", NULL, "schedule.least"},
+    {1, "model.kind=tower", "model.heads=2", "a tower has pairs, no directions"},
+    {2, "model.moe.experts=7", "parallel.experts=2", "model.moe.experts: 7 experts cannot be spread evenly"},
+};
+
+static const bad_value bad_towers[] = {
+    {1, "objective.directions=['image:text']", NULL,
+     "objective.directions: a tower has pairs, no directions"},
+    {1, "schedule.alternate=cyclic", NULL, "schedule.alternate: a tower has no directions"},
+    {1, "model.per_direction=true", NULL, "model.per_direction: a tower has no directions"},
+    {1, "run.precision=float16", NULL, "float32, bfloat16"},
+    {1, "parallel.transport=pigeon", NULL, "auto, nccl, staged"},
+};
+
+static void good_connectors_pass(void **state) {
   (void)state;
-  for (size_t i = 0; i < sizeof bad_values / sizeof *bad_values; i++) {
-    const bad_value *b = &bad_values[i];
+  static const char *const good[][3] = {{NULL},
+                                        {"schedule.alternate=cyclic", NULL},
+                                        {"schedule.alternate=block", "schedule.steps=[3, 1]", NULL},
+                                        {"schedule.alternate=adaptive", "evaluate.interval=5", NULL},
+                                        {"model.per_direction=true", "model.dense=true", NULL},
+                                        {"model.dense=true", "model.dense_match=total", NULL}};
+  for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+    int32_t count = 0;
+    while (good[i][count]) count++;
+    assert_ok(check_text(connector, good[i], count, 1));
+  }
+}
+
+static void refuse_all(const char *text, const bad_value *list, size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    const bad_value *b = &list[i];
     const char *set[2] = {b->second ? b->second : b->set, b->set};
-    core_status status = check(set, b->second ? 2 : 1, b->ranks);
+    core_status status = check_text(text, set, b->second ? 2 : 1, b->ranks);
     if (status != CORE_ERR_CONFIG || !strstr(core_error_get()->message, b->named))
       fail_msg("--set %s: expected a refusal with \"%s\", got %s \"%s\"", b->set, b->named,
                core_status_name(status), status == CORE_OK ? "" : core_error_get()->message);
@@ -156,6 +221,13 @@ static void bad_values_are_refused_by_their_key(void **state) {
     size_t key = strcspn(b->set, "=");
     if (strncmp(b->named, b->set, key) == 0 && b->named[key] != '.') assert_message("--set ");
   }
+}
+
+static void bad_values_are_refused_by_their_key(void **state) {
+  (void)state;
+  refuse_all(base, bad_values, sizeof bad_values / sizeof *bad_values);
+  refuse_all(base, bad_towers, sizeof bad_towers / sizeof *bad_towers);
+  refuse_all(connector, bad_connectors, sizeof bad_connectors / sizeof *bad_connectors);
 }
 
 static void good_values_pass(void **state) {
@@ -239,11 +311,8 @@ static void pairs_are_found_by_name(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      TEST(bad_values_are_refused_by_their_key),
-      TEST(good_values_pass),
-      TEST(decimals_become_thousandths),
-      TEST(rules_choose_layers),
-      TEST(pairs_are_found_by_name),
+      TEST(bad_values_are_refused_by_their_key), TEST(good_values_pass),    TEST(good_connectors_pass),
+      TEST(decimals_become_thousandths),         TEST(rules_choose_layers), TEST(pairs_are_found_by_name),
   };
   return cmocka_run_group_tests_name("trainer, settings", tests, NULL, NULL);
 }

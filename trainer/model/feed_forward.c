@@ -1,5 +1,6 @@
 /* Dense feed-forward: y += act(x W1^T) W2^T, act SwiGLU (Shazeer 2020; W1 = [gate; up]) or GELU. As the
- * baseline of an MoE layer (model.dense) its hidden width is K times an expert's: equal FLOPs per token. */
+ * baseline of an MoE layer (model.dense) its hidden width is K times an expert's: equal FLOPs per token; or,
+ * with model.dense_match total, E times: equal parameters. */
 #include <math.h>
 
 #include "trainer/model/tower.h"
@@ -30,10 +31,18 @@ core_status train_activate_backward(train_model *model, core_tensor d_active, co
   return CORE_OK;
 }
 
+int64_t train_dense_experts(const train_settings *settings) {
+  return settings->model.dense_match == TRAIN_MATCH_TOTAL ? settings->model.moe.experts
+                                                          : settings->model.moe.choose;
+}
+
+/* A layer that stands for a mixture is as wide as its experts; every block of a connector does. */
 static int64_t hidden_width(const train_model *model, const train_block *block) {
   const train_settings *s = model->env->settings;
-  if (!train_settings_moe_layer(s->model.moe.layers, model->L, block->layer)) return model->F;
-  return s->model.moe.choose * (s->model.moe.hidden ? s->model.moe.hidden : model->F);
+  bool mixture = s->model.kind == TRAIN_KIND_CONNECTOR ||
+                 train_settings_moe_layer(s->model.moe.layers, model->L, block->layer);
+  if (!mixture) return model->F;
+  return train_dense_experts(s) * (s->model.moe.hidden ? s->model.moe.hidden : model->F);
 }
 
 core_status train_feed_forward_declare(train_model *model, train_block *block) {
