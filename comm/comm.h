@@ -105,7 +105,8 @@ typedef enum comm_device_transport {
  * longer messages go in several parts. */
 CORE_NODISCARD core_status comm_group_device(comm_group *group, const core_device *device,
                                              comm_device_transport transport, int64_t staging);
-const char *comm_device_transport_name(const comm_group *group); /* "nccl", "staged", "host", "self" (one rank) */
+const char *comm_device_transport_name(
+    const comm_group *group); /* "nccl", "staged", "host", "self" (one rank) */
 
 CORE_NODISCARD core_status comm_device_exchange(comm_group *group, const comm_piece *send, int32_t send_count,
                                                 const comm_piece *recv, int32_t recv_count,
