@@ -67,6 +67,7 @@ struct comm_world {
   bool mpi;      /* MPI is in use */
   bool owns_mpi; /* and was started here */
   double deadline;
+  bool overdue;            /* a deadline has passed: every further wait fails at once */
   int64_t largest_message; /* bytes; larger pieces go in several messages */
   char directory[512];
   comm_group *group[COMM_MAX_GROUPS];

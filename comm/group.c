@@ -33,7 +33,12 @@ core_status comm_exchange_as_priv(comm_group *group, const char *operation, cons
   for (int32_t i = 0; i < send_count; i++)
     if (send[i].peer != group->rank) group->bytes += send[i].bytes;
   TRY(copy_own(group, send, send_count, recv, recv_count));
-  if (group->size > 1) TRY(group->transport->exchange(group, send, send_count, recv, recv_count));
+  CHECK(group->size == 1 || !group->world->overdue, CORE_ERR_TIMEOUT,
+        "group '%s': a deadline has passed before; the job can only end", group->name);
+  core_status status =
+      group->size > 1 ? group->transport->exchange(group, send, send_count, recv, recv_count) : CORE_OK;
+  if (status == CORE_ERR_TIMEOUT) group->world->overdue = true;
+  TRY(status);
   group->operation = "computing";
   group->seconds += core_clock_now() - start;
   return CORE_OK;

@@ -260,17 +260,21 @@ static core_status commit_save(run *r) {
   return CORE_OK;
 }
 
-/* A save that fails does not stop training: the previous checkpoint is still there. */
-static void warn_save(run *r, int64_t step, core_status status) {
-  if (status == CORE_OK) return;
+/* A save that fails does not stop training: the previous checkpoint is still there. But ranks that no longer
+ * understand one another cannot go on. */
+static core_status warn_save(run *r, int64_t step, core_status status) {
+  if (status == CORE_OK) return CORE_OK;
+  if (status == CORE_ERR_TIMEOUT || status == CORE_ERR_COMM)
+    return core_error_trace(status, __func__, __FILE__, __LINE__);
   LOG_WARNING("the checkpoint of step %lld failed, training goes on; the previous one is kept: %s",
               (long long)step, core_error_get()->message);
   r->saved_step = -1;
+  return CORE_OK;
 }
 
 /* Now and to the end; used when the run ends. */
 static core_status save_now(run *r) {
-  if (ckpt_writer_busy(r->writer)) warn_save(r, r->saved_step, commit_save(r));
+  if (ckpt_writer_busy(r->writer)) TRY(warn_save(r, r->saved_step, commit_save(r)));
   if (r->saved_step == r->env->step) return CORE_OK;
   TRY(begin_save(r));
   TRY(commit_save(r));
@@ -404,8 +408,8 @@ static core_status save_and_evaluate_when_due(run *r) {
   const train_settings *s = r->settings;
   int64_t step = r->env->step;
   if (s->checkpoint.interval > 0 && step % s->checkpoint.interval == 0 && step < s->run.steps) {
-    if (ckpt_writer_busy(r->writer)) warn_save(r, r->saved_step, commit_save(r));
-    warn_save(r, r->env->step, begin_save(r));
+    if (ckpt_writer_busy(r->writer)) TRY(warn_save(r, r->saved_step, commit_save(r)));
+    TRY(warn_save(r, r->env->step, begin_save(r)));
   }
   if (evaluation_due(r)) TRY(evaluate(r, false));
   return CORE_OK;
@@ -417,7 +421,8 @@ static core_status end_with(run *r, core_status status) {
   core_error_save(&saved);
   bool whole =
       status != CORE_ERR_TIMEOUT && status != CORE_ERR_COMM; /* the ranks still understand one another */
-  if (whole && ckpt_writer_busy(r->writer)) warn_save(r, r->saved_step, commit_save(r));
+  if (whole && ckpt_writer_busy(r->writer) && warn_save(r, r->saved_step, commit_save(r)) != CORE_OK)
+    core_error_clear(); /* the first error is the one that counts */
   (void)core_error_restore(&saved);
   return core_error_trace(status, __func__, __FILE__, __LINE__);
 }
@@ -440,7 +445,7 @@ static core_status loop(run *r, train_outcome *outcome) {
     r->waited = core_clock_now() - started;
     status = agree(r, status, &agreed);
     if (status == CORE_OK && agreed.saved && ckpt_writer_busy(r->writer))
-      warn_save(r, r->saved_step, commit_save(r));
+      status = warn_save(r, r->saved_step, commit_save(r));
     if (status == CORE_OK && !agreed.stop) status = do_step(r, batch, started);
     if (batch) data_stream_put(r->stream, batch);
     if (status != CORE_OK) return end_with(r, status);
