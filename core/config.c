@@ -187,18 +187,18 @@ static core_status copy_node(yaml_document_t *to, yaml_document_t *from, int nod
   CHECK(depth < DEEPEST && to->nodes.top - to->nodes.start < MOST_NODES, CORE_ERR_CONFIG,
         "the configuration is nested too deeply or too large");
   const yaml_node_t *source = yaml_document_get_node(from, node);
-  if (source->type == YAML_SCALAR_NODE) {
+  yaml_node_type_t type = source->type; /* kept: within one document, adding nodes moves the source */
+  if (type == YAML_SCALAR_NODE) {
     *out = yaml_document_add_scalar(to, NULL, source->data.scalar.value, (int)source->data.scalar.length,
                                     source->data.scalar.style);
-  } else if (source->type == YAML_MAPPING_NODE) {
+  } else if (type == YAML_MAPPING_NODE) {
     *out = yaml_document_add_mapping(to, NULL, YAML_BLOCK_MAPPING_STYLE);
   } else {
     *out = yaml_document_add_sequence(to, NULL, YAML_FLOW_SEQUENCE_STYLE);
   }
   CHECK(*out, CORE_ERR_MEMORY, "no memory for the configuration");
-  source = yaml_document_get_node(from, node);
-  if (source->type == YAML_MAPPING_NODE) TRY(copy_mapping(to, from, node, depth, *out));
-  if (source->type == YAML_SEQUENCE_NODE) TRY(copy_sequence(to, from, node, depth, *out));
+  if (type == YAML_MAPPING_NODE) TRY(copy_mapping(to, from, node, depth, *out));
+  if (type == YAML_SEQUENCE_NODE) TRY(copy_sequence(to, from, node, depth, *out));
   return CORE_OK;
 }
 

@@ -71,6 +71,21 @@ static void the_good_file_is_good(void **state) {
   assert_ok(load(good, NULL));
 }
 
+/* A list's item is merged within one document, whose nodes move as it grows: wherever that happens, the same
+ * refusal of the unknown keys follows (and nothing freed is read, which a sanitizer sees). */
+static void growing_while_an_item_is_merged(void **state) {
+  (void)state;
+  for (int pads = 0; pads < 300; pads++) {
+    char text[4096] = "pad: [";
+    size_t used = strlen(text);
+    for (int i = 0; i < pads; i++) used += (size_t)snprintf(text + used, sizeof text - used, "x, ");
+    snprintf(text + used, sizeof text - used,
+             "]\ndata: {modalities: [{name: a, extra: {b: {c: 1, d: [2]}}, more: {e: {f: 3}}}]}\n");
+    assert_int_equal(load(text, NULL), CORE_ERR_CONFIG);
+    assert_non_null(strstr(core_error_get()->message, "modalities.0.extra: unknown key"));
+  }
+}
+
 /* "a: &a [x x ..]; b: &b [*a *a ..]; ..": a small file that unfolds to 10^levels items. */
 static void alias_bombs_are_refused(void **state) {
   (void)state;
@@ -244,6 +259,7 @@ static void mutated_overrides_load_or_are_refused(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(the_good_file_is_good),
+      cmocka_unit_test(growing_while_an_item_is_merged),
       cmocka_unit_test(alias_bombs_are_refused),
       cmocka_unit_test(endless_trees_are_refused),
       cmocka_unit_test(deep_nesting_is_refused),
