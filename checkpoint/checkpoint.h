@@ -109,8 +109,12 @@ CORE_NODISCARD core_status ckpt_describe(const char *path, FILE *out);
 /* Every block, every checksum, coverage. What was checked goes to `out`, which may be NULL. */
 CORE_NODISCARD core_status ckpt_verify(const char *path, FILE *out);
 
-/* Saves and loads about `bytes` of float32 weights and Adam moments in `directory` and prints size, rates and
- * their ratios to `zstd -3` of the same bytes. One rank. */
-CORE_NODISCARD core_status ckpt_bench(comm_group *control, const char *directory, int64_t bytes, FILE *out);
+typedef enum ckpt_bench_format { CKPT_BENCH_TABLE, CKPT_BENCH_JSON } ckpt_bench_format;
+/* Saves and loads about `bytes` of float32 state in `directory`/bench and prints sizes, wall and processor
+ * time and their ratios to memcpy and zstd of the same bytes, as a table or as one line of JSON. The state is
+ * that of the newest checkpoint in `directory` (kinds parameter, adam_m and adam_v, repeated as often as it
+ * takes); made up when there is none. One rank. */
+CORE_NODISCARD core_status ckpt_bench(comm_group *control, const char *directory, int64_t bytes,
+                                      ckpt_bench_format format, FILE *out);
 
 #endif

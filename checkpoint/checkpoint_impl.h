@@ -230,6 +230,7 @@ typedef struct ckpt_save {
   const ckpt_block *block; /* [blocks] */
   int64_t blocks;
   ckpt_entry *entry; /* [blocks] out */
+  int64_t *offset;   /* [blocks] out: where they begin in the file */
   ckpt_codec *codec; /* [threads] */
   uint8_t **slot;    /* [2 * threads], CKPT_STORED_BYTES each */
   int32_t threads;
@@ -239,7 +240,8 @@ typedef struct ckpt_save {
   ckpt_file file; /* out */
   double seconds; /* out */
   atomic_bool done, cancel;
-  atomic_bool hold; /* tests: the thread waits before its first block */
+  atomic_llong progress; /* grows with every block written and read back */
+  atomic_bool hold;      /* tests: the thread waits before its first block */
 } ckpt_save;
 
 CORE_NODISCARD core_status ckpt_save_start(ckpt_save *save, pthread_t *thread);
@@ -253,6 +255,10 @@ void ckpt_writer_hold_priv(ckpt_writer *writer, bool hold);
  * failure no new item is begun, and the failure of the lowest item is returned. */
 typedef core_status (*ckpt_work)(void *context, int32_t worker, int64_t item);
 CORE_NODISCARD core_status ckpt_parallel(int32_t threads, int64_t items, ckpt_work work, void *context);
+/* From now on the calling thread, and those that it starts, give way to others: lower priority for processors
+ * (nice) and for the disk. Best effort: nothing depends on it but speed. */
+enum { CKPT_NICE = 10 };
+void ckpt_thread_give_way(void);
 /* pthread_create with all signals blocked: they belong to the main thread. */
 CORE_NODISCARD core_status ckpt_thread_start(pthread_t *thread, void *(*function)(void *), void *argument);
 

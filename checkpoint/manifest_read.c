@@ -1,5 +1,5 @@
 /* The manifest as it comes from a file: nothing in it is believed before it is checked. */
-#include <cjson/cJSON.h>
+#include <cJSON.h>
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>

@@ -1,6 +1,9 @@
 /* Threads of checkpoint/: they compute and use the local disk, and never communicate. */
 #include <signal.h>
 #include <string.h>
+#include <sys/resource.h> /* setpriority */
+#include <sys/syscall.h>
+#include <unistd.h> /* syscall */
 
 #include "checkpoint/checkpoint_impl.h"
 
@@ -12,6 +15,16 @@ core_status ckpt_thread_start(pthread_t *thread, void *(*function)(void *), void
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   CHECK(error == 0, CORE_ERR_MEMORY, "cannot start a thread: %s", strerror(error));
   return CORE_OK;
+}
+
+void ckpt_thread_give_way(void) {
+  enum {
+    IO_OF_THREAD = 1,
+    IO_BEST_EFFORT = 2 << 13,
+    IO_LAST = 7
+  }; /* of ioprio_set(2), which has no header */
+  (void)setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + CKPT_NICE);
+  (void)syscall(SYS_ioprio_set, IO_OF_THREAD, 0, IO_BEST_EFFORT | IO_LAST);
 }
 
 typedef struct parallel_run {

@@ -8,7 +8,7 @@
 
 #include "checkpoint/checkpoint_impl.h"
 
-enum { PROBE_STRIPS = 4, PROBE_STRIP = 8192, PROBE = PROBE_STRIPS * PROBE_STRIP };
+enum { PROBE_STRIPS = 4, PROBE_STRIP = 2048, PROBE = PROBE_STRIPS * PROBE_STRIP };
 enum { PLANE_MATCH = 7, PLANE_HASH_LOG = 8 };
 
 int32_t ckpt_plane_count(core_dtype dtype) {
@@ -125,7 +125,7 @@ static void merge_8(const uint8_t *const *plane, size_t count, uint8_t *restrict
 /* ---- encoding ---- */
 
 /* True when strips from four places, compressed together, shrink: trying a mantissa plane in vain costs more
- * than all the rest of the block. */
+ * than all the rest of the block, and the strips are short because they are tried in vain as well. */
 static bool worth_compressing(ckpt_codec *codec, const uint8_t *plane, size_t bytes, uint8_t *out) {
   if (bytes <= PROBE) return true;
   uint8_t strips[PROBE];

@@ -104,12 +104,13 @@ static void ring_give(ring *r) {
 
 /* ---- sink: gathers small blocks into large writes ---- */
 
-enum { SINK = 1 << 18 };
+enum { SINK = 1 << 18, STRETCH = 1 << 24 };
 
 typedef struct sink {
   int fd;
   const char *path;
-  int64_t offset; /* bytes so far, the gathered ones included */
+  int64_t offset;  /* bytes so far, the gathered ones included */
+  int64_t started; /* bytes whose way to the disk has begun */
   size_t used;
   uint8_t buffer[SINK];
 } sink;
@@ -130,6 +131,15 @@ static core_status sink_append(sink *s, const void *bytes, size_t count) {
   return CORE_OK;
 }
 
+/* Lets the system begin with what was written, while more is compressed: the sync at the end is short then.
+ */
+static void start_stretch(sink *s) {
+  int64_t written = s->offset - (int64_t)s->used;
+  if (written - s->started < STRETCH) return;
+  (void)sync_file_range(s->fd, s->started, written - s->started, SYNC_FILE_RANGE_WRITE);
+  s->started = written;
+}
+
 /* ---- the file ---- */
 
 static core_status write_blocks(ckpt_save *save, ring *r, sink *s) {
@@ -137,8 +147,11 @@ static core_status write_blocks(ckpt_save *save, ring *r, sink *s) {
     const uint8_t *stored;
     CHECK(!atomic_load(&save->cancel), CORE_ERR_STOPPED, "writing %s was abandoned", save->path);
     TRY(ring_take(r, b, &stored));
+    save->offset[b] = s->offset;
     TRY(sink_append(s, stored, ckpt_entry_bytes(&save->entry[b])));
     ring_give(r);
+    start_stretch(s);
+    atomic_fetch_add(&save->progress, 1);
   }
   return CORE_OK;
 }
@@ -155,21 +168,32 @@ static core_status write_file(ckpt_save *save, ring *r, sink *s) {
   return CORE_OK;
 }
 
+/* What the threads that read back share. */
+typedef struct read_back_run {
+  ckpt_save *save;
+  int fd;
+} read_back_run;
+
+static core_status read_back_block(void *context, int32_t worker, int64_t block) {
+  const read_back_run *run = context;
+  ckpt_save *save = run->save;
+  const ckpt_entry *entry = &save->entry[block];
+  int64_t at = save->offset[block];
+  if (atomic_load(&save->cancel)) return CORE_OK;
+  TRY(core_file_read_at(run->fd, save->path, save->slot[worker], ckpt_entry_bytes(entry), at));
+  CHECK(XXH64(save->slot[worker], ckpt_entry_bytes(entry), 0) == entry->stored_hash, CORE_ERR_CORRUPT,
+        "%s: block %lld at byte %lld reads back otherwise than it was written", save->path, (long long)block,
+        (long long)at);
+  atomic_fetch_add(&save->progress, 1);
+  return CORE_OK;
+}
+
 /* Reads back what was written: older checkpoints are removed on the strength of this one. Where nothing older
  * stays (past_cache), past the page cache, if the system lets it go. */
 static core_status read_back(ckpt_save *save, int fd) {
-  int64_t at = (int64_t)sizeof save->header;
-  uint8_t *bytes = save->slot[0];
+  read_back_run run = {save, fd};
   if (save->past_cache) (void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-  for (int64_t b = 0; b < save->blocks; b++) {
-    size_t size = ckpt_entry_bytes(&save->entry[b]);
-    TRY(core_file_read_at(fd, save->path, bytes, size, at));
-    CHECK(XXH64(bytes, size, 0) == save->entry[b].stored_hash, CORE_ERR_CORRUPT,
-          "%s: block %lld at byte %lld reads back otherwise than it was written", save->path, (long long)b,
-          (long long)at);
-    at += (int64_t)size;
-    if (atomic_load(&save->cancel)) break;
-  }
+  TRY(ckpt_parallel(save->threads, save->blocks, read_back_block, &run));
   return CORE_OK;
 }
 
@@ -192,6 +216,7 @@ static core_status save_file(ckpt_save *save) {
 static void *save_main(void *argument) {
   ckpt_save *save = argument;
   double start = core_clock_now();
+  ckpt_thread_give_way(); /* the compressors, which it starts, too */
   while (atomic_load(&save->hold) && !atomic_load(&save->cancel)) core_clock_sleep(0.001);
   save->status = save_file(save);
   if (save->status != CORE_OK) core_error_save(&save->error);

@@ -1,6 +1,6 @@
 /* The writer as its caller sees it: create, begin, commit. Holds the private copy. All communication of a
  * save happens here, on the caller's thread. */
-#include <cjson/cJSON.h>
+#include <cJSON.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -100,6 +100,7 @@ static core_status plan(ckpt_writer *w) {
   }
   TRY(ARENA_TAKE(w->arena, w->save.blocks, &w->block));
   TRY(ARENA_TAKE(w->arena, w->save.blocks, &w->save.entry));
+  TRY(ARENA_TAKE(w->arena, w->save.blocks, &w->save.offset));
   TRY(ARENA_TAKE(w->arena, 2 * threads, &w->save.slot));
   for (int32_t s = 0; s < 2 * threads; s++) {
     uint8_t *slot;
@@ -263,6 +264,33 @@ void ckpt_writer_hold_priv(ckpt_writer *w, bool hold) {
 
 /* ---- commit ---- */
 
+static const double TURN_SECONDS = 0.05, POLL_SECONDS = 0.0005;
+
+/* Until this rank's part is written, but at least `least` seconds; or for one turn in which it got on. A part
+ * that stands still keeps its rank here, so that the others' deadline runs from its last sign of life. */
+static void wait_turn(const ckpt_writer *w, double least) {
+  double start = core_clock_now();
+  long long before = atomic_load(&w->save.progress);
+  for (;;) {
+    double waited = core_clock_now() - start;
+    if (atomic_load(&w->save.done) && waited >= least) return;
+    if (waited > TURN_SECONDS && atomic_load(&w->save.progress) != before) return;
+    core_clock_sleep(POLL_SECONDS);
+  }
+}
+
+/* A long write is no reason to give the job up: the ranks meet again and again while it gets on. One that is
+ * done sleeps in between: waiting for messages would take the processor from those that still write. */
+static core_status wait_for_all(const ckpt_writer *w) {
+  double least = 0;
+  for (int32_t missing = 1; missing; least = TURN_SECONDS) {
+    wait_turn(w, least);
+    missing = !atomic_load(&w->save.done);
+    TRY(comm_all_reduce(w->control, COMM_MAX, CORE_INT32, &missing, 1));
+  }
+  return CORE_OK;
+}
+
 static core_status join_local(ckpt_writer *w) {
   if (w->running) pthread_join(w->thread, NULL);
   w->running = false;
@@ -319,6 +347,7 @@ static core_status publish(ckpt_writer *w) {
   char *mine = NULL, *all = NULL;
   int64_t bytes = 0, *offset = NULL;
   core_status status;
+  TRY_OUT(wait_for_all(w), end);
   TRY_OUT(comm_agree(w->control, join_local(w)), end);
   TRY_OUT(comm_agree(w->control, summarise(w, &mine, &bytes)), end);
   TRY_OUT(comm_gather_bytes(w->control, 0, mine, bytes, &all, &offset), end);

@@ -32,6 +32,19 @@ int64_t core_file_operations(void) {
   return count;
 }
 
+static core_file_observer observe;
+static void *observe_context;
+
+void core_file_observe(core_file_observer observer, void *context) {
+  observe = observer;
+  observe_context = context;
+}
+
+#define DONE(where, ...)                                                                     \
+  do {                                                                                       \
+    if (observe) observe(observe_context, &(core_file_event){.path = (where), __VA_ARGS__}); \
+  } while (0)
+
 /* "<n>:<errno|exit>[:<containing>]" */
 static void read_environment(void) {
   gate.from_environment = 1;
@@ -75,6 +88,7 @@ core_status core_file_open(const char *path, int flags, int *fd) {
   while (*fd < 0 && errno == EINTR);
   CHECK(*fd >= 0, errno == ENOENT ? CORE_ERR_NOT_FOUND : CORE_ERR_IO, "cannot open %s: %s", path,
         strerror(errno));
+  DONE(path, .kind = CORE_FILE_OPEN, .fd = *fd, .flags = flags);
   return CORE_OK;
 }
 
@@ -88,6 +102,7 @@ core_status core_file_write(int fd, const char *path, const void *bytes, size_t 
     at += done;
     count -= (size_t)done;
   }
+  DONE(path, .kind = CORE_FILE_WRITE, .fd = fd, .bytes = bytes, .count = (size_t)(at - (const char *)bytes));
   return CORE_OK;
 }
 
@@ -104,6 +119,7 @@ core_status core_file_read_at(int fd, const char *path, void *bytes, size_t coun
     offset += done;
     count -= (size_t)done;
   }
+  DONE(path, .kind = CORE_FILE_READ, .fd = fd, .count = (size_t)(at - (char *)bytes));
   return CORE_OK;
 }
 
@@ -113,6 +129,7 @@ core_status core_file_sync(int fd, const char *path) {
   do result = fsync(fd);
   while (result != 0 && errno == EINTR);
   CHECK(result == 0, CORE_ERR_IO, "cannot sync %s: %s", path, strerror(errno));
+  DONE(path, .kind = CORE_FILE_SYNC, .fd = fd);
   return CORE_OK;
 }
 
@@ -121,12 +138,14 @@ core_status core_file_close(int fd, const char *path) {
   int result = close(fd); /* the descriptor is gone whatever close says */
   CHECK(gate_error == 0, CORE_ERR_IO, "cannot close %s: %s", path, strerror(gate_error));
   CHECK(result == 0, CORE_ERR_IO, "cannot close %s: %s", path, strerror(errno));
+  DONE(path, .kind = CORE_FILE_CLOSE, .fd = fd);
   return CORE_OK;
 }
 
 core_status core_file_rename(const char *from, const char *to) {
   GATE(from, "rename");
   CHECK(rename(from, to) == 0, CORE_ERR_IO, "cannot rename %s to %s: %s", from, to, strerror(errno));
+  DONE(from, .kind = CORE_FILE_RENAME, .fd = -1, .to = to);
   return CORE_OK;
 }
 
@@ -134,6 +153,7 @@ core_status core_file_remove(const char *path) {
   GATE(path, "remove");
   CHECK(unlink(path) == 0, errno == ENOENT ? CORE_ERR_NOT_FOUND : CORE_ERR_IO, "cannot remove %s: %s", path,
         strerror(errno));
+  DONE(path, .kind = CORE_FILE_REMOVE, .fd = -1);
   return CORE_OK;
 }
 
@@ -143,6 +163,7 @@ core_status core_file_make_directory(const char *path) {
   bool made = mkdir(path, 0777) == 0;
   bool there = made || (errno == EEXIST && stat(path, &info) == 0 && S_ISDIR(info.st_mode));
   CHECK(there, CORE_ERR_IO, "cannot make the directory %s: %s", path, strerror(errno));
+  DONE(path, .kind = CORE_FILE_MAKE_DIRECTORY, .fd = -1);
   return CORE_OK;
 }
 
@@ -163,6 +184,7 @@ core_status core_file_make_directories(const char *path) {
 core_status core_file_remove_directory(const char *path) {
   GATE(path, "remove the directory");
   CHECK(rmdir(path) == 0, CORE_ERR_IO, "cannot remove the directory %s: %s", path, strerror(errno));
+  DONE(path, .kind = CORE_FILE_REMOVE_DIRECTORY, .fd = -1);
   return CORE_OK;
 }
 

@@ -45,4 +45,30 @@ void core_file_inject(const core_file_fault *fault);
 /* Operations that passed the gate (and matched) since the last injection. */
 int64_t core_file_operations(void);
 
+typedef enum core_file_kind {
+  CORE_FILE_OPEN,
+  CORE_FILE_WRITE,
+  CORE_FILE_READ,
+  CORE_FILE_SYNC,
+  CORE_FILE_CLOSE,
+  CORE_FILE_RENAME,
+  CORE_FILE_REMOVE,
+  CORE_FILE_MAKE_DIRECTORY,
+  CORE_FILE_REMOVE_DIRECTORY
+} core_file_kind;
+
+/* One operation that succeeded. What does not belong to its kind is 0, and fd -1. */
+typedef struct core_file_event {
+  core_file_kind kind;
+  int fd, flags;         /* flags: of an open */
+  const char *path, *to; /* to: of a rename */
+  const void *bytes;     /* of a write */
+  size_t count;          /* of a write or a read */
+} core_file_event;
+
+/* Observation, for tests only: `observer` is called after every operation that succeeded, on the thread that
+ * did it; NULL: none. A directory that was there already is reported as made. Set it while nothing runs. */
+typedef void (*core_file_observer)(void *context, const core_file_event *event);
+void core_file_observe(core_file_observer observer, void *context);
+
 #endif

@@ -30,10 +30,12 @@ const launch_command launch_bench_command = {
     "usage: antiphon bench step|data|checkpoint [DIRECTORY] [OPTIONS]\n\n"
     "       antiphon bench step [--json] [--set key=value]...\n"
     "       antiphon bench data DIRECTORY [--split NAME]\n"
-    "       antiphon bench checkpoint DIRECTORY\n\n"
+    "       antiphon bench checkpoint DIRECTORY [--json]\n\n"
     "step        tokens/s of a training step on made-up latents, and the ratio of its time to that of its "
     "matrix\n"
     "            products alone; the model can be changed with --set model.width=1024 and so on\n"
     "data        streaming a latent set against reading and decompressing it with the same threads\n"
-    "checkpoint  saving and loading in DIRECTORY against zstd -3 of the same bytes\n",
+    "checkpoint  saving and loading in DIRECTORY against memcpy and zstd of the same bytes: the state of "
+    "the\n"
+    "            newest checkpoint there, or a made-up one\n",
     run};

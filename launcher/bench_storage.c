@@ -50,7 +50,9 @@ core_status launch_bench_data(comm_world *world, const launch_arguments *argumen
 
 core_status launch_bench_checkpoint(comm_world *world, const launch_arguments *arguments) {
   CHECK(comm_size(comm_world_group(world)) == 1, CORE_ERR_USAGE, "bench checkpoint is for one rank");
-  CHECK(arguments->positional_count == 2, CORE_ERR_USAGE, "usage: antiphon bench checkpoint DIRECTORY");
-  TRY(ckpt_bench(comm_control_group(world), arguments->positional[1], (int64_t)256 << 20, stdout));
+  CHECK(arguments->positional_count == 2, CORE_ERR_USAGE,
+        "usage: antiphon bench checkpoint DIRECTORY [--json]");
+  TRY(ckpt_bench(comm_control_group(world), arguments->positional[1], (int64_t)256 << 20,
+                 arguments->json ? CKPT_BENCH_JSON : CKPT_BENCH_TABLE, stdout));
   return CORE_OK;
 }

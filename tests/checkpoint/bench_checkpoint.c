@@ -14,7 +14,7 @@ int main(int count, char **argument) {
   int64_t mib = count > 2 ? strtoll(argument[2], NULL, 10) : 256;
   status = comm_start(&(comm_options){0}, &world);
   if (status == CORE_OK) {
-    status = ckpt_bench(comm_control_group(world), argument[1], mib << 20, stdout);
+    status = ckpt_bench(comm_control_group(world), argument[1], mib << 20, CKPT_BENCH_TABLE, stdout);
     if (status != CORE_OK) fprintf(stderr, "%s\n", core_error_get()->message);
     comm_finish(world);
   }

@@ -195,7 +195,7 @@ const char *layout_difference(const layout *l, const spec *specs, int32_t count,
 
 /* ---- layouts ---- */
 
-static void add_range(layout *l, const spec *s, int64_t first, int64_t count, bool owner) {
+void layout_add(layout *l, const spec *s, int64_t first, int64_t count, bool owner) {
   size_t bytes = (size_t)count * core_dtype_size(s->dtype);
   l->tensor = realloc(l->tensor, ((size_t)l->count + 1) * sizeof *l->tensor);
   assert_non_null(l->tensor);
@@ -214,11 +214,11 @@ layout layout_make(const spec *specs, int32_t count, int64_t cells, int32_t shif
   for (int32_t s = 0; s < count; s++) {
     int64_t all = ckpt_shape_count(specs[s].dtype, specs[s].rank, specs[s].shape);
     int64_t stride = cells == 0 ? all : cells * CKPT_CELL, range = 0;
-    if (all == 0) add_range(&l, &specs[s], 0, 0, true);
+    if (all == 0) layout_add(&l, &specs[s], 0, 0, true);
     for (int64_t first = 0; first < all; first += stride, range++) {
       int64_t left = all - first;
       if ((range + s + shift) % ranks != rank) continue;
-      add_range(&l, &specs[s], first, left < stride ? left : stride, true);
+      layout_add(&l, &specs[s], first, left < stride ? left : stride, true);
     }
   }
   return l;
@@ -227,7 +227,7 @@ layout layout_make(const spec *specs, int32_t count, int64_t cells, int32_t shif
 layout layout_full(const spec *specs, int32_t count) {
   layout l = {NULL, 0};
   for (int32_t s = 0; s < count; s++) {
-    add_range(&l, &specs[s], 0, ckpt_shape_count(specs[s].dtype, specs[s].rank, specs[s].shape), false);
+    layout_add(&l, &specs[s], 0, ckpt_shape_count(specs[s].dtype, specs[s].rank, specs[s].shape), false);
   }
   return l;
 }

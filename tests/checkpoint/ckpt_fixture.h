@@ -47,6 +47,8 @@ typedef struct layout {
   int32_t count;
 } layout;
 
+/* Appends a range of a tensor, with memory of its own, filled with 0xa5. The spec's name is borrowed. */
+void layout_add(layout *l, const spec *s, int64_t first, int64_t count, bool owner);
 /* Cuts every tensor into ranges of `cells` cells (0: not at all); range i of tensor t belongs to rank (i + t
  * + shift) mod `ranks`. Memory is filled with 0xa5. */
 layout layout_make(const spec *specs, int32_t count, int64_t cells, int32_t shift, int32_t rank,

@@ -2,7 +2,8 @@
 """Reads a checkpoint by its documentation alone (checkpoint/README.md), sharing no code with the C reader.
 
     read_checkpoint.py PATH              verify, and print the tensors
-    read_checkpoint.py --test WRITER     run WRITER (write_checkpoint) and compare; exit 77 without the packages
+    read_checkpoint.py --test WRITER OLD run WRITER (write_checkpoint) and compare, read OLD, a checkpoint of several
+                                         ranks; exit 77 without the packages
 """
 import json
 import os
@@ -22,6 +23,7 @@ except ImportError as error:
 CELL = 1 << 18
 SIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int32": 4, "int64": 8, "uint64": 8, "uint8": 1}
 PLANES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+SEEN = {"raw": 0, "compressed": 0, "mixed": 0}  # blocks by what their planes are
 TAIL = len(',\n"hash":"0123456789abcdef"}\n')
 
 
@@ -47,6 +49,9 @@ def decode(stored, sizes, dtype, count):
     planes = PLANES.get(dtype, 1)
     plane_bytes = count * SIZE[dtype] // planes
     parts, at = [], 0
+    check(all(0 < size <= plane_bytes for size in sizes[:planes]) and not any(sizes[planes:]), "plane sizes")
+    raw = sum(size == plane_bytes for size in sizes[:planes])
+    SEEN["raw" if raw == planes else "mixed" if raw else "compressed"] += 1
     for size in sizes[:planes]:
         part = stored[at:at + size]
         if size != plane_bytes:
@@ -119,7 +124,7 @@ def read_checkpoint(path):
     return manifest, tensors
 
 
-def test(writer):
+def test(writer, old):
     with tempfile.TemporaryDirectory() as directory:
         subprocess.run([writer, directory], check=True)
         manifest, tensors = read_checkpoint(os.path.join(directory, "step-00000005"))
@@ -131,11 +136,15 @@ def test(writer):
             with open(os.path.join(directory, f"{number}.raw"), "rb") as file:
                 check(file.read() == tensors[name], f"{name}: contents")
         print(f"{len(names)} tensors equal, content {manifest['content_hash']}")
+    manifest, tensors = read_checkpoint(old)
+    check(len(manifest["files"]) == 3 and manifest["content_hash"] == "04d81d890c30ecaf", "the old checkpoint")
+    check(tensors["cells"][5000:5003] == b"\x01\x01\x01" and not any(tensors["cells"][:5000]), "old contents")
+    check(all(SEEN.values()), f"not every kind of block occurred: {SEEN}")
 
 
 def main():
-    if len(sys.argv) == 3 and sys.argv[1] == "--test":
-        test(sys.argv[2])
+    if len(sys.argv) == 4 and sys.argv[1] == "--test":
+        test(sys.argv[2], sys.argv[3])
         return
     manifest, tensors = read_checkpoint(sys.argv[1])
     print(f"step {manifest['step']}, content {manifest['content_hash']}, meta {manifest['meta']}")

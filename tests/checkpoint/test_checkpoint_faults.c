@@ -1,6 +1,6 @@
 /* Crashes and failures at every single file operation of a save: begin, commit and retention. Whatever
  * happens, the next process finds a sound checkpoint that is not older than the last one published. */
-#include "ckpt_fixture.h"
+#include "ckpt_scene.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -10,83 +10,7 @@
 
 #include "core/file.h"
 
-#define TINY tiny_specs, tiny_specs_count
-
 enum { CRASHED = 137, MOST = 400 };
-
-/* What is published before (steps 10 and 20, or 20 alone), and the save that is disturbed. */
-typedef struct scene {
-  const char *name;
-  bool ten;
-  int32_t keep;
-  int64_t step;
-} scene;
-
-static const scene scenes[] = {
-    {"next", true, 2, 30},  /* retention removes 10 */
-    {"only", false, 1, 30}, /* retention removes 20; what was written is read back */
-    {"again", true, 2, 20}, /* 20 is replaced */
-    {"only-again", false, 1, 20}, {"back", true, 2, 15}, /* behind the newest, as after going back */
-};
-enum { SCENES = sizeof scenes / sizeof *scenes, OLD = 100, NEW = 200 };
-
-static void open_writer(const fixture *f, const char *directory, const scene *s, layout *l,
-                        ckpt_writer **writer) {
-  const ckpt_options options = {.directory = directory, .keep = s->keep};
-  *l = layout_make(TINY, 0, 0, 0, 1);
-  EXPECT_OK(ckpt_writer_create(f->control, &options, l->tensor, l->count, writer));
-}
-
-static void set_scene(const fixture *f, const char *directory, const scene *s) {
-  layout l;
-  ckpt_writer *writer;
-  remove_tree(directory);
-  open_writer(f, directory, s, &l, &writer);
-  if (s->ten) EXPECT_OK(save_step(f, writer, &l, TINY, 10, OLD - 10));
-  EXPECT_OK(save_step(f, writer, &l, TINY, 20, OLD));
-  ckpt_writer_destroy(writer);
-  layout_free(&l);
-}
-
-/* Whatever still has a manifest is whole: removal must begin with it. */
-static void expect_marked_are_sound(const char *directory) {
-  ckpt_place *place;
-  int32_t count;
-  char path[CKPT_PATH];
-  EXPECT_OK(ckpt_places(directory, &place, &count));
-  for (int32_t i = 0; i < count; i++) {
-    if (!place[i].manifest) continue;
-    EXPECT_OK(ckpt_place_path(directory, place[i].step, (ckpt_place_kind)place[i].kind, path));
-    EXPECT_OK(ckpt_verify(path, NULL));
-  }
-  free(place);
-}
-
-/* A new run over what the disturbed one left: sound, not older, and nothing stays lying about after the next
- * save. */
-static void expect_recovery(const fixture *f, const char *directory, const scene *s) {
-  layout l;
-  ckpt_writer *writer;
-  char names[512];
-  expect_marked_are_sound(directory);
-  int64_t step = load_newest(f, directory, TINY, OLD, NEW);
-  if (step < 20) fail_msg("step %lld is older than the last one published", (long long)step);
-  open_writer(f, directory, s, &l, &writer);
-  step = load_newest(f, directory, TINY, OLD, NEW);
-  if (step < 20) fail_msg("after cleaning up, step %lld is the newest", (long long)step);
-  EXPECT_OK(save_step(f, writer, &l, TINY, 40, OLD + 40));
-  assert_int_equal(load_newest(f, directory, TINY, OLD + 40, OLD + 40), 40);
-  list_names(directory, names, sizeof names);
-  assert_null(strstr(names, ".tmp"));
-  assert_null(strstr(names, ".old"));
-  for (const char *at = names; (at = strstr(at, "step-")) != NULL; at += 5) {
-    char path[2 * CKPT_PATH];
-    snprintf(path, sizeof path, "%s/%.13s", directory, at);
-    assert_true(ckpt_is(path));
-  }
-  ckpt_writer_destroy(writer);
-  layout_free(&l);
-}
 
 /* In a child: saves with an exit at the n-th operation. Returns true when the child died of it. */
 static bool crash_at(const fixture *f, const char *directory, const scene *s, int64_t at) {
@@ -96,7 +20,7 @@ static bool crash_at(const fixture *f, const char *directory, const scene *s, in
     layout l;
     ckpt_writer *writer;
     core_file_inject(&(core_file_fault){.at = at});
-    open_writer(f, directory, s, &l, &writer);
+    scene_open(f, directory, s, &l, &writer);
     EXPECT_OK(save_step(f, writer, &l, TINY, s->step, NEW));
     _exit(0);
   }
@@ -115,9 +39,9 @@ static void crash_at_every_operation(void **state) {
     fixture_directory(f, scenes[i].name, directory);
     for (bool crashed = true; crashed; at++) {
       assert_true(at < MOST);
-      set_scene(f, directory, &scenes[i]);
+      scene_set(f, directory, &scenes[i]);
       crashed = crash_at(f, directory, &scenes[i], at);
-      expect_recovery(f, directory, &scenes[i]);
+      scene_expect_recovery(f, directory, &scenes[i], 20, OLD);
     }
     assert_true(at >
                 15); /* a save has at least so many operations; fewer would mean that none was injected */
@@ -159,10 +83,10 @@ static void crash_while_cleaning(void **state) {
   fixture_directory(f, "cleaning", directory);
   for (int64_t first = 12; first < 24; first++) {
     for (int64_t second = 1; second < 8; second++) {
-      set_scene(f, directory, s);
+      scene_set(f, directory, s);
       (void)crash_at(f, directory, s, first);
       (void)crash_at(f, directory, s, second);
-      expect_recovery(f, directory, s);
+      scene_expect_recovery(f, directory, s, 20, OLD);
     }
   }
 }
@@ -174,8 +98,8 @@ static bool fail_at(const fixture *f, const char *directory, const scene *s, con
   layout l;
   ckpt_writer *writer;
   char names[512];
-  set_scene(f, directory, s);
-  open_writer(f, directory, s, &l, &writer);
+  scene_set(f, directory, s);
+  scene_open(f, directory, s, &l, &writer);
   core_file_inject(fault);
   core_status status = save_step(f, writer, &l, TINY, s->step, NEW);
   bool reached = core_file_operations() >= fault->at;
@@ -207,7 +131,7 @@ static void fail_at_every_operation(void **state) {
   char directory[CKPT_PATH];
   fixture_directory(f, "errors", directory);
   const core_file_fault kinds[] = {
-      {.error = ENOSPC}, {.error = EIO}, {.error = EIO, .sticky = 1}, {.error = EACCES}};
+      {.error = ENOSPC}, {.error = EDQUOT}, {.error = EIO}, {.error = EIO, .sticky = 1}, {.error = EACCES}};
   for (int i = 0; i < SCENES; i++) {
     for (size_t kind = 0; kind < sizeof kinds / sizeof *kinds; kind++) {
       core_file_fault fault = kinds[kind];
@@ -224,8 +148,8 @@ static void full_disk(void **state) {
   layout l;
   ckpt_writer *writer;
   fixture_directory(f, "full", directory);
-  set_scene(f, directory, &scenes[0]);
-  open_writer(f, directory, &scenes[0], &l, &writer);
+  scene_set(f, directory, &scenes[0]);
+  scene_open(f, directory, &scenes[0], &l, &writer);
   for (int64_t step = 30; step < 34; step++) {
     core_file_fault fault = {.at = 2, .error = ENOSPC, .containing = "rank-"};
     core_file_inject(&fault);
@@ -246,7 +170,7 @@ static void reading_fails_at_every_operation(void **state) {
   const fixture *f = *state;
   char directory[CKPT_PATH];
   fixture_directory(f, "reading", directory);
-  set_scene(f, directory, &scenes[0]);
+  scene_set(f, directory, &scenes[0]);
   layout full = layout_full(TINY);
   int64_t at = 0;
   for (bool reached = true; reached;) {

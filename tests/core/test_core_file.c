@@ -397,6 +397,39 @@ static void faults_come_from_the_environment(void **state) {
   assert_int_equal(with_environment("0:28", 3, "f"), 0);
 }
 
+/* ---- observation ---- */
+
+static void note_event(void *context, const core_file_event *event) {
+  static const char letter[] = "owrscmxdD";
+  char *text = context, name[64];
+  snprintf(name, sizeof name, "%s", strrchr(event->path, '/') + 1);
+  sprintf(text + strlen(text), "%c:%s:%zu ", letter[event->kind], name, event->count);
+  if (event->kind == CORE_FILE_WRITE) assert_memory_equal(event->bytes, "new", 3);
+  if (event->kind == CORE_FILE_RENAME) assert_string_equal(strrchr(event->to, '/'), "/f");
+}
+
+static void an_observer_sees_what_succeeded_in_order(void **state) {
+  (void)state;
+  char text[1024] = "", expected[256];
+  core_file_observe(note_event, text);
+  assert_ok(core_file_replace(path_of("f"), "new", 3));
+  const char *own = strrchr(directory, '/') + 1;
+  snprintf(expected, sizeof expected,
+           "o:f.tmp:0 w:f.tmp:3 s:f.tmp:0 c:f.tmp:0 m:f.tmp:0 o:%s:0 s:%s:0 c:%s:0 ", own, own, own);
+  assert_string_equal(text, expected);
+  text[0] = 0;
+  core_file_fault fault = {.at = 1, .error = EIO};
+  core_file_inject(&fault);
+  assert_error(core_file_remove(path_of("f")), CORE_ERR_IO, "cannot remove");
+  assert_error(core_file_remove(path_of("absent")), CORE_ERR_NOT_FOUND, "absent");
+  assert_string_equal(text, ""); /* what failed has not happened */
+  assert_ok(core_file_remove(path_of("f")));
+  assert_ok(core_file_make_directory(path_of("d")));
+  assert_ok(core_file_remove_directory(path_of("d")));
+  assert_string_equal(text, "x:f:0 d:d:0 D:d:0 ");
+  core_file_observe(NULL, NULL);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
 
 int main(int argc, char **argv) {
@@ -413,6 +446,7 @@ int main(int argc, char **argv) {
       TEST(a_process_that_ends_in_a_replacement_leaves_a_whole_file),
       TEST(replacement_works_without_a_directory_and_refuses_long_names),
       TEST(faults_come_from_the_environment),
+      TEST(an_observer_sees_what_succeeded_in_order),
   };
   if (argc == 4 && strcmp(argv[1], "child") == 0) return child_main(argv[2], atoi(argv[3]));
   return cmocka_run_group_tests_name("core/file", tests, NULL, NULL);
