@@ -371,7 +371,8 @@ int main(int argc, char **argv) {
                                      CASE("alternating"), CASE("connector"), CASE("mlp")};
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;
-  int failed = cmocka_run_group_tests(tests, NULL, NULL);
+  int failed = test_device_missing(extra, comm_local_rank(world));
+  if (failed == 0) failed = cmocka_run_group_tests(tests, NULL, NULL);
   comm_finish(world);
   return failed;
 }

@@ -34,8 +34,11 @@ static const tolerances in_real = {2e-6, 2e-4, 2e-2, 1e-5, 1e-3, 2e-5};
  * rounding may go the other way, by twice the rate of 0.01. */
 static const tolerances in_bfloat = {5e-4, 3e-2, 3e-2, 4e-3, 2e-2, 2e-2};
 static tolerances allowed;
-static int steps = STEPS; /* that are compared: in bfloat16, backends train different models after one */
-static bool few;          /* cross a part of the layouts: a backend that is emulated takes its time */
+/* That are compared. In bfloat16 one: the last bit that a product rounds the other way becomes a whole rate
+ * in Adam's first step and another expert for a nearly tied token in the second. What follows the gradients
+ * (clipping, the optimizer, its sharding) is float32 there as well, and its three steps are compared. */
+static int steps = STEPS;
+static bool few; /* cross a part of the layouts: a backend that is emulated takes its time */
 static const char *extra[4],
     *precision = "run.precision=float32"; /* settings of the layouts; of both sides */
 
@@ -167,7 +170,8 @@ static core_status collect_counts(outcome *o, int step) {
   return CORE_OK;
 }
 
-/* Tokens whose K-th and next logit are nearly tied, in the last micro-batch. */
+/* Tokens whose K-th and next logit are nearly tied, in the last micro-batch. A block that this rank has not
+ * run (another direction's connector) has no choices, whatever its memory holds. */
 static void count_near_ties(outcome *o) {
   const train_model *model = o->session->model;
   for (int64_t l = 0; l < model->L; l++) {
@@ -177,7 +181,9 @@ static void count_near_ties(outcome *o) {
     int32_t *choice = fetch(&o->session->env, moe->choice);
     int64_t E = moe->logits.shape[1], K = moe->choice.shape[1];
     for (int64_t t = 0; t < model->items.tokens; t++) {
-      double last = logits[t * E + choice[t * K + K - 1]], next = -INFINITY, low = INFINITY, high = -INFINITY;
+      int32_t kth = choice[t * K + K - 1];
+      if (kth < 0 || kth >= E) break;
+      double last = logits[t * E + kth], next = -INFINITY, low = INFINITY, high = -INFINITY;
       for (int64_t e = 0; e < E; e++) {
         double value = logits[t * E + e];
         bool chosen = false;
@@ -283,10 +289,11 @@ static const train_parameter *find(const train_parameters *set, const char *name
   return NULL;
 }
 
-/* Every parameter that this rank holds, against the reference's of the same name. */
-static void compare_tensors(const outcome *got, const outcome *expected, const char *where) {
+/* Every parameter that this rank holds, against the reference's of the same name. flipped: choices that fell
+ * the other way at a near-tie, each of which gives a token of a few dozen to another expert. */
+static void compare_tensors(const outcome *got, const outcome *expected, int64_t flipped, const char *where) {
   const train_parameters *a = &got->session->model->parameters, *b = &expected->session->model->parameters;
-  double norm = expected->report[steps - 1].norm, size;
+  double norm = expected->report[steps - 1].norm, size, apart = allowed.gradient + 0.1 * (double)flipped;
   for (int32_t i = 0; i < a->count; i++) {
     const train_parameter *p = &a->list[i], *q = find(b, p->name);
     char what[CORE_NAME + 32];
@@ -298,7 +305,7 @@ static void compare_tensors(const outcome *got, const outcome *expected, const c
     snprintf(what, sizeof what, "gradient of %s", p->name);
     double d = distance(got->gradient + p->first, expected->gradient + q->first, p->count, &size);
     largest.gradient = fmax(largest.gradient, d / (size + 0.01 * norm));
-    if (!(d <= allowed.gradient * (size + 0.01 * norm))) complain(what, where, d, size);
+    if (!(d <= apart * (size + 0.01 * norm))) complain(what, where, d, size);
     snprintf(what, sizeof what, "value of %s after %d steps", p->name, steps);
     d = distance(got->value + p->first, expected->value + q->first, p->count, &size);
     largest.parameter = fmax(largest.parameter, d / (size + 1e-3));
@@ -306,7 +313,9 @@ static void compare_tensors(const outcome *got, const outcome *expected, const c
   }
 }
 
-static void compare_counts(const outcome *got, const outcome *expected, const char *where) {
+/* Returns how many choices fell the other way. */
+static int64_t compare_counts(const outcome *got, const outcome *expected, const char *where) {
+  int64_t moved = 0;
   for (int step = 0; step < steps; step++) {
     int64_t different = 0;
     for (int64_t i = 0; i < count_size(expected->session); i++)
@@ -315,7 +324,9 @@ static void compare_counts(const outcome *got, const outcome *expected, const ch
     if (different > 4 * expected->near_ties) complain("routed counts", where, (double)different, 0);
     if (memcmp(got->id[step], expected->id[step], sizeof got->id[step]) != 0)
       complain("consumed samples", where, (double)got->id[step][0], (double)expected->id[step][0]);
+    moved += different;
   }
+  return (moved + 3) / 4;
 }
 
 static void compare(const outcome *got, const outcome *expected, const char *where) {
@@ -334,8 +345,10 @@ static void compare(const outcome *got, const outcome *expected, const char *whe
       if (a->tokens[m] != b->tokens[m] || a->items[m] != b->items[m])
         complain("tokens", where, (double)a->tokens[m], (double)b->tokens[m]);
   }
-  compare_counts(got, expected, where);
-  compare_tensors(got, expected, where);
+  int64_t flipped = compare_counts(got, expected, where);
+  if (flipped > 0 && comm_rank(comm_world_group(job)) == 0)
+    printf("%s: %lld choices fell the other way at a near-tie\n", where, (long long)flipped);
+  compare_tensors(got, expected, flipped, where);
 }
 
 /* ---- crossing ---- */
@@ -360,6 +373,7 @@ static core_status cross(const char *root, const layout_case *c, const outcome *
            e, partitioned ? "partitioned" : "shared", accumulate, sharded ? ", sharded" : "",
            recomputed ? ", recomputed" : "");
   TRY(run_side(job, root, c, layout, &got));
+  int before = failures;
   compare(&got, reference, where);
   int64_t rounds = 1;
   for (int64_t l = 0; l < got.session->model->L; l++)
@@ -367,7 +381,7 @@ static core_status cross(const char *root, const layout_case *c, const outcome *
       rounds = got.session->model->block[l].moe.dispatch.rounds;
   if (c->hot && e > 1 && rounds < 2) complain("rounds of a hot expert", where, (double)rounds, 2);
   free_side(&got);
-  int64_t total = failures;
+  int64_t total = failures - before;
   TRY(comm_all_reduce(comm_control_group(job), COMM_SUM, CORE_INT64, &total, 1));
   if (comm_rank(comm_world_group(job)) == 0) printf("%-125s %s\n", where, total == 0 ? "ok" : "FAILED");
   fflush(stdout);
@@ -409,10 +423,14 @@ static core_status write_sets(const char *root) {
   return CORE_OK;
 }
 
-static core_status run_all(char *root, size_t capacity) {
+static core_status start(void) {
   comm_options options = {.deadline = 60}, own = {.deadline = 60, .alone = true};
   TRY(comm_start(&options, &job));
   TRY(comm_start(&own, &alone));
+  return CORE_OK;
+}
+
+static core_status run_all(char *root, size_t capacity) {
   core_status status = CORE_OK;
   if (comm_rank(comm_world_group(job)) == 0) {
     if (!mkdtemp(root)) status = CORE_ERR_IO;
@@ -439,17 +457,19 @@ int main(int argc, char **argv) {
   }
   if (strcmp(precision, "run.precision=bfloat16") == 0) {
     allowed = in_bfloat;
-    if (extra[0]) steps = 1;
+    steps = 1;
   }
   char root[256] = "/tmp/antiphon-layout-XXXXXX", text[4096];
-  core_status status = run_all(root, sizeof root);
+  core_status status = start();
+  int missing = status == CORE_OK ? test_device_missing(extra[0], comm_local_rank(job)) : 0;
+  if (status == CORE_OK && missing == 0) status = run_all(root, sizeof root);
   if (status != CORE_OK) {
     core_error_format(core_error_get(), true, text, sizeof text);
     printf("%s\n", text);
     if (job) comm_fail_stop(job, status);
     return 1;
   }
-  bool first = comm_rank(comm_world_group(job)) == 0;
+  bool first = comm_rank(comm_world_group(job)) == 0 && missing == 0;
   if (first)
     printf(
         "largest differences on rank 0: loss of the first step %.1e, gradients of the last %.1e, values "
@@ -458,5 +478,5 @@ int main(int argc, char **argv) {
   if (first) test_remove_tree(root);
   comm_finish(alone);
   comm_finish(job);
-  return failures > 0;
+  return missing ? missing : failures > 0;
 }

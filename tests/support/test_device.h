@@ -4,9 +4,28 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "core/device.h"
 #include "core/tensor.h"
+#include "kernels/kernels.h"
+
+enum { TEST_SKIPPED = 77 };
+
+/* Exit status of a test that runs with the setting "run.device=NAME", or NULL: 0 where that device can be
+ * opened, else TEST_SKIPPED with the reason said; 1 where the emulation cannot be, which is never missing. */
+static inline int test_device_missing(const char *setting, int32_t local_rank) {
+  static const char key[] = "run.device=";
+  const kern_ops *ops = NULL;
+  if (!setting || strncmp(setting, key, sizeof key - 1) != 0) return 0;
+  if (kern_select(setting + sizeof key - 1, local_rank, &ops) == CORE_OK) return 0;
+  printf("skipped: %s\n", core_error_get()->message);
+#ifdef ANTIPHON_CUDA_EMULATED
+  return 1;
+#else
+  return TEST_SKIPPED;
+#endif
+}
 
 static inline void test_device_must(core_status status) {
   if (status == CORE_OK) return;
