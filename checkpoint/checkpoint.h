@@ -38,7 +38,8 @@ typedef struct ckpt_options {
   int32_t keep;          /* published checkpoints kept, >= 1; 0: 3 */
   int32_t level;         /* zstd; 0: 1 */
   int32_t threads;       /* that compress; 0: 1 */
-  int64_t keep_every;    /* steps divisible by this are never removed; 0: none */
+  int64_t
+      keep_every; /* the first from each multiple of this on is never removed (a save may be late); 0: none */
 } ckpt_options;
 
 /* ---- saving ---- */

@@ -250,6 +250,17 @@ static void remove_place(const char *directory, const ckpt_place *place) {
   if (status != CORE_OK) warn("cannot remove the old checkpoint", path);
 }
 
+/* Whether place i is the first of its stretch of `every` steps; the first stretch, which begins with step 0,
+ * has none. Newer places come before older ones. */
+static bool first_of_stretch(const ckpt_place *place, int32_t count, int32_t i, int64_t every) {
+  if (every <= 0 || place[i].step < every) return false;
+  for (int32_t j = i + 1; j < count; j++)
+    if (place[j].kind == CKPT_PUBLISHED && place[j].manifest &&
+        place[j].step / every == place[i].step / every)
+      return false;
+  return true;
+}
+
 core_status ckpt_retain(const ckpt_options *options, int64_t newest) {
   ckpt_place *place;
   int32_t count, kept = 0;
@@ -261,7 +272,7 @@ core_status ckpt_retain(const ckpt_options *options, int64_t newest) {
      * not count, or they would push out what was just published. */
     if (p->kind != CKPT_PUBLISHED || !p->manifest || p->step > newest) continue;
     if (kept++ < options->keep) continue;
-    if (options->keep_every > 0 && p->step % options->keep_every == 0) continue;
+    if (first_of_stretch(place, count, i, options->keep_every)) continue;
     remove_place(options->directory, p);
   }
   free(place);

@@ -39,12 +39,14 @@ typedef struct data_writer_options {
   data_filter filter;
   int32_t level;       /* of the filter; 0: default */
   int64_t chunk_bytes; /* 0: 512 KiB */
+  const char *origin;  /* attribute of this name: what it was made from. NULL: none */
 } data_writer_options;
 
 /* One sample. Arrays are borrowed during the call. */
 typedef struct data_sample {
   uint64_t id;
   const float *latent;            /* [rows, width], converted to the stored dtype */
+  const void *stored;             /* instead of latent: [rows, width] in the stored dtype */
   int64_t rows;                   /* 0: lacks this modality */
   int32_t label;                  /* -1: none */
   const char *key;                /* NULL: no key dataset (all or none of a shard) */
@@ -59,6 +61,15 @@ CORE_NODISCARD core_status data_writer_add(data_writer *writer, const data_sampl
 CORE_NODISCARD core_status data_writer_close(data_writer *writer);
 /* Abandons: removes the temporary file. NULL is allowed. */
 void data_writer_abandon(data_writer *writer);
+
+/* ---- what a directory holds ---- */
+
+enum { DATA_MOST_SPLITS = 32 };
+/* Sorted by name. ERR_NOT_FOUND when there are none. */
+CORE_NODISCARD core_status data_list_splits(const char *directory, char names[DATA_MOST_SPLITS][CORE_NAME],
+                                            int32_t *count);
+CORE_NODISCARD core_status data_list_modalities(const char *directory, const char *split,
+                                                char names[CORE_MAX_MODALITIES][CORE_NAME], int32_t *count);
 
 /* ---- a set, opened and checked ---- */
 
@@ -76,8 +87,12 @@ typedef struct data_modality_info {
 
 /* Opens <directory>/<split>, which must hold every named modality. Checks of every shard: format, version,
  * attributes, shapes and types of datasets, offsets (start 0, non-decreasing, end T), known filters, equal
- * ids over modalities, no id twice. Latents themselves are read and checked (finite) when streamed. Errors
- * name the file and what was expected: ERR_NOT_FOUND, ERR_FORMAT, ERR_CORRUPT, ERR_MISMATCH. */
+ * ids over modalities, no id twice. Latents themselves are read and checked (finite) when streamed.
+ * With an index (data_index_build) no shard is opened: those checks were made then, and name, size and time
+ * of change of every file are compared; a stream compares ids and offsets when it opens a shard. An index
+ * that does not fit is an error, never a reason to read on without: an unfinished copy must not go unnoticed,
+ * and ranks must not open the set in different ways. Errors name the file and what was expected:
+ * ERR_NOT_FOUND, ERR_FORMAT, ERR_CORRUPT, ERR_MISMATCH. */
 CORE_NODISCARD core_status data_set_open(const char *directory, const char *split,
                                          const char *const *modalities, int32_t modality_count,
                                          data_set **out);
@@ -95,11 +110,42 @@ bool data_set_has_labels(const data_set *set);
 /* Called now and then in a long operation; a failure ends it. */
 typedef core_status (*data_tick)(void *context);
 
-/* Per-feature mean and population standard deviation of modality m over all rows, in double, fixed order;
- * reads everything once. mean, deviation: double [width]. tick (NULL: none) is called data_set_moment_steps
- * times, so that ranks that wait for this one can wait for steps of a few MiB and not for a whole set. */
-CORE_NODISCARD core_status data_set_moments(data_set *set, int32_t m, data_tick tick, void *context,
-                                            double *mean, double *deviation);
+/* ---- the index of a split ---- */
+
+typedef struct data_index_options {
+  const char *directory, *split;
+  bool check_values; /* read all latents and note the samples with values that are not finite */
+  int32_t threads;   /* for that; 0: 1 */
+  data_tick tick;    /* during that; NULL: none */
+  void *context;
+} data_index_options;
+
+typedef struct data_index_result {
+  int64_t samples;
+  int32_t shards, modalities;
+  int64_t not_finite; /* samples, each modality by itself */
+  int64_t bytes;      /* of the index */
+} data_index_result;
+
+/* Opens every shard of the split, all modalities, and writes <directory>/<split>/shards.index atomically.
+ * Memory: 12 bytes a sample and 8 a sample and modality. Errors: those of data_set_open and of writing. */
+CORE_NODISCARD core_status data_index_build(const data_index_options *options, data_index_result *out);
+/* Compares an index, where there is one (*found), with all that the shards' headers say. */
+CORE_NODISCARD core_status data_index_verify(const char *directory, const char *split, bool *found);
+
+/* What becomes of samples with values that are not finite. */
+typedef enum data_non_finite {
+  DATA_NON_FINITE_ERROR,  /* ERR_NON_FINITE, naming the first in order */
+  DATA_NON_FINITE_SKIP,   /* lacks the modality, on every rank alike: needs an index made with check_values */
+  DATA_NON_FINITE_DELIVER /* as it is */
+} data_non_finite;
+
+/* Per-feature mean and population standard deviation of modality m over all rows that `policy` delivers, in
+ * double, fixed order; reads everything once. mean, deviation: double [width]. tick (NULL: none) is called
+ * data_set_moment_steps times, so that ranks that wait for this one can wait for steps of a few MiB and not
+ * for a whole set. */
+CORE_NODISCARD core_status data_set_moments(data_set *set, int32_t m, data_non_finite policy, data_tick tick,
+                                            void *context, double *mean, double *deviation);
 int64_t data_set_moment_steps(const data_set *set, int32_t m);
 
 /* ---- order: pure functions ---- */
@@ -140,6 +186,7 @@ typedef struct data_stream_options {
   int32_t threads;           /* that decompress; 0: 1 */
   int64_t cache_bytes;       /* decompressed chunks kept; 0: 256 MiB. Should hold the shuffle buffer */
   const core_device *device; /* that the latents of batches will be copied to; NULL: none */
+  data_non_finite non_finite;
   bool repeat; /* false: the stream ends with the epoch (evaluation); the last batch may be short */
 } data_stream_options;
 
@@ -160,6 +207,7 @@ typedef struct data_batch {
   uint8_t *present;            /* [modalities][samples] rows > 0 */
   int32_t micro_batches, modalities;
   data_part *part; /* [micro_batches][modalities] */
+  int64_t skipped; /* places in `present` that DATA_NON_FINITE_SKIP cleared; the same on every rank */
 } data_batch;
 
 CORE_NODISCARD core_status data_stream_open(data_set *set, const data_stream_options *options,
@@ -173,26 +221,71 @@ CORE_NODISCARD core_status data_stream_get(data_stream *stream, data_batch **bat
 void data_stream_put(data_stream *stream, data_batch *batch);
 /* Seconds that data_stream_get has waited in all. Call it on the thread of get. */
 double data_stream_waited(const data_stream *stream);
+/* Sum of `skipped` of the batches got so far. Call it on the thread of get. */
+int64_t data_stream_skipped(const data_stream *stream);
 /* Bytes planned at open: queue, cache, threads. */
 int64_t data_stream_bytes(const data_stream *stream);
 /* Stops and joins the threads. */
 void data_stream_close(data_stream *stream);
 
+/* ---- packing: features into shards, a set into another form ---- */
+
+typedef struct data_pack_progress {
+  int32_t done, kept, shards; /* finished; of which were there before; in all */
+} data_pack_progress;
+
+typedef struct data_pack_options {
+  /* One of the two. */
+  const char *from; /* .npy or .safetensors: [N, width], [N, rows, width], or with offsets [T, width] */
+  const char *from_set, *from_split; /* a split of a set */
+  const char *latent_name;           /* tensor of `from`; NULL: the only one */
+  const char *offsets, *ids,
+      *labels; /* arrays of integers; from a .safetensors the tensors offset, id, label. NULL: none */
+  const char *modality, *encoder; /* encoder NULL: as the set says */
+  const char *to;                 /* directory of the split */
+  core_dtype dtype;               /* CORE_DTYPE_COUNT: as it is */
+  data_filter filter;
+  int32_t level;             /* 0: default */
+  int64_t chunk_bytes;       /* 0: 512 KiB */
+  int64_t samples_per_shard; /* 0: 4096 */
+  int32_t threads;           /* 0: 1; each makes one shard at a time */
+  /* After every shard, never by two threads at once; a failure (ERR_STOPPED) ends the packing when the shards
+   * under way are finished. NULL: none. */
+  core_status (*progress)(void *context, const data_pack_progress *progress);
+  void *context;
+} data_pack_options;
+
+/* Each finished shard appears at once and whole, with an attribute `origin` that says what it was made from:
+ * called again with the same options and unchanged sources, finished shards are kept and the rest is made.
+ * Samples, their order, ids, labels and (of a set) keys and tokens stay what they are. Errors: those of
+ * reading and writing; ERR_MISMATCH when a shard is there that was made from something else. */
+CORE_NODISCARD core_status data_pack(const data_pack_options *options, data_pack_progress *out);
+
 /* ---- measuring ---- */
 
-/* Best of the rounds, for one pass over a split in file order by the same number of decompressing threads. */
+enum { DATA_MOST_ROUNDS = 64 };
+
+typedef struct data_bench_options {
+  const char *directory, *split;
+  const char *const *modalities;
+  int32_t modality_count;
+  int32_t threads;         /* of either side */
+  int32_t rounds;          /* 1 to DATA_MOST_ROUNDS */
+  int64_t shuffle_samples; /* 0: file order */
+} data_bench_options;
+
+/* For one pass over a split. The limit: threads that only pread chunks and undo their filters, nothing kept.
+ * The stream: data_stream_get of everything, the caller doing nothing else. A ratio is limit / stream, the
+ * median over rounds that run one after the other: of time that passed, and of the processor time of all
+ * threads, which other programs on the machine disturb less. Rates are to be taken from the shortest times.
+ */
 typedef struct data_bench_result {
-  int64_t decoded_bytes, stored_bytes;
-  double stream_seconds; /* data_stream_get of everything, the caller doing nothing else */
-  double limit_seconds;  /* threads that only pread chunks and decompress them, nothing kept */
-  double stream_processor_seconds, limit_processor_seconds; /* the same in processor time of all threads */
+  int64_t samples, decoded_bytes, stored_bytes;
+  double stream_seconds, limit_seconds; /* shortest */
+  double wall_ratio, processor_ratio;
 } data_bench_result;
 
-/* Runs both, in turn, `rounds` times. The ratio limit_seconds / stream_seconds is what streaming keeps of the
- * limit. */
-CORE_NODISCARD core_status data_bench(const char *directory, const char *split, const char *const *modalities,
-                                      int32_t modality_count, int32_t threads, int32_t rounds,
-                                      data_bench_result *out);
+CORE_NODISCARD core_status data_bench(const data_bench_options *options, data_bench_result *out);
 
 /* ---- looking at one file: inspect, check ---- */
 

@@ -1,5 +1,5 @@
 /* Outline: where every stored chunk of a split lies; threads that pread and decompress them and do nothing
- * else; the same split by a stream; the best of each. */
+ * else; the same split by a stream; rounds of both, one after the other. */
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -110,13 +110,20 @@ static stopwatch read_clocks(void) {
   return (stopwatch){core_clock_now(), (double)now.tv_sec + 1e-9 * (double)now.tv_nsec};
 }
 
-/* Keeps the shorter of *best and `share` of the time since `start`. */
-static void keep_best(const stopwatch *start, double share, stopwatch *best) {
+/* `share` of the time since `start`. */
+static stopwatch elapsed(const stopwatch *start, double share) {
   const stopwatch now = read_clocks();
-  const double wall = (now.wall - start->wall) * share,
-               processor = (now.processor - start->processor) * share;
-  if (wall < best->wall) best->wall = wall;
-  if (processor < best->processor) best->processor = processor;
+  return (stopwatch){(now.wall - start->wall) * share, (now.processor - start->processor) * share};
+}
+
+static int compare_double(const void *a, const void *b) {
+  const double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+static double median(double *values, int32_t count) {
+  qsort(values, (size_t)count, sizeof *values, compare_double);
+  return values[count / 2];
 }
 
 /* ---- the limit ---- */
@@ -137,9 +144,16 @@ typedef struct limit_worker {
 
 static core_status read_and_decode(const limit_worker *worker, const stored_chunk *chunk) {
   TRY(core_file_read_at(chunk->fd, chunk->column->path, worker->stored, (size_t)chunk->bytes, chunk->at));
-  if (chunk->column->pipeline.count == 0) return CORE_OK; /* read is all there is to do */
-  TRY(data_decode_priv(worker->decoder, &chunk->column->pipeline, chunk->skipped, worker->stored,
-                       chunk->bytes, worker->decoded, chunk->decoded));
+  const data_pipeline *pipeline = &chunk->column->pipeline;
+  const int64_t bytes = chunk->decoded;
+  if (pipeline->count == 0) return CORE_OK; /* read is all there is to do */
+  if (data_pipeline_is_checksum_priv(pipeline, chunk->skipped) &&
+      chunk->bytes == bytes + DATA_CHECKSUM_BYTES) {
+    TRY(data_checksum_verify_priv(worker->stored, bytes, worker->stored + bytes));
+    return CORE_OK;
+  }
+  TRY(data_decode_priv(worker->decoder, pipeline, chunk->skipped, worker->stored, chunk->bytes,
+                       worker->decoded, bytes));
   return CORE_OK;
 }
 
@@ -152,7 +166,7 @@ static void *limit_body(void *argument) {
   return NULL;
 }
 
-static core_status run_limit(const chunk_list *list, limit_worker *worker, int32_t threads, stopwatch *best) {
+static core_status run_limit(const chunk_list *list, limit_worker *worker, int32_t threads, stopwatch *out) {
   limit_state state = {.list = list};
   const stopwatch since = read_clocks();
   int32_t started = 0;
@@ -162,7 +176,7 @@ static core_status run_limit(const chunk_list *list, limit_worker *worker, int32
     if (pthread_create(&worker[started].thread, NULL, limit_body, &worker[started]) != 0) break;
   }
   for (int32_t t = 0; t < started; ++t) (void)pthread_join(worker[t].thread, NULL);
-  keep_best(&since, 1, best);
+  *out = elapsed(&since, 1);
   CHECK(started == threads, CORE_ERR_MEMORY, "cannot start %d threads", threads);
   for (int32_t t = 0; t < threads; ++t)
     if (worker[t].status != CORE_OK) TRY(core_error_restore(&worker[t].error));
@@ -181,15 +195,25 @@ static core_status take_batches(data_stream *stream, int64_t batches) {
   return CORE_OK;
 }
 
-/* A stream in file order. Batches and cache are small against the set, so that what is read ahead before the
- * timing starts does not count for much, and nothing is kept from one epoch to the next. */
-static core_status open_stream(data_set *set, const chunk_list *list, int32_t threads, data_stream **stream) {
-  enum { MOST_CACHE = 64 << 20, SHARE = 256 };
+/* Batches of a few MiB; the cache is small against the set, so that nothing is kept from one epoch to the
+ * next, unless it must hold the shuffle buffer. */
+static core_status open_stream(data_set *set, const chunk_list *list, const data_bench_options *o,
+                               data_stream **stream) {
+  enum { LEAST_CACHE = 16 << 20 };
+  const double batch_bytes = 4194304.0;
   data_range range[CORE_MAX_MODALITIES] = {0};
-  data_stream_options options = {
-      .micro_batches = 1, .range = range, .threads = threads, .queue = 4, .repeat = true};
-  options.batch = (set->samples + SHARE - 1) / SHARE;
-  options.cache_bytes = list->decoded / 16 < MOST_CACHE ? list->decoded / 16 + 1 : MOST_CACHE;
+  data_stream_options options = {.order = {.seed = 1, .shuffle_samples = o->shuffle_samples},
+                                 .micro_batches = 1,
+                                 .range = range,
+                                 .threads = o->threads,
+                                 .repeat = true};
+  const double a_sample = (double)list->decoded / (double)set->samples;
+  options.batch = 1 + (int64_t)(batch_bytes / (a_sample > 1 ? a_sample : 1));
+  if (options.batch > set->samples) options.batch = set->samples;
+  const double buffer = 2 * a_sample * (double)o->shuffle_samples;
+  options.cache_bytes = buffer > LEAST_CACHE ? (int64_t)buffer : LEAST_CACHE;
+  if (o->shuffle_samples == 0 && options.cache_bytes > list->decoded / 4)
+    options.cache_bytes = list->decoded / 4 + 1;
   for (int32_t m = 0; m < set->modalities; ++m) range[m].hi = options.batch;
   TRY(data_stream_open(set, &options, stream));
   return CORE_OK;
@@ -197,53 +221,67 @@ static core_status open_stream(data_set *set, const chunk_list *list, int32_t th
 
 /* One epoch to get under way, two that are timed: what is read ahead at their beginning is read ahead at
  * their end. */
-static core_status time_stream(const data_set *set, data_stream *stream, stopwatch *best) {
+static core_status time_stream(const data_set *set, data_stream *stream, stopwatch *out) {
   const int64_t batch = stream->options.batch, batches = (set->samples + batch - 1) / batch;
   TRY(take_batches(stream, batches));
   const stopwatch since = read_clocks();
   TRY(take_batches(stream, 2 * batches));
-  keep_best(&since, (double)set->samples / (double)(2 * batch * batches), best);
+  *out = elapsed(&since, (double)set->samples / (double)(2 * batch * batches));
   return CORE_OK;
 }
 
-static core_status run_stream(data_set *set, const chunk_list *list, int32_t threads, stopwatch *best) {
+static core_status run_stream(data_set *set, const chunk_list *list, const data_bench_options *o,
+                              stopwatch *out) {
   data_stream *stream = NULL;
-  TRY(open_stream(set, list, threads, &stream));
-  const core_status status = time_stream(set, stream, best);
+  TRY(open_stream(set, list, o, &stream));
+  const core_status status = time_stream(set, stream, out);
   data_stream_close(stream);
   TRY(status);
   return CORE_OK;
 }
 
-static core_status run_rounds(data_set *set, const chunk_list *list, limit_worker *worker, int32_t threads,
-                              int32_t rounds, data_bench_result *out) {
-  for (int32_t t = 0; t < threads; ++t) {
+/* ---- rounds ---- */
+
+static core_status run_rounds(data_set *set, const chunk_list *list, const data_bench_options *o,
+                              limit_worker *worker, stopwatch *limit, stopwatch *stream) {
+  for (int32_t t = 0; t < o->threads; ++t) {
     TRY(data_decoder_create_priv(list->largest, &worker[t].decoder));
     TRY(DATA_ALLOCATE(data_stored_most_priv(list->largest), "bench", &worker[t].stored));
     TRY(DATA_ALLOCATE(list->largest, "bench", &worker[t].decoded));
   }
-  stopwatch limit = {1e300, 1e300}, stream = limit;
-  for (int32_t round = 0; round < rounds; ++round) {
-    TRY(run_limit(list, worker, threads, &limit));
-    TRY(run_stream(set, list, threads, &stream));
+  for (int32_t round = 0; round < o->rounds; ++round) {
+    TRY(run_limit(list, worker, o->threads, &limit[round]));
+    TRY(run_stream(set, list, o, &stream[round]));
   }
-  *out = (data_bench_result){.decoded_bytes = list->decoded,
-                             .stored_bytes = list->stored,
-                             .stream_seconds = stream.wall,
-                             .limit_seconds = limit.wall,
-                             .stream_processor_seconds = stream.processor,
-                             .limit_processor_seconds = limit.processor};
   return CORE_OK;
 }
 
-static core_status bench_set(data_set *set, int32_t threads, int32_t rounds, data_bench_result *out) {
+static void summarise(const data_bench_options *o, const stopwatch *limit, const stopwatch *stream,
+                      data_bench_result *out) {
+  double wall[DATA_MOST_ROUNDS], processor[DATA_MOST_ROUNDS];
+  out->stream_seconds = out->limit_seconds = 1e300;
+  for (int32_t r = 0; r < o->rounds; ++r) {
+    wall[r] = limit[r].wall / stream[r].wall;
+    processor[r] = limit[r].processor / stream[r].processor;
+    if (stream[r].wall < out->stream_seconds) out->stream_seconds = stream[r].wall;
+    if (limit[r].wall < out->limit_seconds) out->limit_seconds = limit[r].wall;
+  }
+  out->wall_ratio = median(wall, o->rounds);
+  out->processor_ratio = median(processor, o->rounds);
+}
+
+static core_status bench_set(data_set *set, const data_bench_options *o, data_bench_result *out) {
   chunk_list list = {0};
   limit_worker *worker = NULL;
-  core_status status = DATA_ALLOCATE(threads, "bench", &worker);
+  stopwatch limit[DATA_MOST_ROUNDS], stream[DATA_MOST_ROUNDS];
+  core_status status = DATA_ALLOCATE(o->threads, "bench", &worker);
   for (int64_t i = 0; status == CORE_OK && i < (int64_t)set->modalities * set->shards; ++i)
     status = list_column(&set->column[i], &list);
-  if (status == CORE_OK) status = run_rounds(set, &list, worker, threads, rounds, out);
-  for (int32_t t = 0; worker != NULL && t < threads; ++t) {
+  if (status == CORE_OK) status = run_rounds(set, &list, o, worker, limit, stream);
+  *out = (data_bench_result){
+      .samples = set->samples, .decoded_bytes = list.decoded, .stored_bytes = list.stored};
+  if (status == CORE_OK) summarise(o, limit, stream, out);
+  for (int32_t t = 0; worker != NULL && t < o->threads; ++t) {
     data_decoder_destroy_priv(worker[t].decoder);
     free(worker[t].stored);
     free(worker[t].decoded);
@@ -254,14 +292,14 @@ static core_status bench_set(data_set *set, int32_t threads, int32_t rounds, dat
   return CORE_OK;
 }
 
-core_status data_bench(const char *directory, const char *split, const char *const *modalities,
-                       int32_t modality_count, int32_t threads, int32_t rounds, data_bench_result *out) {
+core_status data_bench(const data_bench_options *options, data_bench_result *out) {
   data_set *set = NULL;
   *out = (data_bench_result){0};
-  CHECK(threads >= 1 && rounds >= 1, CORE_ERR_ARGUMENT,
-        "bench with %d threads and %d rounds, expected 1 or more", threads, rounds);
-  TRY(data_set_open(directory, split, modalities, modality_count, &set));
-  const core_status status = bench_set(set, threads, rounds, out);
+  CHECK(options->threads >= 1 && options->rounds >= 1 && options->rounds <= DATA_MOST_ROUNDS,
+        CORE_ERR_ARGUMENT, "bench with %d threads and %d rounds, expected at least 1 and at most %d rounds",
+        options->threads, options->rounds, DATA_MOST_ROUNDS);
+  TRY(data_set_open(options->directory, options->split, options->modalities, options->modality_count, &set));
+  const core_status status = bench_set(set, options, out);
   data_set_close(set);
   TRY(status);
   return CORE_OK;

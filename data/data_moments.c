@@ -59,8 +59,7 @@ static void add_part(moments *sums, const data_part *part) {
   merge(sums, rows);
 }
 
-/* Samples of about 4 MiB of latents. */
-static int64_t batch_samples(const data_set *set, int32_t m) {
+int64_t data_set_moment_batch_priv(const data_set *set, int32_t m) {
   const data_modality_info *info = &set->info[m];
   const double bytes = (double)info->tokens * (double)info->width * (double)core_dtype_size(info->dtype);
   const double samples = bytes > 0 ? 4194304.0 * (double)set->samples / bytes : 1;
@@ -69,15 +68,17 @@ static int64_t batch_samples(const data_set *set, int32_t m) {
 }
 
 int64_t data_set_moment_steps(const data_set *set, int32_t m) {
-  const int64_t batch = batch_samples(set, m);
+  const int64_t batch = data_set_moment_batch_priv(set, m);
   return (set->samples + batch - 1) / batch;
 }
 
-static core_status stream_rows(data_set *set, int32_t m, data_tick tick, void *context, moments *sums) {
+static core_status stream_rows(data_set *set, int32_t m, data_non_finite policy, data_tick tick,
+                               void *context, moments *sums) {
   data_range range[CORE_MAX_MODALITIES] = {0};
   const long processors = sysconf(_SC_NPROCESSORS_ONLN);
   data_stream *stream = NULL;
-  data_stream_options options = {.batch = batch_samples(set, m), .micro_batches = 1, .range = range};
+  data_stream_options options = {
+      .batch = data_set_moment_batch_priv(set, m), .micro_batches = 1, .range = range, .non_finite = policy};
   options.threads = processors < 1 ? 1 : processors > 8 ? 8 : (int32_t)processors;
   options.cache_bytes = 32 << 20;
   range[m].hi = options.batch;
@@ -95,8 +96,8 @@ static core_status stream_rows(data_set *set, int32_t m, data_tick tick, void *c
   return CORE_OK;
 }
 
-core_status data_set_moments(data_set *set, int32_t m, data_tick tick, void *context, double *mean,
-                             double *deviation) {
+core_status data_set_moments(data_set *set, int32_t m, data_non_finite policy, data_tick tick, void *context,
+                             double *mean, double *deviation) {
   CHECK(m >= 0 && m < set->modalities, CORE_ERR_ARGUMENT, "modality %d of a set of %d", m, set->modalities);
   const int64_t width = set->info[m].width;
   moments sums = {.width = width, .mean = mean, .square = deviation};
@@ -107,7 +108,7 @@ core_status data_set_moments(data_set *set, int32_t m, data_tick tick, void *con
   sums.second = scratch + 2 * width;
   sums.row = (float *)(void *)(scratch + 3 * width);
   for (int64_t c = 0; c < width; ++c) mean[c] = deviation[c] = 0;
-  const core_status status = stream_rows(set, m, tick, context, &sums);
+  const core_status status = stream_rows(set, m, policy, tick, context, &sums);
   free(scratch);
   TRY(status);
   for (int64_t c = 0; c < width && sums.rows > 0; ++c)

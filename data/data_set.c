@@ -1,9 +1,10 @@
 /* Outline: opening shard by shard; comparing modalities with one another; whole-set tables (ids, runs of
- * lengths, fingerprint); small queries. */
+ * lengths, fingerprint); columns of samples; small queries. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "core/random.h"
+#include "data/index_impl.h"
 #include "data/memory_impl.h"
 #include "data/set_impl.h"
 
@@ -60,6 +61,8 @@ static core_status merge_info(data_modality_info *info, int32_t k, const data_co
     if (rows > info->longest) info->longest = rows;
     info->absent += rows == 0;
   }
+  CHECK(info->longest <= INT32_MAX, CORE_ERR_UNSUPPORTED, "%s: a sample of %lld rows, expected at most %d",
+        column->path, (long long)info->longest, INT32_MAX);
   return CORE_OK;
 }
 
@@ -76,6 +79,7 @@ static core_status extend_samples(data_set *set, int32_t k, const data_shard *sh
   for (int64_t i = 0; i < count; ++i) set->label[before + i] = -1;
   set->samples += count;
   set->sample_base[k + 1] = set->samples;
+  set->id_hash[k] = core_hash(shard->id, (size_t)count * sizeof *id, 0);
   return CORE_OK;
 }
 
@@ -165,7 +169,7 @@ static core_status build_runs(data_set *set, int32_t m) {
   return CORE_OK;
 }
 
-static uint64_t hash_set(const data_set *set) {
+void data_set_seal_priv(data_set *set) {
   uint64_t hash = core_hash_text(DATA_FORMAT_NAME);
   const int64_t head[3] = {DATA_VERSION, set->modalities, set->shards};
   hash = core_hash(head, sizeof head, hash);
@@ -175,20 +179,20 @@ static uint64_t hash_set(const data_set *set) {
     hash = core_hash(shape, sizeof shape, hash);
   }
   hash = core_hash(set->sample_base, (size_t)(set->shards + 1) * sizeof *set->sample_base, hash);
-  return core_hash(set->id, (size_t)set->samples * sizeof *set->id, hash);
+  set->fingerprint = core_hash(set->id_hash, (size_t)set->shards * sizeof *set->id_hash, hash);
 }
 
 static core_status finish_set(data_set *set, const char *where) {
   CHECK(set->samples > 0, CORE_ERR_FORMAT, "%s: holds no samples, expected at least one", where);
   TRY(check_unique(set));
   for (int32_t m = 0; m < set->modalities; ++m) TRY(build_runs(set, m));
-  set->fingerprint = hash_set(set);
+  data_set_seal_priv(set);
   return CORE_OK;
 }
 
 /* ---- opening ---- */
 
-static core_status create_set(int32_t modalities, int32_t shards, data_set **out) {
+core_status data_set_create_priv(int32_t modalities, int32_t shards, data_set **out) {
   data_set *set = NULL;
   TRY(DATA_ALLOCATE(1, "set", &set));
   *out = set; /* closed by the caller when anything below fails */
@@ -197,6 +201,7 @@ static core_status create_set(int32_t modalities, int32_t shards, data_set **out
   TRY(DATA_ALLOCATE(modalities, "modalities", &set->info));
   TRY(DATA_ALLOCATE((int64_t)modalities * shards, "shards", &set->column));
   TRY(DATA_ALLOCATE((int64_t)shards + 1, "shards", &set->sample_base));
+  TRY(DATA_ALLOCATE(shards, "shards", &set->id_hash));
   TRY(DATA_ALLOCATE(modalities, "runs of lengths", &set->run));
   TRY(DATA_ALLOCATE(modalities, "runs of lengths", &set->runs));
   return CORE_OK;
@@ -231,16 +236,13 @@ static core_status open_shards(data_set *set, const char *directory, const char 
   return CORE_OK;
 }
 
-core_status data_set_open(const char *directory, const char *split, const char *const *modalities,
-                          int32_t modality_count, data_set **out) {
+/* Every shard's header; the number of shards is known. */
+static core_status open_headers(const char *directory, const char *split, const char *const *modalities,
+                                int32_t modality_count, int32_t shards, data_set **out) {
   data_set *set = NULL;
-  int32_t shards = 0;
   char *where = NULL;
-  *out = NULL;
-  TRY(check_names(modalities, modality_count));
-  TRY(data_list_shards_priv(directory, split, modalities, modality_count, &shards));
   TRY(data_text_priv(&where, "%s/%s", directory, split));
-  core_status status = create_set(modality_count, shards, &set);
+  core_status status = data_set_create_priv(modality_count, shards, &set);
   if (status == CORE_OK) status = open_shards(set, directory, split, modalities);
   if (status == CORE_OK) status = finish_set(set, where);
   free(where);
@@ -250,11 +252,33 @@ core_status data_set_open(const char *directory, const char *split, const char *
   return CORE_OK;
 }
 
+core_status data_set_open_shards_priv(const char *directory, const char *split, const char *const *modalities,
+                                      int32_t modality_count, data_set **out) {
+  int32_t shards = 0;
+  *out = NULL;
+  TRY(check_names(modalities, modality_count));
+  TRY(data_list_shards_priv(directory, split, modalities, modality_count, &shards));
+  TRY(open_headers(directory, split, modalities, modality_count, shards, out));
+  return CORE_OK;
+}
+
+core_status data_set_open(const char *directory, const char *split, const char *const *modalities,
+                          int32_t modality_count, data_set **out) {
+  int32_t shards = 0;
+  bool indexed = false;
+  *out = NULL;
+  TRY(check_names(modalities, modality_count));
+  TRY(data_list_shards_priv(directory, split, modalities, modality_count, &shards));
+  TRY(data_index_open_priv(directory, split, modalities, modality_count, shards, &indexed, out));
+  if (!indexed) TRY(open_headers(directory, split, modalities, modality_count, shards, out));
+  return CORE_OK;
+}
+
 core_status data_set_open_file_priv(const char *path, data_set **out) {
   data_set *set = NULL;
   data_shard shard = {0};
   *out = NULL;
-  core_status status = create_set(1, 1, &set);
+  core_status status = data_set_create_priv(1, 1, &set);
   if (status == CORE_OK) status = data_shard_open_priv(path, NULL, &shard);
   if (status == CORE_OK) {
     memcpy(set->info[0].name, shard.modality, sizeof set->info[0].name);
@@ -276,7 +300,9 @@ void data_set_close(data_set *set) {
   for (int32_t m = 0; set->run != NULL && m < set->modalities; ++m) free(set->run[m]);
   free(set->column);
   free(set->info);
+  data_index_close_priv(set->index);
   free(set->sample_base);
+  free(set->id_hash);
   free(set->id);
   free(set->label);
   free(set->run);
@@ -330,9 +356,28 @@ int32_t data_set_shard_of_priv(const data_set *set, int64_t index) {
   return lo;
 }
 
-int64_t data_set_rows_priv(const data_set *set, int32_t m, int64_t index, int64_t *first) {
-  const int32_t k = data_set_shard_of_priv(set, index);
-  const int64_t *offset = data_set_column_priv(set, m, k)->offset + (index - set->sample_base[k]);
-  *first = offset[0];
-  return offset[1];
+/* ---- columns of samples ---- */
+
+int64_t data_set_scratch_priv(const data_set *set) {
+  return set->index != NULL ? data_index_scratch_priv(set->index) : 0;
+}
+
+core_status data_set_read_samples_priv(const data_set *set, int32_t k, int64_t first, int64_t count,
+                                       uint8_t *scratch, const data_samples *out, int64_t at) {
+  for (int64_t i = 0; i < count; ++i) out->shard[at + i] = k;
+  if (set->index != NULL) {
+    TRY(data_index_read_priv(set, k, first, count, scratch, out, at));
+    return CORE_OK;
+  }
+  const int64_t base = set->sample_base[k] + first;
+  memcpy(out->id + at, set->id + base, (size_t)count * sizeof *set->id);
+  memcpy(out->label + at, set->label + base, (size_t)count * sizeof *set->label);
+  for (int32_t m = 0; m < set->modalities; ++m) {
+    const int64_t *offset = data_set_column_priv(set, m, k)->offset + first;
+    for (int64_t i = 0; i < count; ++i) {
+      out->first[m][at + i] = offset[i];
+      out->rows[m][at + i] = (int32_t)(offset[i + 1] - offset[i]);
+    }
+  }
+  return CORE_OK;
 }

@@ -6,7 +6,9 @@
 #include <time.h>
 
 #include "core/clock.h"
+#include "core/log.h"
 #include "core/stop.h"
+#include "data/index_impl.h"
 #include "data/memory_impl.h"
 #include "data/stream_impl.h"
 
@@ -20,6 +22,22 @@ static core_status check_position(const data_stream *stream) {
         "position (stage %lld, epoch %lld, consumed %lld) does not lie in a set of %lld samples",
         (long long)start->stage, (long long)start->epoch, (long long)start->consumed,
         (long long)stream->set->samples);
+  return CORE_OK;
+}
+
+/* Ranks see different latents, so none may decide alone that a sample lacks a modality: the index says it to
+ * all. */
+static core_status check_policy(const data_stream *stream) {
+  const data_set *set = stream->set;
+  if (stream->options.non_finite != DATA_NON_FINITE_SKIP) return CORE_OK;
+  CHECK(set->index != NULL && data_index_values_checked_priv(set->index), CORE_ERR_ARGUMENT,
+        "%s: samples that are not finite can only be skipped when an index lists them; run "
+        "`antiphon index --values`",
+        data_set_column_priv(set, 0, 0)->path);
+  for (int32_t m = 0; m < set->modalities; ++m)
+    if (data_index_bad_count_priv(set->index, m) > 0)
+      LOG_WARNING("modality %s: %lld samples hold NaN or infinity and are treated as without it",
+                  set->info[m].name, (long long)data_index_bad_count_priv(set->index, m));
   return CORE_OK;
 }
 
@@ -41,6 +59,7 @@ static core_status check_options(const data_stream *stream) {
           CORE_ERR_ARGUMENT, "range [%lld, %lld) does not lie in a batch of %lld samples",
           (long long)o->range[i].lo, (long long)o->range[i].hi, (long long)o->batch);
   TRY(check_position(stream));
+  TRY(check_policy(stream));
   return CORE_OK;
 }
 
@@ -58,7 +77,8 @@ static core_status take_options(data_stream *stream, const data_stream_options *
   memcpy(stream->range, o->range, (size_t)ranges * sizeof *stream->range);
   o->range = stream->range;
   stream->position = o->start;
-  stream->order_epoch = -1;
+  stream->window.order_epoch = -1;
+  stream->direct = o->order.shuffle_samples == 0;
   if (stream->position.consumed == stream->set->samples) { /* the end of an epoch is the start of the next */
     ++stream->position.epoch;
     stream->position.consumed = 0;
@@ -92,8 +112,7 @@ static core_status start_all(data_stream *stream) {
   TRY(start(&stream->assembler, data_stream_assembler_priv, stream));
   stream->has_assembler = true;
   for (; stream->workers < stream->options.threads; ++stream->workers)
-    TRY(start(&stream->worker[stream->workers], data_stream_decoder_priv,
-              &stream->worker_state[stream->workers]));
+    TRY(start(&stream->thread[stream->workers], data_stream_worker_priv, &stream->worker[stream->workers]));
   return CORE_OK;
 }
 
@@ -171,6 +190,7 @@ static core_status take_ready(data_stream *stream, data_batch **batch) {
   stream->waited += core_clock_now() - since;
   if (stream->given < stream->readied) {
     *batch = &stream->batch[stream->batch_ready[stream->given++ % stream->batches]];
+    stream->skipped += (*batch)->skipped;
     ++stream->batches_lent;
     return CORE_OK;
   }
@@ -195,12 +215,16 @@ void data_stream_put(data_stream *stream, data_batch *batch) {
   pthread_mutex_lock(&stream->lock);
   stream->batch_free[stream->batches_free++] = (int32_t)(batch - stream->batch);
   --stream->batches_lent;
-  pthread_cond_signal(&stream->filled);
+  pthread_cond_signal(stream->direct ? &stream->room : &stream->filled);
   pthread_mutex_unlock(&stream->lock);
 }
 
 double data_stream_waited(const data_stream *stream) {
   return stream->waited;
+}
+
+int64_t data_stream_skipped(const data_stream *stream) {
+  return stream->skipped;
 }
 
 int64_t data_stream_bytes(const data_stream *stream) {
@@ -218,7 +242,7 @@ static void stop_threads(data_stream *stream) {
   pthread_mutex_unlock(&stream->lock);
   if (stream->has_reader) (void)pthread_join(stream->reader, NULL);
   if (stream->has_assembler) (void)pthread_join(stream->assembler, NULL);
-  for (int32_t w = 0; w < stream->workers; ++w) (void)pthread_join(stream->worker[w], NULL);
+  for (int32_t w = 0; w < stream->workers; ++w) (void)pthread_join(stream->thread[w], NULL);
 }
 
 void data_stream_close(data_stream *stream) {
@@ -226,7 +250,8 @@ void data_stream_close(data_stream *stream) {
   stop_threads(stream);
   const bool planned = stream->arena != NULL && stream->bytes > 0;
   for (int32_t w = 0; planned && w < stream->options.threads; ++w)
-    data_decoder_destroy_priv(stream->decoder[w]);
+    data_decoder_destroy_priv(stream->worker[w].decoder);
+  data_stream_close_files_priv(stream);
   core_arena_destroy(stream->arena);
   core_arena_destroy(stream->latents);
   pthread_cond_t *conditions[] = {&stream->work, &stream->room, &stream->filled, &stream->ready};

@@ -36,6 +36,15 @@ void data_pipeline_text_priv(const data_pipeline *pipeline, char *text, size_t c
  * shrink by well under an eighth. Also the capacity of a decoder's scratch buffers. */
 int64_t data_stored_most_priv(int64_t bytes);
 
+/* The stored bytes are the decoded ones, followed by Fletcher's checksum: DATA_CHECKSUM_BYTES. */
+enum { DATA_CHECKSUM_BYTES = 4 };
+bool data_pipeline_is_checksum_priv(const data_pipeline *pipeline, uint32_t skipped);
+/* Fletcher's checksum as HDF5 defines it. */
+uint32_t data_checksum_priv(const uint8_t *bytes, int64_t count);
+/* ERR_CORRUPT unless `stored` is the checksum of `bytes`. */
+CORE_NODISCARD core_status data_checksum_verify_priv(const uint8_t *bytes, int64_t count,
+                                                     const uint8_t stored[DATA_CHECKSUM_BYTES]);
+
 typedef struct data_decoder data_decoder;
 
 /* One per thread. largest: decoded bytes of the largest chunk. All memory is taken here. */

@@ -9,6 +9,7 @@
 #define DATA_HDF5_IMPL_H
 
 #include <hdf5.h>
+#include <stdbool.h>
 
 #include "core/status.h"
 #include "data/filter_impl.h" /* data_pipeline */
@@ -21,6 +22,9 @@ enum {
   DATA_MOST_DEFLATE = 1100,
   DATA_MOST_ZSTD = 1 << 14
 };
+
+/* Most bytes that one stored byte may stand for behind this filter. */
+int64_t data_filter_most_priv(int32_t id);
 
 /* Takes the lock, silences HDF5's own printing on this thread, registers zstd the first time. When it fails
  * the lock is not held. */
@@ -45,6 +49,19 @@ typedef struct data_hdf5_file {
  * closes what was opened in it. Errors: ERR_NOT_FOUND, ERR_IO, ERR_FORMAT (not HDF5), ERR_CORRUPT. Inside. */
 CORE_NODISCARD core_status data_hdf5_open_priv(const char *path, data_hdf5_file *out);
 void data_hdf5_close_priv(data_hdf5_file *file);
+
+/* What tells one version of a file from another. */
+typedef struct data_file_identity {
+  int64_t device, node, bytes, seconds, nanoseconds; /* the last two: of the last change of its content */
+} data_file_identity;
+
+bool data_identity_equal_priv(const data_file_identity *a, const data_file_identity *b);
+/* Of a name, without opening it; ERR_NOT_FOUND, ERR_IO. Not inside. */
+CORE_NODISCARD core_status data_identity_of_priv(const char *path, data_file_identity *out);
+/* Of the file that is open, whatever its name now stands for. Inside. */
+CORE_NODISCARD core_status data_hdf5_identity_priv(const data_hdf5_file *file, data_file_identity *out);
+/* A descriptor of the open file for reading outside HDF5; the caller closes it. Inside. */
+CORE_NODISCARD core_status data_hdf5_descriptor_priv(const data_hdf5_file *file, int *fd);
 
 /* Root attribute as NUL-terminated text: fixed or variable length, ASCII or UTF-8, any padding. Inside. */
 CORE_NODISCARD core_status data_hdf5_text_priv(const data_hdf5_file *file, const char *name, char *text,

@@ -25,4 +25,17 @@ CORE_NODISCARD core_status data_heap_text_priv(const data_hdf5_file *file, const
                                                const uint8_t descriptor[DATA_DESCRIPTOR_BYTES], char *text,
                                                size_t capacity);
 
+/* The descriptors of all strings of a dataset: DATA_DESCRIPTOR_BYTES each. Inside. */
+CORE_NODISCARD core_status data_heap_descriptors_priv(const data_hdf5_dataset *dataset, uint8_t *descriptors);
+/* For many strings one after another: the collection that the last one came from stays in memory. `name`,
+ * borrowed, is for messages. */
+typedef struct data_heap_reader data_heap_reader;
+CORE_NODISCARD core_status data_heap_open_priv(const data_hdf5_file *file, const char *name,
+                                               data_heap_reader **out);
+/* As data_heap_text_priv. */
+CORE_NODISCARD core_status data_heap_next_priv(data_heap_reader *heap,
+                                               const uint8_t descriptor[DATA_DESCRIPTOR_BYTES], char *text,
+                                               size_t capacity);
+void data_heap_close_priv(data_heap_reader *heap); /* NULL is allowed */
+
 #endif

@@ -1,4 +1,8 @@
-/* A set in memory: read-only after opening, so streams share it without locks. Private to data/. */
+/* A set in memory: read-only after opening, so streams share it without locks. Private to data/.
+ *
+ * What is kept of each sample depends on how the set was opened. From the headers of its shards: everything
+ * but the latents. From an index: nothing; a stream reads what it needs of the index, a shuffle buffer at a
+ * time. */
 #ifndef DATA_SET_IMPL_H
 #define DATA_SET_IMPL_H
 
@@ -10,18 +14,30 @@ typedef struct data_length_run {
   int64_t rows, samples;
 } data_length_run;
 
+/* Columns of some samples, one array a column. */
+typedef struct data_samples {
+  uint64_t *id;
+  int32_t *label, *shard;
+  int64_t *first[CORE_MAX_MODALITIES]; /* row of the shard at which the sample begins */
+  int32_t *rows[CORE_MAX_MODALITIES];  /* 0: lacks the modality */
+} data_samples;
+
+typedef struct data_index data_index; /* index_impl.h */
+
 struct data_set {
   int32_t modalities, shards;
   int64_t samples;
   data_modality_info *info; /* [modalities] */
   data_column *column;      /* [modalities][shards] */
   int64_t *sample_base;     /* [shards + 1] first sample of each shard in file order */
-  uint64_t *id;             /* [samples] */
-  int32_t *label;           /* [samples] */
+  uint64_t *id_hash;        /* [shards] of the ids of each */
   bool has_labels;
   data_length_run **run; /* [modalities][runs] */
   int64_t *runs;         /* [modalities] */
   uint64_t fingerprint;
+  uint64_t *id;      /* [samples], NULL with an index */
+  int32_t *label;    /* [samples], NULL with an index */
+  data_index *index; /* NULL: none */
 };
 
 static inline const data_column *data_set_column_priv(const data_set *set, int32_t m, int32_t shard) {
@@ -30,9 +46,26 @@ static inline const data_column *data_set_column_priv(const data_set *set, int32
 
 /* The shard that holds sample `index` of the file order. */
 int32_t data_set_shard_of_priv(const data_set *set, int64_t index);
-/* Rows of a sample: [*first, return) of its shard. */
-int64_t data_set_rows_priv(const data_set *set, int32_t m, int64_t index, int64_t *first);
 
+/* Samples [first, first + count) of shard k into `out` from place `at` on. scratch: bytes as
+ * data_set_scratch_priv says. Errors: those of reading the index, ERR_CORRUPT when it is damaged. */
+CORE_NODISCARD core_status data_set_read_samples_priv(const data_set *set, int32_t k, int64_t first,
+                                                      int64_t count, uint8_t *scratch,
+                                                      const data_samples *out, int64_t at);
+int64_t data_set_scratch_priv(const data_set *set);
+/* Samples of about 4 MiB of latents: a batch for passing over a modality once. */
+int64_t data_set_moment_batch_priv(const data_set *set, int32_t m);
+
+/* ---- opening, in parts ---- */
+
+/* An empty set; data_set_close frees it, also when this fails in the middle. */
+CORE_NODISCARD core_status data_set_create_priv(int32_t modalities, int32_t shards, data_set **out);
+/* Sets the fingerprint from everything else. */
+void data_set_seal_priv(data_set *set);
+/* Opens from the headers of all shards, whether or not there is an index. */
+CORE_NODISCARD core_status data_set_open_shards_priv(const char *directory, const char *split,
+                                                     const char *const *modalities, int32_t modality_count,
+                                                     data_set **out);
 /* What lies in <directory>/<split>: number of shards, which every modality must have without a gap. */
 CORE_NODISCARD core_status data_list_shards_priv(const char *directory, const char *split,
                                                  const char *const *modalities, int32_t modality_count,

@@ -1,5 +1,5 @@
-/* Outline: which splits, modalities and shard numbers a directory holds; what to say when something is
- * missing. */
+/* Outline: which splits, modalities and shard numbers a directory holds, read in one pass; what to say when
+ * something is missing. */
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -15,12 +15,12 @@ enum { LIST_TEXT = 256, MOST_SHARDS = 1000000 };
 /* A short list of names for a message; each name once. */
 typedef struct name_list {
   char text[LIST_TEXT];
-  char seen[32][CORE_NAME];
+  char seen[DATA_MOST_SPLITS][CORE_NAME];
   int count;
 } name_list;
 
 static void add_name(name_list *list, const char *name, size_t length) {
-  if (length >= CORE_NAME || list->count == 32) return;
+  if (length >= CORE_NAME || list->count == DATA_MOST_SPLITS) return;
   for (int i = 0; i < list->count; ++i)
     if (strlen(list->seen[i]) == length && memcmp(list->seen[i], name, length) == 0) return;
   memcpy(list->seen[list->count], name, length);
@@ -75,32 +75,44 @@ typedef struct shard_numbers {
   int64_t count, largest;
 } shard_numbers;
 
-static core_status take_entry(const char *path, const char *name, const char *modality, shard_numbers *found,
-                              name_list *others) {
+/* The modalities that are looked for. */
+typedef struct shard_search {
+  const char *path;
+  const char *const *modality;
+  int32_t count;
+  shard_numbers *found; /* [count] */
+  name_list others;
+} shard_search;
+
+static core_status take_entry(shard_search *search, const char *name) {
   size_t length = 0;
   int64_t number = 0;
   if (!parse_name(name, &length, &number)) return CORE_OK;
-  add_name(others, name, length);
-  if (strlen(modality) != length || memcmp(modality, name, length) != 0) return CORE_OK;
-  CHECK(number < MOST_SHARDS, CORE_ERR_FORMAT, "%s/%s: shard numbers must be below %d", path, name,
-        MOST_SHARDS);
-  TRY(data_bytes_append_priv(&found->numbers, &number, sizeof number));
-  ++found->count;
-  if (number > found->largest) found->largest = number;
+  add_name(&search->others, name, length);
+  for (int32_t m = 0; m < search->count; ++m) {
+    const char *modality = search->modality[m];
+    shard_numbers *found = &search->found[m];
+    if (strlen(modality) != length || memcmp(modality, name, length) != 0) continue;
+    CHECK(number < MOST_SHARDS, CORE_ERR_FORMAT, "%s/%s: shard numbers must be below %d", search->path, name,
+          MOST_SHARDS);
+    TRY(data_bytes_append_priv(&found->numbers, &number, sizeof number));
+    ++found->count;
+    if (number > found->largest) found->largest = number;
+  }
   return CORE_OK;
 }
 
-static core_status find_shards(const char *path, const char *modality, shard_numbers *found) {
-  name_list others = {.text = ""};
+static core_status find_shards(shard_search *search) {
   core_status status = CORE_OK;
-  DIR *dir = opendir(path);
-  CHECK(dir != NULL, CORE_ERR_IO, "%s: cannot list: %s", path, strerror(errno));
+  DIR *dir = opendir(search->path);
+  CHECK(dir != NULL, CORE_ERR_IO, "%s: cannot list: %s", search->path, strerror(errno));
   for (struct dirent *entry; status == CORE_OK && (entry = readdir(dir)) != NULL;)
-    status = take_entry(path, entry->d_name, modality, found, &others);
+    status = take_entry(search, entry->d_name);
   (void)closedir(dir);
   TRY(status);
-  CHECK(found->count > 0, CORE_ERR_NOT_FOUND, "%s: no shards of modality \"%s\"; there are: %s", path,
-        modality, listed(&others));
+  for (int32_t m = 0; m < search->count; ++m)
+    CHECK(search->found[m].count > 0, CORE_ERR_NOT_FOUND, "%s: no shards of modality \"%s\"; there are: %s",
+          search->path, search->modality[m], listed(&search->others));
   return CORE_OK;
 }
 
@@ -127,12 +139,12 @@ static core_status check_gaps(const char *path, const char *modality, const shar
 
 static core_status check_modalities(const char *path, const char *const *modalities, int32_t count,
                                     shard_numbers *found, int32_t *shards) {
+  shard_search search = {.path = path, .modality = modalities, .count = count, .found = found};
   int64_t last = 0;
-  for (int32_t m = 0; m < count; ++m) {
-    found[m].largest = -1;
-    TRY(find_shards(path, modalities[m], &found[m]));
+  for (int32_t m = 0; m < count; ++m) found[m].largest = -1;
+  TRY(find_shards(&search));
+  for (int32_t m = 0; m < count; ++m)
     if (found[m].largest > last) last = found[m].largest;
-  }
   for (int32_t m = 0; m < count; ++m) TRY(check_gaps(path, modalities[m], &found[m], last));
   *shards = (int32_t)last + 1;
   return CORE_OK;
@@ -148,5 +160,44 @@ core_status data_list_shards_priv(const char *directory, const char *split, cons
   for (int32_t m = 0; m < modality_count; ++m) free(found[m].numbers.bytes);
   free(path);
   TRY(status);
+  return CORE_OK;
+}
+
+/* ---- names ---- */
+
+static int compare_names(const void *a, const void *b) {
+  return strcmp(a, b);
+}
+
+core_status data_list_modalities(const char *directory, const char *split,
+                                 char names[CORE_MAX_MODALITIES][CORE_NAME], int32_t *count) {
+  char *path = NULL;
+  shard_search search = {.others = {.text = ""}};
+  *count = 0;
+  TRY(data_text_priv(&path, "%s/%s", directory, split));
+  search.path = path;
+  core_status status = check_directories(directory, split, path);
+  if (status == CORE_OK) status = find_shards(&search);
+  if (status == CORE_OK && (search.others.count < 1 || search.others.count > CORE_MAX_MODALITIES))
+    status = core_error_begin(CORE_ERR_NOT_FOUND, __func__, __FILE__, __LINE__,
+                              "%s: holds shards of %d modalities, expected 1 to %d", path,
+                              search.others.count, CORE_MAX_MODALITIES);
+  free(path);
+  TRY(status);
+  *count = search.others.count;
+  memcpy(names, search.others.seen, (size_t)*count * CORE_NAME);
+  qsort(names, (size_t)*count, CORE_NAME, compare_names);
+  return CORE_OK;
+}
+
+core_status data_list_splits(const char *directory, char names[DATA_MOST_SPLITS][CORE_NAME], int32_t *count) {
+  name_list splits = {.text = ""};
+  *count = 0;
+  CHECK(is_directory(directory), CORE_ERR_NOT_FOUND, "%s: no such directory of latent shards", directory);
+  list_splits(directory, &splits);
+  CHECK(splits.count > 0, CORE_ERR_NOT_FOUND, "%s: holds no splits (directories of shards)", directory);
+  *count = splits.count;
+  memcpy(names, splits.seen, (size_t)*count * CORE_NAME);
+  qsort(names, (size_t)*count, CORE_NAME, compare_names);
   return CORE_OK;
 }

@@ -94,7 +94,8 @@ static core_status describe_values(data_set *set, FILE *out) {
   const int64_t width = set->info[0].width;
   TRY(DATA_ALLOCATE(width, "moments", &mean));
   core_status status = DATA_ALLOCATE(width, "moments", &deviation);
-  if (status == CORE_OK) status = data_set_moments(set, 0, NULL, NULL, mean, deviation);
+  if (status == CORE_OK)
+    status = data_set_moments(set, 0, DATA_NON_FINITE_ERROR, NULL, NULL, mean, deviation);
   for (int64_t c = 0; status == CORE_OK && c < width; ++c) {
     centre += mean[c] / (double)width;
     spread += deviation[c] * deviation[c] / (double)width;

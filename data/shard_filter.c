@@ -151,8 +151,8 @@ static core_status undo_shuffle(int64_t element, const uint8_t *in, int64_t in_b
   return CORE_OK;
 }
 
-/* As HDF5 defines it: over big-endian 16-bit words, an odd last byte being the high one. */
-static uint32_t fletcher(const uint8_t *bytes, int64_t count) {
+/* Over big-endian 16-bit words, an odd last byte being the high one. */
+uint32_t data_checksum_priv(const uint8_t *bytes, int64_t count) {
   enum { WORDS = 360 }; /* before the sums are folded, so that they do not overflow */
   uint32_t low = 0, high = 0;
   for (int64_t at = 0; at + 1 < count;) {
@@ -173,18 +173,27 @@ static uint32_t fletcher(const uint8_t *bytes, int64_t count) {
   return ((high & 0xffff) + (high >> 16)) << 16 | ((low & 0xffff) + (low >> 16));
 }
 
+bool data_pipeline_is_checksum_priv(const data_pipeline *pipeline, uint32_t skipped) {
+  return pipeline->count == 1 && pipeline->id[0] == DATA_FILTER_ID_FLETCHER && (skipped & 1) == 0;
+}
+
+core_status data_checksum_verify_priv(const uint8_t *bytes, int64_t count,
+                                      const uint8_t stored[DATA_CHECKSUM_BYTES]) {
+  const uint32_t expected =
+      (uint32_t)stored[3] << 24 | (uint32_t)stored[2] << 16 | (uint32_t)stored[1] << 8 | stored[0];
+  const uint32_t sum = data_checksum_priv(bytes, count);
+  CHECK(sum == expected, CORE_ERR_CORRUPT, "its checksum is %08x, stored is %08x", sum, expected);
+  return CORE_OK;
+}
+
 /* The checksum lies behind the data, little-endian. */
 static core_status undo_fletcher(const uint8_t *in, int64_t in_bytes, uint8_t *out, int64_t capacity,
                                  int64_t *produced) {
-  const int64_t count = in_bytes - 4;
+  const int64_t count = in_bytes - DATA_CHECKSUM_BYTES;
   CHECK(count >= 0 && count <= capacity, CORE_ERR_CORRUPT,
         "checksummed data of %lld bytes, expected at most %lld", (long long)in_bytes,
-        (long long)capacity + 4);
-  const uint8_t *tail = in + count;
-  const uint32_t stored =
-      (uint32_t)tail[3] << 24 | (uint32_t)tail[2] << 16 | (uint32_t)tail[1] << 8 | tail[0];
-  const uint32_t sum = fletcher(in, count);
-  CHECK(sum == stored, CORE_ERR_CORRUPT, "its checksum is %08x, stored is %08x", sum, stored);
+        (long long)capacity + DATA_CHECKSUM_BYTES);
+  TRY(data_checksum_verify_priv(in, count, in + count));
   memcpy(out, in, (size_t)count);
   *produced = count;
   return CORE_OK;

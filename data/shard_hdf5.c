@@ -2,6 +2,7 @@
 #include "data/hdf5_impl.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -61,6 +62,19 @@ static hid_t access_properties(void) {
   return access;
 }
 
+/* Whether addresses count from the block or from the file's start depends on the version of HDF5. */
+static core_status refuse_user_block(const data_hdf5_file *file) {
+  hsize_t bytes = 1;
+  const hid_t creation = H5Fget_create_plist(file->id);
+  const bool known = creation >= 0 && H5Pget_userblock(creation, &bytes) >= 0;
+  if (creation >= 0) (void)H5Pclose(creation);
+  CHECK(known, CORE_ERR_CORRUPT, "%s: superblock is damaged", file->path);
+  CHECK(bytes == 0, CORE_ERR_UNSUPPORTED,
+        "%s: begins with a user block of %llu bytes, which is not supported", file->path,
+        (unsigned long long)bytes);
+  return CORE_OK;
+}
+
 core_status data_hdf5_open_priv(const char *path, data_hdf5_file *out) {
   struct stat about;
   *out = (data_hdf5_file){.id = -1, .path = path};
@@ -82,6 +96,9 @@ core_status data_hdf5_open_priv(const char *path, data_hdf5_file *out) {
   if (access >= 0) (void)H5Pclose(access);
   CHECK(out->id >= 0, reason.code, "%s: cannot be opened%s: %s", path,
         reason.code == CORE_ERR_CORRUPT ? ", damaged or cut short" : "", reason.text);
+  const core_status status = refuse_user_block(out);
+  if (status != CORE_OK) data_hdf5_close_priv(out);
+  TRY(status);
   return CORE_OK;
 }
 
@@ -89,6 +106,47 @@ void data_hdf5_close_priv(data_hdf5_file *file) {
   if (file->id >= 0) (void)H5Fclose(file->id);
   (void)H5Eclear2(H5E_DEFAULT);
   file->id = -1;
+}
+
+/* ---- which file it is ---- */
+
+static data_file_identity identity_of(const struct stat *about) {
+  return (data_file_identity){(int64_t)about->st_dev, (int64_t)about->st_ino, (int64_t)about->st_size,
+                              (int64_t)about->st_mtim.tv_sec, (int64_t)about->st_mtim.tv_nsec};
+}
+
+bool data_identity_equal_priv(const data_file_identity *a, const data_file_identity *b) {
+  return a->device == b->device && a->node == b->node && a->bytes == b->bytes && a->seconds == b->seconds &&
+         a->nanoseconds == b->nanoseconds;
+}
+
+core_status data_identity_of_priv(const char *path, data_file_identity *out) {
+  struct stat about;
+  if (stat(path, &about) != 0)
+    FAIL(errno == ENOENT ? CORE_ERR_NOT_FOUND : CORE_ERR_IO, "%s: %s", path, strerror(errno));
+  *out = identity_of(&about);
+  return CORE_OK;
+}
+
+/* The descriptor that HDF5 reads by; it stays HDF5's. */
+static int own_descriptor(const data_hdf5_file *file) {
+  void *handle = NULL;
+  const bool good = H5Fget_vfd_handle(file->id, H5P_DEFAULT, &handle) >= 0 && handle != NULL;
+  (void)H5Eclear2(H5E_DEFAULT);
+  return good ? *(const int *)handle : -1;
+}
+
+core_status data_hdf5_identity_priv(const data_hdf5_file *file, data_file_identity *out) {
+  struct stat about;
+  CHECK(fstat(own_descriptor(file), &about) == 0, CORE_ERR_IO, "%s: %s", file->path, strerror(errno));
+  *out = identity_of(&about);
+  return CORE_OK;
+}
+
+core_status data_hdf5_descriptor_priv(const data_hdf5_file *file, int *fd) {
+  *fd = fcntl(own_descriptor(file), F_DUPFD_CLOEXEC, 0);
+  CHECK(*fd >= 0, CORE_ERR_IO, "%s: no second descriptor: %s", file->path, strerror(errno));
+  return CORE_OK;
 }
 
 /* ---- datasets ---- */
@@ -187,16 +245,15 @@ static core_status read_layout(data_hdf5_dataset *dataset, hid_t creation) {
   return read_filters(dataset, creation);
 }
 
+int64_t data_filter_most_priv(int32_t id) {
+  return id == DATA_FILTER_ID_DEFLATE ? DATA_MOST_DEFLATE : id == DATA_FILTER_ID_ZSTD ? DATA_MOST_ZSTD : 1;
+}
+
 /* Most bytes that a file of this size can hold behind the dataset's filters. */
 static int64_t most_bytes(const data_hdf5_dataset *dataset) {
   int64_t most = dataset->file->bytes;
-  for (int32_t i = 0; i < dataset->pipeline.count; ++i) {
-    const int32_t id = dataset->pipeline.id[i];
-    const int64_t factor = id == DATA_FILTER_ID_DEFLATE ? DATA_MOST_DEFLATE
-                           : id == DATA_FILTER_ID_ZSTD  ? DATA_MOST_ZSTD
-                                                        : 1;
-    if (__builtin_mul_overflow(most, factor, &most)) return INT64_MAX;
-  }
+  for (int32_t i = 0; i < dataset->pipeline.count; ++i)
+    if (__builtin_mul_overflow(most, data_filter_most_priv(dataset->pipeline.id[i]), &most)) return INT64_MAX;
   return most;
 }
 

@@ -18,9 +18,10 @@ enum { DATA_VERSION = 1, DATA_DEFAULT_CHUNK_BYTES = 512 * 1024, DATA_MOST_WIDTH 
 /* The latents of one modality in one shard. Owns path and offset. */
 typedef struct data_column {
   char *path;
+  data_file_identity identity;
   int64_t samples, rows, width;
   core_dtype dtype;
-  int64_t *offset; /* [samples + 1] */
+  int64_t *offset; /* [samples + 1]; NULL when the set has an index */
   int64_t band_rows, bands;
   int64_t tile_width, tiles;
   bool chunked, partial_unfiltered;
@@ -47,23 +48,21 @@ int64_t data_column_band_bytes_priv(const data_column *column); /* decoded, padd
 int64_t data_column_tile_bytes_priv(const data_column *column); /* decoded, one chunk */
 /* Rows of band `band` that exist. */
 int64_t data_column_band_count_priv(const data_column *column, int64_t band);
-/* The sample that owns `row`. */
-int64_t data_column_sample_priv(const data_column *column, int64_t row);
 
-/* Opens the latents of `column` for reading and checks that they are still what the column says. Inside HDF5.
- */
+/* Opens the latents of `column` for reading and checks that file and layout are still what the column says:
+ * otherwise ERR_MISMATCH. Inside HDF5. */
 CORE_NODISCARD core_status data_column_open_priv(const data_column *column, data_hdf5_file *file,
                                                  data_hdf5_dataset *latent);
 /* Where one chunk lies and how it is stored. */
 typedef struct data_tile {
   int64_t band, tile; /* in: which */
-  int64_t bytes;      /* out: stored bytes */
+  int64_t at, bytes;  /* out: stored bytes in the file; at = -1: among the metadata, HDF5 must read them */
   uint32_t skipped;   /* out: filters that were not applied */
 } data_tile;
-/* The stored bytes of one chunk, raw; more than `capacity` is ERR_CORRUPT. Inside. */
-CORE_NODISCARD core_status data_column_read_tile_priv(const data_column *column,
-                                                      const data_hdf5_dataset *latent, int64_t capacity,
-                                                      data_tile *tile, uint8_t *stored);
+/* Finds a chunk, or a band of a dataset without chunks. What the file claims is checked against its size and
+ * against what the filters can make. Inside. */
+CORE_NODISCARD core_status data_column_locate_priv(const data_column *column, const data_hdf5_dataset *latent,
+                                                   data_tile *tile);
 /* A band of a dataset without chunks into `rows`. Inside. */
 CORE_NODISCARD core_status data_column_read_band_priv(const data_column *column,
                                                       const data_hdf5_dataset *latent, int64_t band,

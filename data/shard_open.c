@@ -1,4 +1,4 @@
-/* Outline: attributes; the small datasets; the shape of the latents; reading chunks. */
+/* Outline: attributes; the small datasets; the shape of the latents; where their chunks lie. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -33,18 +33,6 @@ int64_t data_column_tile_bytes_priv(const data_column *column) {
 int64_t data_column_band_count_priv(const data_column *column, int64_t band) {
   const int64_t left = column->rows - band * column->band_rows;
   return left < column->band_rows ? left : column->band_rows;
-}
-
-int64_t data_column_sample_priv(const data_column *column, int64_t row) {
-  int64_t lo = 0, hi = column->samples; /* offset[lo] <= row < offset[hi] */
-  while (hi - lo > 1) {
-    const int64_t middle = lo + (hi - lo) / 2;
-    if (column->offset[middle] <= row)
-      lo = middle;
-    else
-      hi = middle;
-  }
-  return lo;
 }
 
 /* ---- attributes ---- */
@@ -234,6 +222,7 @@ static core_status read_latent_shape(const data_hdf5_file *file, data_column *co
 static core_status read_shard(const data_hdf5_file *file, const char *modality, data_shard *shard) {
   data_column *column = &shard->column;
   TRY(data_text_priv(&column->path, "%s", file->path));
+  TRY(data_hdf5_identity_priv(file, &column->identity));
   TRY(read_attributes(file, modality, shard));
   TRY(read_ids(file, shard));
   TRY(read_latent_shape(file, column));
@@ -260,44 +249,87 @@ core_status data_shard_open_priv(const char *path, const char *modality, data_sh
 
 /* ---- reading ---- */
 
+/* The very file that was seen when the set was opened: shards are published by rename and never change. */
+static core_status check_same_file(const data_column *column, const data_hdf5_file *file) {
+  data_file_identity now;
+  TRY(data_hdf5_identity_priv(file, &now));
+  CHECK(data_identity_equal_priv(&now, &column->identity), CORE_ERR_MISMATCH,
+        "%s: was changed while it was in use", column->path);
+  return CORE_OK;
+}
+
+static bool same_layout(const data_column *a, const data_column *b) {
+  if (a->rows != b->rows || a->band_rows != b->band_rows || a->tile_width != b->tile_width ||
+      a->chunked != b->chunked || a->partial_unfiltered != b->partial_unfiltered ||
+      a->pipeline.count != b->pipeline.count)
+    return false;
+  for (int32_t i = 0; i < a->pipeline.count; ++i)
+    if (a->pipeline.id[i] != b->pipeline.id[i] || a->pipeline.value[i] != b->pipeline.value[i]) return false;
+  return true;
+}
+
 core_status data_column_open_priv(const data_column *column, data_hdf5_file *file,
                                   data_hdf5_dataset *latent) {
   data_column now = {.width = column->width, .dtype = column->dtype};
   latent->id = -1;
   TRY(data_hdf5_open_priv(column->path, file));
-  core_status status = data_hdf5_dataset_open_priv(file, "latent", 2, latent);
+  core_status status = check_same_file(column, file);
+  if (status == CORE_OK) status = data_hdf5_dataset_open_priv(file, "latent", 2, latent);
   if (status == CORE_OK) status = check_latent(latent, column);
   if (status == CORE_OK) status = lay_out(latent, &now);
   if (status != CORE_OK) data_hdf5_close_priv(file);
   TRY(status);
-  const bool same = now.rows == column->rows && now.band_rows == column->band_rows &&
-                    now.tiles == column->tiles && now.chunked == column->chunked &&
-                    now.pipeline.count == column->pipeline.count;
-  if (!same) data_hdf5_close_priv(file);
-  CHECK(same, CORE_ERR_MISMATCH, "%s: was changed while it was in use", column->path);
+  if (!same_layout(&now, column)) data_hdf5_close_priv(file);
+  CHECK(file->id >= 0, CORE_ERR_MISMATCH, "%s: was changed while it was in use", column->path);
   return CORE_OK;
 }
 
-core_status data_column_read_tile_priv(const data_column *column, const data_hdf5_dataset *latent,
-                                       int64_t capacity, data_tile *tile, uint8_t *stored) {
+/* A dataset without chunks lies in one piece, or (small ones) among the metadata. */
+static void locate_band(const data_column *column, const data_hdf5_dataset *latent, data_tile *tile) {
+  const int64_t row_bytes = data_column_row_bytes_priv(column);
+  const haddr_t start = H5Dget_offset(latent->id);
+  (void)H5Eclear2(H5E_DEFAULT);
+  tile->skipped = 0;
+  tile->bytes = data_column_band_count_priv(column, tile->band) * row_bytes;
+  tile->at = start == HADDR_UNDEF ? -1 : (int64_t)start + tile->band * column->band_rows * row_bytes;
+}
+
+static core_status locate_chunk(const data_column *column, const data_hdf5_dataset *latent, data_tile *tile) {
   const int64_t row = tile->band * column->band_rows, feature = tile->tile * column->tile_width;
-  const hsize_t at[2] = {(hsize_t)row, (hsize_t)feature};
+  const int64_t most = data_stored_most_priv(data_column_tile_bytes_priv(column));
+  const hsize_t corner[2] = {(hsize_t)row, (hsize_t)feature};
+  haddr_t at = HADDR_UNDEF;
   hsize_t size = 0;
   data_hdf5_reason reason = {.code = CORE_OK};
-  if (H5Dget_chunk_storage_size(latent->id, at, &size) < 0) reason = data_hdf5_reason_priv();
+  if (H5Dget_chunk_info_by_coord(latent->id, corner, &tile->skipped, &at, &size) < 0)
+    reason = data_hdf5_reason_priv();
   CHECK(reason.code == CORE_OK, reason.code, "%s: chunk at row %lld: %s", column->path, (long long)row,
         reason.text);
-  CHECK(size > 0, CORE_ERR_CORRUPT, "%s: chunk at row %lld was never written", column->path, (long long)row);
-  CHECK(size <= (hsize_t)capacity, CORE_ERR_CORRUPT,
+  CHECK(size > 0 && at != HADDR_UNDEF, CORE_ERR_CORRUPT, "%s: chunk at row %lld was never written",
+        column->path, (long long)row);
+  CHECK(size <= (hsize_t)most, CORE_ERR_CORRUPT,
         "%s: chunk at row %lld claims %llu stored bytes, expected at most %lld", column->path, (long long)row,
-        (unsigned long long)size, (long long)capacity);
-  if (H5Dread_chunk(latent->id, H5P_DEFAULT, at, &tile->skipped, stored) < 0)
-    reason = data_hdf5_reason_priv();
-  CHECK(reason.code == CORE_OK, reason.code, "%s: chunk at row %lld cannot be read: %s", column->path,
-        (long long)row, reason.text);
+        (unsigned long long)size, (long long)most);
+  CHECK(column->pipeline.count > 0 || (int64_t)size == data_column_tile_bytes_priv(column), CORE_ERR_CORRUPT,
+        "%s: chunk at row %lld stores %llu bytes, expected %lld", column->path, (long long)row,
+        (unsigned long long)size, (long long)data_column_tile_bytes_priv(column));
   const bool partial = row + column->band_rows > column->rows || feature + column->tile_width > column->width;
   if (partial && column->partial_unfiltered) tile->skipped = UINT32_MAX;
+  tile->at = at <= INT64_MAX ? (int64_t)at : INT64_MAX;
   tile->bytes = (int64_t)size;
+  return CORE_OK;
+}
+
+core_status data_column_locate_priv(const data_column *column, const data_hdf5_dataset *latent,
+                                    data_tile *tile) {
+  if (column->chunked)
+    TRY(locate_chunk(column, latent, tile));
+  else
+    locate_band(column, latent, tile);
+  const int64_t file = latent->file->bytes;
+  CHECK(tile->at <= file && tile->bytes <= file - (tile->at > 0 ? tile->at : 0), CORE_ERR_CORRUPT,
+        "%s: chunk %lld lies at byte %lld, %lld long, in a file of %lld", column->path, (long long)tile->band,
+        (long long)tile->at, (long long)tile->bytes, (long long)file);
   return CORE_OK;
 }
 
@@ -317,36 +349,4 @@ core_status data_column_read_band_priv(const data_column *column, const data_hdf
   CHECK(good, reason.code, "%s: rows from %llu on cannot be read: %s", column->path,
         (unsigned long long)start[0], reason.text);
   return CORE_OK;
-}
-
-/* An exponent of all ones is NaN or infinity. The OR over a block, in the width of the values, keeps the
- * common case a plain vector loop. */
-static int64_t first_in_half(const uint16_t *values, int64_t count, uint16_t exponent) {
-  enum { BLOCK = 4096 };
-  for (int64_t at = 0; at < count; at += BLOCK) {
-    const int64_t end = at + BLOCK < count ? at + BLOCK : count;
-    uint16_t found = 0;
-    for (int64_t i = at; i < end; ++i) found |= (values[i] & exponent) == exponent ? UINT16_MAX : 0;
-    for (int64_t i = at; found != 0 && i < end; ++i)
-      if ((values[i] & exponent) == exponent) return i;
-  }
-  return -1;
-}
-
-static int64_t first_in_single(const uint32_t *values, int64_t count) {
-  enum { BLOCK = 2048 };
-  const uint32_t exponent = 0x7f800000u;
-  for (int64_t at = 0; at < count; at += BLOCK) {
-    const int64_t end = at + BLOCK < count ? at + BLOCK : count;
-    uint32_t found = 0;
-    for (int64_t i = at; i < end; ++i) found |= (values[i] & exponent) == exponent ? UINT32_MAX : 0;
-    for (int64_t i = at; found != 0 && i < end; ++i)
-      if ((values[i] & exponent) == exponent) return i;
-  }
-  return -1;
-}
-
-int64_t data_first_non_finite_priv(core_dtype dtype, const void *values, int64_t count) {
-  if (dtype == CORE_FLOAT32) return first_in_single(values, count);
-  return first_in_half(values, count, dtype == CORE_FLOAT16 ? 0x7c00u : 0x7f80u);
 }

@@ -1,5 +1,5 @@
-/* Outline: the columns of a shard are gathered in memory, latents go to the file chunk by chunk. The file has
- * a temporary name until it is complete and on the disk.
+/* Outline: the columns of a shard are gathered in memory, latents are compressed and go to the file chunk by
+ * chunk. The file has a temporary name until it is complete and on the disk.
  *
  * Every byte that matters has a checksum: metadata by HDF5's newer structures (1.10), small columns by its
  * checksum filter, latents by their compressor, attributes by lying inside the metadata (fixed length).
@@ -11,33 +11,7 @@
 #include <string.h>
 
 #include "core/file.h"
-#include "data/data.h"
-#include "data/memory_impl.h"
-#include "data/shard_impl.h"
-
-typedef struct token_column {
-  bool given;
-  data_bytes token;  /* int32 */
-  data_bytes offset; /* uint64, after each sample */
-} token_column;
-
-struct data_writer {
-  char modality[CORE_NAME], encoder[CORE_NAME];
-  core_dtype dtype;
-  data_filter filter;
-  int32_t level;
-  char *directory, *path, *temporary;
-  hid_t file, latent;
-  int64_t width, row_bytes, chunk_rows;
-  uint8_t *chunk; /* [chunk_rows, width] stored values */
-  int64_t pending, rows, samples;
-  data_bytes id, offset, label;
-  bool labelled, keyed;
-  bool created;   /* the temporary file exists */
-  bool failed;    /* a sample was taken in half: the shard must not be published */
-  data_bytes key; /* NUL-terminated, one after another */
-  token_column prompt, target;
-};
+#include "data/writer_impl.h"
 
 /* ---- opening ---- */
 
@@ -53,6 +27,8 @@ static core_status check_options(const data_writer_options *o) {
         "%s: latents cannot be stored as %s", o->modality, core_dtype_text(o->dtype));
   CHECK(o->width >= 1 && o->width <= DATA_MOST_WIDTH, CORE_ERR_ARGUMENT, "%s: width %lld, expected 1 to %d",
         o->modality, (long long)o->width, DATA_MOST_WIDTH);
+  CHECK(o->origin == NULL || strlen(o->origin) < CORE_NAME, CORE_ERR_ARGUMENT,
+        "origin \"%.120s\": expected at most %d bytes", o->origin, CORE_NAME - 1);
   CHECK(o->shard >= 0, CORE_ERR_ARGUMENT, "%s: shard %d, expected 0 or more", o->modality, o->shard);
   CHECK(o->filter >= DATA_FILTER_NONE && o->filter <= DATA_FILTER_SHUFFLE_ZSTD, CORE_ERR_ARGUMENT,
         "%s: filter %d is none of data_filter", o->modality, (int)o->filter);
@@ -88,10 +64,13 @@ static core_status prepare(data_writer *writer, const data_writer_options *o) {
   writer->chunk_rows = chunk_bytes / writer->row_bytes > 0 ? chunk_bytes / writer->row_bytes : 1;
   (void)snprintf(writer->modality, sizeof writer->modality, "%s", o->modality);
   (void)snprintf(writer->encoder, sizeof writer->encoder, "%s", o->encoder);
+  (void)snprintf(writer->origin, sizeof writer->origin, "%s", o->origin != NULL ? o->origin : "");
   TRY(data_text_priv(&writer->directory, "%s", o->directory));
   TRY(data_text_priv(&writer->path, "%s/%s-%05d.h5", o->directory, o->modality, o->shard));
   TRY(data_text_priv(&writer->temporary, "%s.part", writer->path));
   TRY(DATA_ALLOCATE(writer->chunk_rows * writer->row_bytes, "chunk of a shard", &writer->chunk));
+  TRY(data_encoder_create_priv(o->filter, o->level, (int64_t)core_dtype_size(o->dtype),
+                               writer->chunk_rows * writer->row_bytes, &writer->compressor));
   TRY(core_file_make_directories(o->directory));
   TRY(create_file(writer));
   return CORE_OK;
@@ -110,20 +89,22 @@ core_status data_writer_open(const data_writer_options *options, data_writer **o
   return CORE_OK;
 }
 
+core_dtype data_writer_dtype_priv(const data_writer *writer) {
+  return writer->dtype;
+}
+
 /* ---- latents ---- */
 
 static herr_t add_filters(hid_t creation, const data_writer *writer) {
-  const unsigned zstd_level = writer->level > 0 ? (unsigned)writer->level : 3;
-  const unsigned gzip_level = writer->level > 0 ? (unsigned)writer->level : 6;
+  const unsigned level = (unsigned)data_encoder_level_priv(writer->filter, writer->level);
   herr_t result = 0;
   if (writer->filter == DATA_FILTER_NONE) result = H5Pset_fletcher32(creation);
   if (writer->filter == DATA_FILTER_SHUFFLE_GZIP || writer->filter == DATA_FILTER_SHUFFLE_ZSTD)
     result = H5Pset_shuffle(creation);
   if (writer->filter == DATA_FILTER_GZIP || writer->filter == DATA_FILTER_SHUFFLE_GZIP)
-    result = result < 0 ? result : H5Pset_deflate(creation, gzip_level);
+    result = result < 0 ? result : H5Pset_deflate(creation, level);
   if (writer->filter == DATA_FILTER_ZSTD || writer->filter == DATA_FILTER_SHUFFLE_ZSTD)
-    result =
-        result < 0 ? result : H5Pset_filter(creation, DATA_FILTER_ID_ZSTD, H5Z_FLAG_OPTIONAL, 1, &zstd_level);
+    result = result < 0 ? result : H5Pset_filter(creation, DATA_FILTER_ID_ZSTD, H5Z_FLAG_OPTIONAL, 1, &level);
   return result;
 }
 
@@ -155,28 +136,31 @@ static bool create_latent(data_writer *writer, int64_t chunk_rows) {
 }
 
 /* Inside HDF5. */
-static bool append_rows(data_writer *writer) {
+static bool append_chunk(data_writer *writer, const uint8_t *stored, int64_t bytes) {
   const hsize_t start[2] = {(hsize_t)(writer->rows - writer->pending), 0};
-  const hsize_t count[2] = {(hsize_t)writer->pending, (hsize_t)writer->width};
   const hsize_t extent[2] = {(hsize_t)writer->rows, (hsize_t)writer->width};
-  if (H5Dset_extent(writer->latent, extent) < 0) return false;
-  const hid_t to = H5Dget_space(writer->latent), from = H5Screate_simple(2, count, NULL);
-  const hid_t type = H5Dget_type(writer->latent);
-  const bool good = to >= 0 && from >= 0 && type >= 0 &&
-                    H5Sselect_hyperslab(to, H5S_SELECT_SET, start, NULL, count, NULL) >= 0 &&
-                    H5Dwrite(writer->latent, type, from, to, H5P_DEFAULT, writer->chunk) >= 0;
-  if (to >= 0) (void)H5Sclose(to);
-  if (from >= 0) (void)H5Sclose(from);
-  if (type >= 0) (void)H5Tclose(type);
-  return good;
+  return H5Dset_extent(writer->latent, extent) >= 0 &&
+         H5Dwrite_chunk(writer->latent, H5P_DEFAULT, 0, start, (size_t)bytes, stored) >= 0;
+}
+
+/* The stored form of the pending rows. A chunk over the end of the rows is padded with zeros. */
+static core_status encode_rows(data_writer *writer, const uint8_t **stored, int64_t *bytes) {
+  const int64_t used = writer->pending * writer->row_bytes, whole = writer->stored_rows * writer->row_bytes;
+  memset(writer->chunk + used, 0, (size_t)(whole - used));
+  const core_status status = data_encode_priv(writer->compressor, writer->chunk, whole, stored, bytes);
+  if (status != CORE_OK) return core_error_context(status, "%s", writer->temporary);
+  return CORE_OK;
 }
 
 /* Writes the pending rows; at the end also makes the dataset of a shard that never filled a chunk. */
 static core_status flush_rows(data_writer *writer) {
-  const int64_t chunk_rows = writer->pending > 0 ? writer->pending : 1;
+  const uint8_t *stored = NULL;
+  int64_t bytes = 0;
+  if (writer->latent < 0) writer->stored_rows = writer->pending > 0 ? writer->pending : 1;
+  if (writer->pending > 0) TRY(encode_rows(writer, &stored, &bytes));
   TRY(data_hdf5_enter_priv());
-  bool good = writer->latent >= 0 || create_latent(writer, chunk_rows);
-  if (good && writer->pending > 0) good = append_rows(writer);
+  bool good = writer->latent >= 0 || create_latent(writer, writer->stored_rows);
+  if (good && writer->pending > 0) good = append_chunk(writer, stored, bytes);
   const data_hdf5_reason reason = good ? (data_hdf5_reason){.code = CORE_OK} : data_hdf5_reason_priv();
   data_hdf5_leave_priv();
   CHECK(good, CORE_ERR_IO, "%s: latents cannot be written: %s", writer->temporary, reason.text);
@@ -195,12 +179,20 @@ static bool convert_row(core_dtype dtype, const float *restrict row, int64_t wid
   return data_first_non_finite_priv(dtype, out, width) < 0;
 }
 
+/* Row r of the sample into `out`; false as convert_row. */
+static bool put_row(const data_writer *writer, const data_sample *sample, int64_t r, uint8_t *out) {
+  if (sample->stored == NULL)
+    return convert_row(writer->dtype, sample->latent + r * writer->width, writer->width, out);
+  memcpy(out, (const uint8_t *)sample->stored + r * writer->row_bytes, (size_t)writer->row_bytes);
+  return data_first_non_finite_priv(writer->dtype, out, writer->width) < 0;
+}
+
 static core_status add_rows(data_writer *writer, const data_sample *sample) {
   for (int64_t r = 0; r < sample->rows; ++r) {
     uint8_t *out = writer->chunk + writer->pending * writer->row_bytes;
-    CHECK(convert_row(writer->dtype, sample->latent + r * writer->width, writer->width, out),
-          CORE_ERR_NON_FINITE, "%s: sample %llu, row %lld holds a value that is NaN, infinite or beyond %s",
-          writer->path, (unsigned long long)sample->id, (long long)r, core_dtype_text(writer->dtype));
+    CHECK(put_row(writer, sample, r, out), CORE_ERR_NON_FINITE,
+          "%s: sample %llu, row %lld holds a value that is NaN, infinite or beyond %s", writer->path,
+          (unsigned long long)sample->id, (long long)r, core_dtype_text(writer->dtype));
     ++writer->pending;
     ++writer->rows;
     if (writer->pending == writer->chunk_rows) TRY(flush_rows(writer));
@@ -233,9 +225,10 @@ static core_status add_key(data_writer *writer, const char *key) {
 }
 
 static core_status add_sample(data_writer *writer, const data_sample *sample) {
-  CHECK(sample->rows >= 0 && (sample->rows == 0 || sample->latent != NULL), CORE_ERR_ARGUMENT,
+  const bool given = sample->latent != NULL || sample->stored != NULL;
+  CHECK(sample->rows >= 0 && (sample->rows == 0 || given), CORE_ERR_ARGUMENT,
         "%s: sample %llu has %lld rows%s", writer->path, (unsigned long long)sample->id,
-        (long long)sample->rows, sample->latent == NULL ? " and no latents" : "");
+        (long long)sample->rows, given ? "" : " and no latents");
   TRY(add_tokens(writer, "prompt", sample->prompt, sample->prompt_count, &writer->prompt));
   TRY(add_tokens(writer, "target", sample->target, sample->target_count, &writer->target));
   TRY(add_key(writer, sample->key));
@@ -256,112 +249,7 @@ core_status data_writer_add(data_writer *writer, const data_sample *sample) {
   return CORE_OK;
 }
 
-/* ---- finishing. All of these are inside HDF5 and say only whether it went well; the reason is HDF5's. ----
- */
-
-/* One chunk a column, up to a sensible size, with a checksum. Strings lie in a heap: a checksum would not
- * cover them. */
-static hid_t column_creation(hid_t stored, int64_t count) {
-  enum { MOST_CHUNK = 1 << 17 };
-  const hsize_t chunk = (hsize_t)(count < MOST_CHUNK ? count : MOST_CHUNK);
-  const hid_t creation = H5Pcreate(H5P_DATASET_CREATE);
-  if (creation < 0 || count == 0 || H5Tget_class(stored) != H5T_INTEGER) return creation;
-  if (H5Pset_chunk(creation, 1, &chunk) >= 0 && H5Pset_fletcher32(creation) >= 0) return creation;
-  (void)H5Pclose(creation);
-  return -1;
-}
-
-static bool put_values(hid_t file, const char *name, hid_t stored, hid_t memory, int64_t count,
-                       const void *values) {
-  const hsize_t extent = (hsize_t)count;
-  const hid_t space = H5Screate_simple(1, &extent, NULL), creation = column_creation(stored, count);
-  const hid_t id = space < 0 || creation < 0
-                       ? -1
-                       : H5Dcreate2(file, name, stored, space, H5P_DEFAULT, creation, H5P_DEFAULT);
-  const bool good =
-      id >= 0 && (count == 0 || H5Dwrite(id, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, values) >= 0);
-  if (space >= 0) (void)H5Sclose(space);
-  if (creation >= 0) (void)H5Pclose(creation);
-  return (id < 0 || H5Dclose(id) >= 0) && good;
-}
-
-/* `ends` holds the end of each sample; the dataset starts with a 0 besides. */
-static bool put_offsets(hid_t file, const char *name, const data_bytes *ends) {
-  const int64_t count = ends->count / 8;
-  uint64_t *offset = calloc((size_t)count + 1, sizeof *offset);
-  if (offset == NULL) return false;
-  if (count > 0) memcpy(offset + 1, ends->bytes, (size_t)ends->count);
-  const bool good = put_values(file, name, H5T_STD_U64LE, H5T_NATIVE_UINT64, count + 1, offset);
-  free(offset);
-  return good;
-}
-
-static bool put_tokens(hid_t file, const char *kind, const token_column *column) {
-  char token[32], offset[32];
-  if (!column->given) return true;
-  (void)snprintf(token, sizeof token, "%s_token", kind);
-  (void)snprintf(offset, sizeof offset, "%s_offset", kind);
-  return put_values(file, token, H5T_STD_I32LE, H5T_NATIVE_INT32, column->token.count / 4,
-                    column->token.bytes) &&
-         put_offsets(file, offset, &column->offset);
-}
-
-static hid_t text_type(void) {
-  const hid_t type = H5Tcopy(H5T_C_S1);
-  if (type >= 0) (void)H5Tset_size(type, H5T_VARIABLE);
-  if (type >= 0) (void)H5Tset_cset(type, H5T_CSET_UTF8);
-  return type;
-}
-
-static bool put_keys(const data_writer *writer) {
-  if (!writer->keyed) return true;
-  const char **key = calloc((size_t)writer->samples + 1, sizeof *key);
-  const hid_t type = text_type();
-  const char *at = (const char *)writer->key.bytes;
-  for (int64_t i = 0; key != NULL && i < writer->samples; ++i, at += strlen(at) + 1) key[i] = at;
-  const bool good =
-      key != NULL && type >= 0 && put_values(writer->file, "key", type, type, writer->samples, key);
-  if (type >= 0) (void)H5Tclose(type);
-  free(key);
-  return good;
-}
-
-static bool put_attribute(hid_t file, const char *name, hid_t stored, hid_t memory, const void *value) {
-  const hid_t space = H5Screate(H5S_SCALAR);
-  const hid_t id = space < 0 ? -1 : H5Acreate2(file, name, stored, space, H5P_DEFAULT, H5P_DEFAULT);
-  const bool good = id >= 0 && H5Awrite(id, memory, value) >= 0;
-  if (space >= 0) (void)H5Sclose(space);
-  return (id < 0 || H5Aclose(id) >= 0) && good;
-}
-
-static bool put_text(hid_t file, const char *name, const char *value) {
-  const hid_t type = H5Tcopy(H5T_C_S1);
-  const bool good = type >= 0 && H5Tset_size(type, strlen(value) + 1) >= 0 &&
-                    H5Tset_cset(type, H5T_CSET_UTF8) >= 0 && put_attribute(file, name, type, type, value);
-  if (type >= 0) (void)H5Tclose(type);
-  return good;
-}
-
-static bool put_attributes(const data_writer *writer) {
-  const int32_t version = DATA_VERSION, width = (int32_t)writer->width;
-  return put_text(writer->file, "format", DATA_FORMAT_NAME) &&
-         put_text(writer->file, "modality", writer->modality) &&
-         put_text(writer->file, "encoder", writer->encoder) &&
-         put_text(writer->file, "dtype", core_dtype_text(writer->dtype)) &&
-         put_attribute(writer->file, "version", H5T_STD_I32LE, H5T_NATIVE_INT32, &version) &&
-         put_attribute(writer->file, "width", H5T_STD_I32LE, H5T_NATIVE_INT32, &width);
-}
-
-static bool put_columns(const data_writer *writer) {
-  return put_attributes(writer) &&
-         put_values(writer->file, "id", H5T_STD_U64LE, H5T_NATIVE_UINT64, writer->samples,
-                    writer->id.bytes) &&
-         put_offsets(writer->file, "offset", &writer->offset) &&
-         (!writer->labelled || put_values(writer->file, "label", H5T_STD_I32LE, H5T_NATIVE_INT32,
-                                          writer->samples, writer->label.bytes)) &&
-         put_keys(writer) && put_tokens(writer->file, "prompt", &writer->prompt) &&
-         put_tokens(writer->file, "target", &writer->target);
-}
+/* ---- finishing ---- */
 
 /* Closes what is open; false when HDF5 could not write what it still held. */
 static bool close_file(data_writer *writer) {
@@ -378,7 +266,8 @@ static core_status finish(data_writer *writer) {
         writer->path);
   TRY(flush_rows(writer));
   TRY(data_hdf5_enter_priv());
-  const bool good = put_columns(writer) && H5Fflush(writer->file, H5F_SCOPE_LOCAL) >= 0 && close_file(writer);
+  const bool good = data_writer_put_columns_priv(writer) && H5Fflush(writer->file, H5F_SCOPE_LOCAL) >= 0 &&
+                    close_file(writer);
   const data_hdf5_reason reason = good ? (data_hdf5_reason){.code = CORE_OK} : data_hdf5_reason_priv();
   data_hdf5_leave_priv();
   CHECK(good, CORE_ERR_IO, "%s: cannot be written: %s", writer->temporary, reason.text);
@@ -417,6 +306,7 @@ void data_writer_abandon(data_writer *writer) {
   }
   if (writer->created) (void)remove(writer->temporary);
   free_columns(writer);
+  data_encoder_destroy_priv(writer->compressor);
   free(writer->chunk);
   free(writer->directory);
   free(writer->path);

@@ -1,6 +1,7 @@
 /* Outline: the assembler thread turns plan after plan into a batch: the columns of the whole global batch,
- * then the latents of every part, copied segment by segment. It is the thread that ends the stream, well or
- * with an error, so that everything before an error is still delivered. */
+ * then the latents of every part, awaited segment by segment and copied from the cache where they do not lie
+ * in the batch already. It is the thread that ends the stream, well or with an error, so that everything
+ * before an error is still delivered. */
 #include <string.h>
 
 #include "data/stream_impl.h"
@@ -8,56 +9,67 @@
 /* ---- columns of the global batch ---- */
 
 static void fill_columns(const data_stream *stream, const data_plan *plan, data_batch *batch) {
-  const data_set *set = stream->set;
+  const size_t samples = (size_t)plan->samples;
   batch->samples = plan->samples;
+  batch->skipped = plan->skipped;
   batch->before = plan->before;
   batch->after = plan->after;
-  for (int64_t i = 0; i < plan->samples; ++i) {
-    batch->id[i] = set->id[plan->sample[i]];
-    batch->label[i] = set->label[plan->sample[i]];
-  }
-  for (int32_t m = 0; m < set->modalities; ++m)
-    for (int64_t i = 0; i < plan->samples; ++i) {
-      int64_t first = 0;
-      batch->present[m * plan->samples + i] = data_set_rows_priv(set, m, plan->sample[i], &first) > first;
-    }
+  memcpy(batch->id, plan->column.id, samples * sizeof *batch->id);
+  memcpy(batch->label, plan->column.label, samples * sizeof *batch->label);
+  for (int32_t m = 0; m < stream->set->modalities; ++m)
+    for (int64_t i = 0; i < plan->samples; ++i)
+      batch->present[m * plan->samples + i] = plan->column.rows[m][i] > 0;
 }
 
-static void fill_offsets(const data_stream *stream, const data_plan *plan, int32_t m, const data_range *range,
-                         data_part *part) {
+static void fill_offsets(const data_plan *plan, int32_t m, const data_range *range, data_part *part) {
   part->lo = range->lo < plan->samples ? range->lo : plan->samples;
   part->hi = range->hi < plan->samples ? range->hi : plan->samples;
   part->offset[0] = 0;
-  for (int64_t i = part->lo; i < part->hi; ++i) {
-    int64_t first = 0;
-    const int64_t end = data_set_rows_priv(stream->set, m, plan->sample[i], &first);
-    part->offset[i - part->lo + 1] = part->offset[i - part->lo] + end - first;
-  }
+  for (int64_t i = part->lo; i < part->hi; ++i)
+    part->offset[i - part->lo + 1] = part->offset[i - part->lo] + plan->column.rows[m][i];
 }
 
 /* ---- latents ---- */
 
-/* The next segment, when its slot is loaded. Errors: the one of the slot. *going = false when the stream
- * closes. */
-static core_status take_segment(data_stream *stream, const data_cache *cache, data_segment *segment,
-                                bool *going) {
+static const data_load *load_of(const data_stream *stream, const data_segment *segment) {
+  return segment->slot >= 0 ? &stream->cache[segment->m].slot[segment->slot].load : &segment->load;
+}
+
+/* What to sleep for when the next segment is not there: in file order, where hardly anything is left to copy,
+ * the last load of the batch, since each waking costs a switch of threads. Every load comes about without the
+ * assembler's help. */
+static const data_load *choose_awaited(const data_stream *stream, const data_load *load) {
+  const int64_t end = stream->plan[stream->assembled % stream->plans].end;
+  if (!stream->direct) return load;
+  for (int64_t at = (end < stream->pushed ? end : stream->pushed) - 1; at > stream->popped; --at) {
+    const data_load *later = load_of(stream, &stream->segment[at % DATA_SEGMENTS]);
+    if (later->state == DATA_LOAD_UNDER_WAY) return later;
+  }
+  return load;
+}
+
+/* The next segment, when its rows are there. Errors: the one of its load. *going = false when the stream
+ * closes. The place of the segment stays its own until release_segment. */
+static core_status await_segment(data_stream *stream, const data_segment **segment, bool *going) {
   core_status status = CORE_OK;
   pthread_mutex_lock(&stream->lock);
   for (;;) {
     *going = !stream->closing;
     if (!*going) break;
+    stream->awaited = NULL;
     if (stream->popped < stream->pushed) {
-      *segment = stream->segment[stream->popped % DATA_SEGMENTS];
-      const data_slot_state state = cache->slot[segment->slot].state;
-      if (state == DATA_SLOT_LOADED) break;
-      if (state == DATA_SLOT_FAILED) status = core_error_restore(&stream->error);
+      *segment = &stream->segment[stream->popped % DATA_SEGMENTS];
+      const data_load *load = load_of(stream, *segment);
+      if (load->state == DATA_LOAD_DONE) break;
+      if (load->state == DATA_LOAD_FAILED) status = core_error_restore(&stream->error);
+      stream->awaited = choose_awaited(stream, load);
     } else if (stream->broken) { /* the reader has stopped: there will be no segment */
       status = core_error_restore(&stream->error);
     }
     if (status != CORE_OK) break;
     pthread_cond_wait(&stream->filled, &stream->lock);
   }
-  if (*going && status == CORE_OK) ++stream->popped;
+  stream->awaited = NULL;
   pthread_mutex_unlock(&stream->lock);
   TRY(status);
   return CORE_OK;
@@ -65,46 +77,61 @@ static core_status take_segment(data_stream *stream, const data_cache *cache, da
 
 static void release_segment(data_stream *stream, data_cache *cache, const data_segment *segment) {
   pthread_mutex_lock(&stream->lock);
-  data_cache_unpin_priv(cache, segment->slot, segment->rows);
-  pthread_cond_signal(&stream->room);
+  if (segment->slot >= 0) data_cache_unpin_priv(cache, segment->slot, segment->rows);
+  ++stream->popped;
+  if (segment->slot >= 0 || stream->pushed - stream->popped == DATA_SEGMENTS / 2)
+    pthread_cond_signal(&stream->room);
   pthread_mutex_unlock(&stream->lock);
 }
 
-/* Names file, sample and row of the first value that is not finite, if the segment has one. */
-static core_status check_finite(const data_stream *stream, int32_t m, const data_slot *slot,
-                                const data_segment *segment) {
-  const data_set *set = stream->set;
-  const data_modality_info *info = &set->info[m];
-  if (slot->bad < 0) return CORE_OK;
-  const int64_t row_bytes = info->width * (int64_t)core_dtype_size(info->dtype);
-  const int64_t value = data_first_non_finite_priv(info->dtype, slot->rows + segment->first * row_bytes,
-                                                   segment->rows * info->width);
-  if (value < 0) return CORE_OK;
-  int32_t k = 0;
-  while (k + 1 < set->shards && data_set_column_priv(set, m, k + 1)->first_band <= slot->band) ++k;
-  const data_column *column = data_set_column_priv(set, m, k);
-  const int64_t row =
-      (slot->band - column->first_band) * column->band_rows + segment->first + value / info->width;
-  const int64_t sample = data_column_sample_priv(column, row);
+/* Where a value lies. */
+typedef struct suspect {
+  const data_plan *plan;
+  const data_part *part;
+  int32_t m;
+  int64_t row, feature; /* row of the part */
+} suspect;
+
+static core_status report_suspect(const data_set *set, const suspect *s) {
+  int64_t i = s->part->lo;
+  while (s->part->offset[i - s->part->lo + 1] <= s->row) ++i;
+  const data_column *column = data_set_column_priv(set, s->m, s->plan->column.shard[i]);
   FAIL(CORE_ERR_NON_FINITE, "%s: sample %llu holds NaN or infinity at row %lld, feature %lld", column->path,
-       (unsigned long long)set->id[set->sample_base[k] + sample], (long long)(row - column->offset[sample]),
-       (long long)(value % info->width));
+       (unsigned long long)s->plan->column.id[i], (long long)(s->row - s->part->offset[i - s->part->lo]),
+       (long long)s->feature);
 }
 
-static core_status fill_latents(data_stream *stream, int32_t m, data_part *part, bool *going) {
+/* A bad value in a band matters only when it lies in the segment. `rows`: those of the segment, of which the
+ * part has `done` before. */
+static core_status check_finite(const data_stream *stream, const data_load *load, const uint8_t *rows,
+                                int64_t count, int64_t done, suspect *where) {
+  if (load->bad < 0) return CORE_OK;
+  const data_part *part = where->part;
+  const int64_t value = data_first_non_finite_priv(part->dtype, rows, count * part->width);
+  if (value < 0) return CORE_OK;
+  where->row = done + value / part->width;
+  where->feature = value % part->width;
+  TRY(report_suspect(stream->set, where));
+  return CORE_OK;
+}
+
+static core_status fill_latents(data_stream *stream, const data_plan *plan, int32_t m, data_part *part,
+                                bool *going) {
   data_cache *cache = &stream->cache[m];
+  suspect where = {.plan = plan, .part = part, .m = m};
   const int64_t row_bytes = part->width * (int64_t)core_dtype_size(part->dtype);
   const int64_t rows = part->offset[part->hi - part->lo];
   for (int64_t done = 0; done < rows && *going;) {
-    data_segment segment = {0};
-    TRY(take_segment(stream, cache, &segment, going));
+    const data_segment *segment = NULL;
+    TRY(await_segment(stream, &segment, going));
     if (!*going) break;
-    const data_slot *slot = &cache->slot[segment.slot];
-    TRY(check_finite(stream, m, slot, &segment));
-    memcpy((uint8_t *)part->latent + done * row_bytes, slot->rows + segment.first * row_bytes,
-           (size_t)(segment.rows * row_bytes));
-    done += segment.rows;
-    release_segment(stream, cache, &segment);
+    const data_load *load = load_of(stream, segment);
+    uint8_t *to = (uint8_t *)part->latent + done * row_bytes;
+    const uint8_t *from = segment->slot >= 0 ? load->rows + segment->first * row_bytes : to;
+    TRY(check_finite(stream, load, from, segment->rows, done, &where));
+    if (from != to) memcpy(to, from, (size_t)(segment->rows * row_bytes));
+    done += segment->rows;
+    release_segment(stream, cache, segment);
   }
   return CORE_OK;
 }
@@ -115,15 +142,16 @@ static core_status fill_batch(data_stream *stream, const data_plan *plan, data_b
   for (int32_t micro = 0; micro < stream->options.micro_batches; ++micro)
     for (int32_t m = 0; m < modalities && *going; ++m) {
       const int32_t at = micro * modalities + m;
-      fill_offsets(stream, plan, m, &stream->range[at], &batch->part[at]);
-      TRY(fill_latents(stream, m, &batch->part[at], going));
+      fill_offsets(plan, m, &stream->range[at], &batch->part[at]);
+      TRY(fill_latents(stream, plan, m, &batch->part[at], going));
     }
   return CORE_OK;
 }
 
 /* ---- the thread ---- */
 
-/* Waits for a plan and a free batch. False: closing, or no more plans (then the stream has ended). */
+/* Waits for a plan and the batch that it fills. False: closing, or no more plans (then the stream has ended).
+ */
 static bool next_plan(data_stream *stream, int32_t *batch) {
   bool going = true;
   pthread_mutex_lock(&stream->lock);
@@ -132,10 +160,11 @@ static bool next_plan(data_stream *stream, int32_t *batch) {
     /* A reader that broke before its next plan says so by `broken` alone. */
     const bool over = !planned && (stream->plans_ended || stream->broken);
     going = !stream->closing && !over;
-    if (!going || (planned && stream->batches_free > 0)) break;
+    *batch = planned ? stream->plan[stream->assembled % stream->plans].batch : -1;
+    if (!going || *batch >= 0 || (planned && stream->batches_free > 0)) break;
     pthread_cond_wait(&stream->filled, &stream->lock);
   }
-  if (going) *batch = stream->batch_free[--stream->batches_free];
+  if (going && *batch < 0) *batch = stream->batch_free[--stream->batches_free];
   if (!going && !stream->closing) {
     stream->failed = stream->broken;
     stream->ended = true;

@@ -42,7 +42,7 @@ void data_cache_reset_priv(data_cache *cache, uint8_t *rows) {
   cache->newest = cache->oldest = -1;
   for (int64_t b = 0; b < cache->bands; ++b) cache->slot_of[b] = -1;
   for (int32_t i = 0; i < cache->slots; ++i) {
-    cache->slot[i] = (data_slot){.rows = rows + i * cache->band_bytes, .band = -1, .bad = -1};
+    cache->slot[i] = (data_slot){.load = {.rows = rows + i * cache->band_bytes, .bad = -1}, .band = -1};
     link_newest(cache, i);
   }
 }
@@ -58,8 +58,6 @@ int32_t data_cache_pin_priv(data_cache *cache, int64_t band, bool *fresh) {
     if (slot->band >= 0) cache->slot_of[slot->band] = -1;
     cache->slot_of[band] = index;
     slot->band = band;
-    slot->state = DATA_SLOT_LOADING;
-    slot->bad = -1;
     slot->copied = 0;
   }
   ++slot->refs;
@@ -71,7 +69,7 @@ void data_cache_unpin_priv(data_cache *cache, int32_t index, int64_t copied) {
   slot->copied += copied;
   if (--slot->refs > 0) return;
   /* Where every band has a slot, nothing is ever given up. */
-  if (slot->copied >= slot->count && cache->slots < cache->bands)
+  if (slot->copied >= slot->load.count && cache->slots < cache->bands)
     link_oldest(cache, index);
   else
     link_newest(cache, index);

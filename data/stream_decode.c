@@ -1,19 +1,55 @@
-/* Outline: a decoder thread takes a job, decodes the chunk (into its slot, or beside its neighbours), and the
- * one that completes a band looks for values that are not finite before the band is shown to the assembler.
- */
+/* Outline: a worker thread takes a job, reads the stored bytes (again, when the system refuses them), undoes
+ * their filters into the load's place, or beside its neighbours, and looks for values that are not finite
+ * while the rows are warm. The worker that completes a load shows it to the assembler. */
+#include <fcntl.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
+#include "core/clock.h"
+#include "core/file.h"
 #include "data/stream_impl.h"
 
-/* Waits for a job; false when the stream closes. */
-static bool take_job(data_stream *stream, data_job *job) {
-  pthread_mutex_lock(&stream->lock);
-  while (!stream->closing && stream->queued == stream->taken) pthread_cond_wait(&stream->work, &stream->lock);
-  const bool going = !stream->closing;
-  if (going) *job = stream->job[stream->taken++ % stream->jobs];
-  pthread_mutex_unlock(&stream->lock);
-  return going;
+/* ---- reading ---- */
+
+/* Bytes of the file, and where they go. */
+typedef struct stretch {
+  int64_t at, bytes;
+  uint8_t *target;
+} stretch;
+
+/* By a descriptor of its own: after a failure of a network file system the old one may be of no more use. */
+static core_status read_afresh(const data_column *column, const stretch *what) {
+  data_file_identity now;
+  int fd = -1;
+  TRY(data_identity_of_priv(column->path, &now));
+  CHECK(data_identity_equal_priv(&now, &column->identity), CORE_ERR_MISMATCH,
+        "%s: was changed while it was in use", column->path);
+  TRY(core_file_open(column->path, O_RDONLY, &fd));
+  const core_status status = core_file_read_at(fd, column->path, what->target, (size_t)what->bytes, what->at);
+  (void)close(fd);
+  TRY(status);
+  return CORE_OK;
 }
+
+static core_status read_stretch(data_stream *stream, const data_job *job, const stretch *what) {
+  enum { RETRIES = 3 };
+  const char *path = job->column->path;
+  double pause = 0.01;
+  core_status status =
+      core_file_read_at(stream->handle[job->handle].fd, path, what->target, (size_t)what->bytes, what->at);
+  int attempt = 1;
+  for (; status == CORE_ERR_IO && attempt <= RETRIES && !data_stream_stopping_priv(stream); pause *= 4) {
+    core_clock_sleep(pause);
+    ++attempt;
+    status = read_afresh(job->column, what);
+  }
+  if (status != CORE_OK)
+    return core_error_context(status, "%s: chunk %lld, attempt %d", path, (long long)job->tile.band, attempt);
+  return CORE_OK;
+}
+
+/* ---- decoding ---- */
 
 /* Copies a decoded chunk to its place among the chunks of its band. */
 static void place_tile(const data_column *column, int64_t tile, const uint8_t *from, uint8_t *rows) {
@@ -25,52 +61,111 @@ static void place_tile(const data_column *column, int64_t tile, const uint8_t *f
     memcpy(rows + r * row_bytes + first * value, from + r * column->tile_width * value, (size_t)used);
 }
 
-static core_status decode_job(data_stream *stream, int32_t worker, const data_job *job, uint8_t *rows) {
-  const data_column *column = job->column;
-  const uint8_t *stored = stream->raw + job->raw * stream->raw_bytes;
-  uint8_t *out = column->tiles == 1 ? rows : stream->tile_buffer[worker];
-  core_status status = data_decode_priv(stream->decoder[worker], &column->pipeline, job->tile.skipped, stored,
-                                        job->tile.bytes, out, data_column_tile_bytes_priv(column));
-  if (status != CORE_OK)
-    return core_error_context(status, "%s: chunk %lld at row %lld", column->path, (long long)job->tile.band,
-                              (long long)(job->tile.band * column->band_rows));
-  if (column->tiles > 1) place_tile(column, job->tile.tile, out, rows);
+/* Rows as they are stored: read where they belong. */
+static core_status load_plain(const data_worker *worker, const data_job *job) {
+  const int64_t row_bytes = data_column_row_bytes_priv(job->column);
+  const stretch what = {job->tile.at + job->first * row_bytes, job->load->count * row_bytes, job->load->rows};
+  TRY(read_stretch(worker->stream, job, &what));
   return CORE_OK;
 }
 
-/* Gives the raw buffer back; true when this was the last chunk of its band. */
-static bool finish_tile(data_stream *stream, const data_job *job, data_slot *slot, core_status status) {
+/* Rows as they are stored, all of them, with a checksum behind. */
+static core_status load_summed(const data_worker *worker, const data_job *job) {
+  const int64_t bytes = data_column_tile_bytes_priv(job->column);
+  uint8_t sum[DATA_CHECKSUM_BYTES];
+  CHECK(job->tile.bytes == bytes + DATA_CHECKSUM_BYTES, CORE_ERR_CORRUPT,
+        "it stores %lld bytes, expected %lld and a checksum", (long long)job->tile.bytes, (long long)bytes);
+  const stretch rows = {job->tile.at, bytes, job->load->rows},
+                behind = {job->tile.at + bytes, sizeof sum, sum};
+  TRY(read_stretch(worker->stream, job, &rows));
+  TRY(read_stretch(worker->stream, job, &behind));
+  TRY(data_checksum_verify_priv(job->load->rows, bytes, sum));
+  return CORE_OK;
+}
+
+static core_status load_coded(const data_worker *worker, const data_job *job) {
+  const data_column *column = job->column;
+  const stretch what = {job->tile.at, job->tile.bytes, worker->stored};
+  uint8_t *out = column->tiles == 1 ? job->load->rows : worker->tile;
+  TRY(read_stretch(worker->stream, job, &what));
+  TRY(data_decode_priv(worker->decoder, &column->pipeline, job->tile.skipped, worker->stored, job->tile.bytes,
+                       out, data_column_tile_bytes_priv(column)));
+  if (column->tiles > 1) place_tile(column, job->tile.tile, out, job->load->rows);
+  return CORE_OK;
+}
+
+static core_status do_job(const data_worker *worker, const data_job *job) {
+  const data_column *column = job->column;
+  core_status status = CORE_OK;
+  if (job->handle < 0) return CORE_OK; /* the reader had to read it */
+  if (data_column_is_plain_priv(column))
+    status = load_plain(worker, job);
+  else if (column->tiles == 1 && data_pipeline_is_checksum_priv(&column->pipeline, job->tile.skipped))
+    status = load_summed(worker, job);
+  else
+    status = load_coded(worker, job);
+  if (status == CORE_OK || status == CORE_ERR_IO) return status; /* the latter names the chunk already */
+  return core_error_context(status, "%s: chunk %lld at row %lld", column->path, (long long)job->tile.band,
+                            (long long)(job->tile.band * column->band_rows));
+}
+
+/* ---- the thread ---- */
+
+/* Waits for a job; false when the stream closes. */
+static bool take_job(data_stream *stream, data_job *job) {
   pthread_mutex_lock(&stream->lock);
-  if (job->raw >= 0) stream->raw_free[stream->raws_free++] = job->raw;
+  ++stream->idle;
+  while (!stream->closing && stream->queued == stream->taken) pthread_cond_wait(&stream->work, &stream->lock);
+  --stream->idle;
+  const bool going = !stream->closing;
+  if (going) *job = stream->job[stream->taken++ % DATA_JOBS];
+  if (going && stream->queued - stream->taken == DATA_JOBS / 2) pthread_cond_signal(&stream->room);
+  pthread_mutex_unlock(&stream->lock);
+  return going;
+}
+
+/* Under the lock. */
+static void show_load(data_stream *stream, data_load *load, int64_t bad) {
+  load->bad = bad;
+  load->state = DATA_LOAD_DONE;
+  if (stream->awaited == load) pthread_cond_signal(&stream->filled);
+}
+
+/* Gives the file back. True when this was the last chunk of its load and nothing went wrong: a band of
+ * several is searched by whoever completes it. */
+static bool finish_job(data_stream *stream, const data_job *job, core_status status, int64_t bad) {
+  data_load *load = job->load;
+  pthread_mutex_lock(&stream->lock);
+  if (job->handle >= 0 && --stream->handle[job->handle].jobs == 0) pthread_cond_signal(&stream->room);
   if (status != CORE_OK) {
-    slot->state = DATA_SLOT_FAILED;
-    data_stream_break_priv(stream, slot->sequence);
+    load->state = DATA_LOAD_FAILED;
+    data_stream_break_priv(stream, load->sequence);
   }
-  const bool last = --slot->tiles_left == 0 && slot->state == DATA_SLOT_LOADING;
-  pthread_cond_signal(&stream->room);
+  const bool last = --load->jobs_left == 0 && load->state == DATA_LOAD_UNDER_WAY;
+  const bool search = last && job->column->tiles > 1;
+  if (last && !search) show_load(stream, load, bad);
   pthread_mutex_unlock(&stream->lock);
-  return last;
+  return search;
 }
 
-static void show_slot(data_stream *stream, data_slot *slot, int64_t bad) {
-  pthread_mutex_lock(&stream->lock);
-  slot->bad = bad;
-  slot->state = DATA_SLOT_LOADED;
-  pthread_cond_signal(&stream->filled);
-  pthread_mutex_unlock(&stream->lock);
+static int64_t find_bad(const data_job *job) {
+  return data_first_non_finite_priv(job->column->dtype, job->load->rows,
+                                    job->load->count * job->column->width);
 }
 
-void *data_stream_decoder_priv(void *argument) {
+void *data_stream_worker_priv(void *argument) {
   const data_worker *worker = argument;
   data_stream *stream = worker->stream;
+  const bool deliver = stream->options.non_finite == DATA_NON_FINITE_DELIVER;
   data_job job;
   while (take_job(stream, &job)) {
-    const data_column *column = job.column;
-    data_slot *slot = &stream->cache[job.m].slot[job.slot];
-    const core_status status = job.raw >= 0 ? decode_job(stream, worker->index, &job, slot->rows) : CORE_OK;
-    if (!finish_tile(stream, &job, slot, status)) continue;
-    const int64_t values = data_column_band_count_priv(column, job.tile.band) * column->width;
-    show_slot(stream, slot, data_first_non_finite_priv(column->dtype, slot->rows, values));
+    const core_status status = do_job(worker, &job);
+    const int64_t bad = status == CORE_OK && job.column->tiles == 1 && !deliver ? find_bad(&job) : -1;
+    if (!finish_job(stream, &job, status, bad)) continue;
+    const int64_t late = deliver ? -1 : find_bad(&job);
+    pthread_mutex_lock(&stream->lock);
+    show_load(stream, job.load, late);
+    pthread_mutex_unlock(&stream->lock);
   }
   return NULL;
 }

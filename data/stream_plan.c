@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "core/log.h"
+#include "data/index_impl.h"
 #include "data/stream_impl.h"
 
 /* ---- caches ---- */
@@ -33,13 +34,20 @@ static void measure_bands(data_stream *stream, int32_t m) {
   }
 }
 
-/* Slots for `share` bytes: enough to keep the decoders busy, never more than there are bands. */
+/* Slots for `share` bytes: enough to keep the workers busy, never more than there are bands. In file order
+ * hardly more than the bands across borders go through the cache. */
 static int32_t slots_for(const data_stream *stream, const data_cache *cache, double share) {
-  const int64_t least = stream->options.threads + 2;
+  const int64_t least = stream->options.threads + 2, most = 4 * (int64_t)stream->options.threads + 16;
   int64_t slots = (int64_t)(share / (double)cache->band_bytes);
   if (slots < least) slots = least;
+  if (stream->direct && slots > most) slots = most;
   if (slots > cache->bands) slots = cache->bands;
   return (int32_t)(slots < INT32_MAX ? slots : INT32_MAX);
+}
+
+/* Whether a band will be wanted again: not in one pass in file order. */
+static bool keeps_bands(const data_stream *stream) {
+  return !stream->direct || stream->options.repeat;
 }
 
 /* Shares the cache in proportion to what is asked; what a modality that fits whole leaves over goes to the
@@ -56,8 +64,11 @@ static void size_caches(data_stream *stream) {
     for (int32_t m = 0; m < modalities; ++m) {
       data_cache *cache = &stream->cache[m];
       const double all = (double)cache->bands * (double)cache->band_bytes;
-      if (wanted[m] <= 0 || cache->slots == cache->bands || all > left * wanted[m] / sum) continue;
+      if (!keeps_bands(stream) || wanted[m] <= 0 || cache->slots == cache->bands ||
+          all > left * wanted[m] / sum)
+        continue;
       cache->slots = (int32_t)cache->bands;
+      cache->whole = true;
       left -= all;
       sum -= wanted[m];
     }
@@ -111,6 +122,42 @@ static core_status take_batch(data_stream *stream, data_batch *batch) {
   return CORE_OK;
 }
 
+static core_status take_samples(data_stream *stream, int64_t count, data_samples *samples) {
+  TRY(ARENA_TAKE(stream->arena, count, &samples->id));
+  TRY(ARENA_TAKE(stream->arena, count, &samples->label));
+  TRY(ARENA_TAKE(stream->arena, count, &samples->shard));
+  for (int32_t m = 0; m < stream->set->modalities; ++m) {
+    TRY(ARENA_TAKE(stream->arena, count, &samples->first[m]));
+    TRY(ARENA_TAKE(stream->arena, count, &samples->rows[m]));
+  }
+  return CORE_OK;
+}
+
+static core_status take_window(data_stream *stream) {
+  data_window *window = &stream->window;
+  const data_set *set = stream->set;
+  const int64_t shuffle = stream->options.order.shuffle_samples;
+  window->capacity = shuffle > 0 ? shuffle : DATA_PLAIN_WINDOW;
+  const int64_t held = window->capacity < set->samples ? window->capacity : set->samples;
+  TRY(ARENA_TAKE(stream->arena, set->shards, &window->shard));
+  TRY(ARENA_TAKE(stream->arena, (int64_t)set->shards + 1, &window->begin));
+  TRY(ARENA_TAKE(stream->arena, held, &window->pick));
+  TRY(ARENA_TAKE(stream->arena, data_set_scratch_priv(set), &window->scratch));
+  TRY(take_samples(stream, held, &window->column));
+  return CORE_OK;
+}
+
+/* For comparing shards with the index. */
+static core_status take_verification(data_stream *stream) {
+  const data_set *set = stream->set;
+  const int64_t columns = (int64_t)set->modalities * set->shards;
+  if (set->index == NULL) return CORE_OK;
+  TRY(ARENA_TAKE(stream->arena, columns, &stream->verified));
+  TRY(ARENA_TAKE(stream->arena, data_index_most_samples_priv(set) + 1, &stream->verify_scratch));
+  if (!core_arena_is_dry(stream->arena)) memset(stream->verified, 0, (size_t)columns);
+  return CORE_OK;
+}
+
 static core_status take_batches(data_stream *stream) {
   const bool dry = core_arena_is_dry(stream->arena);
   TRY(ARENA_TAKE(stream->arena, stream->batches, &stream->batch));
@@ -119,9 +166,9 @@ static core_status take_batches(data_stream *stream) {
   for (int32_t b = 0; b < stream->batches; ++b) TRY(take_batch(stream, dry ? NULL : &stream->batch[b]));
   TRY(ARENA_TAKE(stream->arena, stream->plans, &stream->plan));
   for (int32_t p = 0; p < stream->plans; ++p) {
-    int64_t *sample = NULL;
-    TRY(ARENA_TAKE(stream->arena, stream->options.batch, &sample));
-    if (!dry) stream->plan[p] = (data_plan){.sample = sample};
+    data_plan plan = {.batch = -1};
+    TRY(take_samples(stream, stream->options.batch, &plan.column));
+    if (!dry) stream->plan[p] = plan;
   }
   return CORE_OK;
 }
@@ -137,31 +184,24 @@ static core_status take_cache(data_stream *stream, data_cache *cache) {
 }
 
 static core_status take_threads(data_stream *stream) {
-  const bool dry = core_arena_is_dry(stream->arena);
-  TRY(ARENA_TAKE(stream->arena, stream->jobs, &stream->job));
-  TRY(ARENA_TAKE(stream->arena, stream->raws, &stream->raw_free));
-  TRY(core_arena_take(stream->arena, stream->raws, (size_t)stream->raw_bytes, (void **)&stream->raw));
-  TRY(ARENA_TAKE(stream->arena, stream->options.threads, &stream->tile_buffer));
-  TRY(ARENA_TAKE(stream->arena, stream->options.threads, &stream->decoder));
+  const int64_t stored = data_stored_most_priv(stream->tile_bytes);
+  TRY(ARENA_TAKE(stream->arena, DATA_JOBS, &stream->job));
+  TRY(ARENA_TAKE(stream->arena, stream->options.threads, &stream->thread));
   TRY(ARENA_TAKE(stream->arena, stream->options.threads, &stream->worker));
-  TRY(ARENA_TAKE(stream->arena, stream->options.threads, &stream->worker_state));
   for (int32_t w = 0; w < stream->options.threads; ++w) {
-    uint8_t *tile = NULL;
-    TRY(ARENA_TAKE(stream->arena, stream->side_bytes, &tile));
-    if (dry) continue;
-    stream->tile_buffer[w] = tile;
-    stream->decoder[w] = NULL;
-    stream->worker_state[w] = (data_worker){stream, w};
+    data_worker worker = {.stream = stream};
+    TRY(ARENA_TAKE(stream->arena, stored, &worker.stored));
+    TRY(ARENA_TAKE(stream->arena, stream->side_bytes, &worker.tile));
+    if (!core_arena_is_dry(stream->arena)) stream->worker[w] = worker;
   }
   return CORE_OK;
 }
 
 static core_status take_all(data_stream *stream) {
   const data_set *set = stream->set;
-  TRY(ARENA_TAKE(stream->arena, set->samples, &stream->order));
-  TRY(ARENA_TAKE(stream->arena, set->shards, &stream->shard_order));
-  TRY(ARENA_TAKE(stream->arena, (int64_t)set->shards + 1, &stream->shard_start));
   TRY(ARENA_TAKE(stream->arena, DATA_SEGMENTS, &stream->segment));
+  TRY(take_window(stream));
+  TRY(take_verification(stream));
   TRY(take_batches(stream));
   for (int32_t m = 0; m < set->modalities; ++m) TRY(take_cache(stream, &stream->cache[m]));
   TRY(take_threads(stream));
@@ -169,9 +209,7 @@ static core_status take_all(data_stream *stream) {
 }
 
 static void fill_free_lists(data_stream *stream) {
-  for (int32_t i = 0; i < stream->raws; ++i) stream->raw_free[i] = i;
   for (int32_t i = 0; i < stream->batches; ++i) stream->batch_free[i] = i;
-  stream->raws_free = stream->raws;
   stream->batches_free = stream->batches;
 }
 
@@ -180,9 +218,6 @@ core_status data_stream_plan_priv(data_stream *stream) {
   warn_small_cache(stream);
   stream->batches = stream->options.queue + 1; /* one is with the caller */
   stream->plans = stream->options.queue + DATA_PLANS_AHEAD;
-  stream->raws = 2 * stream->options.threads + 2;
-  stream->raw_bytes = data_stored_most_priv(stream->tile_bytes);
-  stream->jobs = stream->raws + DATA_SPARE_JOBS;
   TRY(core_arena_create("data stream", NULL, &stream->arena));
   TRY(core_arena_create_staging("latents of batches", stream->options.device, &stream->latents));
   TRY(take_all(stream));
@@ -194,8 +229,8 @@ core_status data_stream_plan_priv(data_stream *stream) {
   fill_free_lists(stream);
   stream->bytes = (int64_t)(core_arena_peak(stream->arena) + core_arena_peak(stream->latents));
   for (int32_t w = 0; w < stream->options.threads; ++w) {
-    TRY(data_decoder_create_priv(stream->tile_bytes, &stream->decoder[w]));
-    stream->bytes += data_decoder_bytes_priv(stream->decoder[w]);
+    TRY(data_decoder_create_priv(stream->tile_bytes, &stream->worker[w].decoder));
+    stream->bytes += data_decoder_bytes_priv(stream->worker[w].decoder);
   }
   return CORE_OK;
 }

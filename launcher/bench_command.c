@@ -7,8 +7,10 @@
 static const struct {
   const char *name;
   core_status (*run)(comm_world *world, const launch_arguments *arguments);
-} benches[] = {
-    {"step", launch_bench_step}, {"data", launch_bench_data}, {"checkpoint", launch_bench_checkpoint}};
+} benches[] = {{"step", launch_bench_step},
+               {"data", launch_bench_data},
+               {"open", launch_bench_open},
+               {"checkpoint", launch_bench_checkpoint}};
 
 static core_status dispatch(comm_world *world, launch_arguments *arguments, int *code) {
   (void)code;
@@ -17,7 +19,7 @@ static core_status dispatch(comm_world *world, launch_arguments *arguments, int 
       TRY(benches[i].run(world, arguments));
       return CORE_OK;
     }
-  FAIL(CORE_ERR_USAGE, "there is no benchmark '%s'; there are step, data and checkpoint",
+  FAIL(CORE_ERR_USAGE, "there is no benchmark '%s'; there are step, data, open and checkpoint",
        arguments->positional[0]);
 }
 
@@ -27,14 +29,16 @@ static int run(const launch_command *command, int argc, char **argv) {
 
 const launch_command launch_bench_command = {
     "bench", "measures steps, data and checkpoints against their physical limits",
-    "usage: antiphon bench step|data|checkpoint [DIRECTORY] [OPTIONS]\n\n"
+    "usage: antiphon bench step|data|open|checkpoint [DIRECTORY] [OPTIONS]\n\n"
     "       antiphon bench step [--json] [--set key=value]...\n"
-    "       antiphon bench data DIRECTORY [--split NAME]\n"
+    "       antiphon bench data DIRECTORY [--split NAME] [--json]\n"
+    "       antiphon bench open DIRECTORY [--split NAME] [--json]      (on any number of ranks)\n"
     "       antiphon bench checkpoint DIRECTORY [--json]\n\n"
     "step        tokens/s of a training step on made-up latents, and the ratio of its time to that of its "
     "matrix\n"
     "            products alone; the model can be changed with --set model.width=1024 and so on\n"
     "data        streaming a latent set against reading and decompressing it with the same threads\n"
+    "open        what opening a latent set takes every rank, with the index that it has or without\n"
     "checkpoint  saving and loading in DIRECTORY against memcpy and zstd of the same bytes: the state of "
     "the\n"
     "            newest checkpoint there, or a made-up one\n",

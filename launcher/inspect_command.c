@@ -35,6 +35,20 @@ static core_status look_at_config(const char *path, bool deep) {
 
 static core_status look(const char *path, bool deep);
 
+/* The index of a split, where there is one. */
+static core_status check_index(const char *path) {
+  char parent[4096];
+  bool found = false;
+  snprintf(parent, sizeof parent, "%s", path);
+  for (size_t end = strlen(parent); end > 1 && parent[end - 1] == '/'; end--) parent[end - 1] = '\0';
+  char *slash = strrchr(parent, '/');
+  const char *split = slash ? slash + 1 : parent;
+  if (slash) *slash = '\0';
+  TRY(data_index_verify(slash ? parent : ".", split, &found));
+  if (found) printf("%s: its index says what the shards say\n", path);
+  return CORE_OK;
+}
+
 /* Shards, checkpoints and directories in it, by name. */
 static core_status look_at_directory(const char *path, bool deep) {
   struct dirent **list = NULL;
@@ -53,6 +67,7 @@ static core_status look_at_directory(const char *path, bool deep) {
   for (int i = 0; i < count; i++) free(list[i]);
   free(list);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  if (deep) TRY(check_index(path));
   CHECK(looked > 0, CORE_ERR_FORMAT, "%s holds neither latent shards nor checkpoints", path);
   return CORE_OK;
 }

@@ -8,9 +8,9 @@
 #include "launcher/launcher.h"
 #include "trainer/settings.h"
 
-static const launch_command *const commands[] = {&launch_train_command, &launch_eval_command,
-                                                 &launch_inspect_command, &launch_check_command,
-                                                 &launch_bench_command};
+static const launch_command *const commands[] = {
+    &launch_train_command, &launch_eval_command,  &launch_inspect_command, &launch_check_command,
+    &launch_bench_command, &launch_index_command, &launch_pack_command};
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
 core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out) {

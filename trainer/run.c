@@ -32,6 +32,7 @@ typedef struct run {
   data_stream *stream;
   data_position position;
   int64_t saved_step;        /* step of the newest checkpoint begun, -1 none */
+  bool save_due;             /* since a step when the writer was still at the save before */
   int64_t failures;          /* non-finite steps in a row */
   train_state_tensors saved; /* what the writer writes */
   ckpt_writer *writer;
@@ -101,7 +102,8 @@ static core_status load_tensors(run *r, ckpt_reader *reader) {
   train_state_tensors wanted;
   TRY(comm_agree(r->env->control, train_state_list(r->session->model, &r->session->stepper.alternation,
                                                    TRAIN_STATE_LOAD, &wanted)));
-  core_status status = ckpt_reader_load(reader, wanted.list, wanted.count);
+  core_status status = ckpt_reader_threads(reader, (int32_t)r->settings->checkpoint.threads);
+  if (status == CORE_OK) status = ckpt_reader_load(reader, wanted.list, wanted.count);
   train_state_free(&wanted);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   TRY(comm_agree(r->env->control, train_state_loaded(r->session->model)));
@@ -407,9 +409,12 @@ static bool evaluation_due(const run *r) {
 static core_status save_and_evaluate_when_due(run *r) {
   const train_settings *s = r->settings;
   int64_t step = r->env->step;
-  if (s->checkpoint.interval > 0 && step % s->checkpoint.interval == 0 && step < s->run.steps) {
-    if (ckpt_writer_busy(r->writer)) TRY(warn_save(r, r->saved_step, commit_save(r)));
-    TRY(warn_save(r, r->env->step, begin_save(r)));
+  if (s->checkpoint.interval > 0 && step % s->checkpoint.interval == 0) r->save_due = true;
+  if (r->save_due && step < s->run.steps) { /* the last step is saved when the run ends */
+    if (s->checkpoint.busy == TRAIN_BUSY_WAIT && ckpt_writer_busy(r->writer))
+      TRY(warn_save(r, r->saved_step, commit_save(r)));
+    r->save_due = ckpt_writer_busy(r->writer);
+    if (!r->save_due) TRY(warn_save(r, step, begin_save(r)));
   }
   if (evaluation_due(r)) TRY(evaluate(r, false));
   return CORE_OK;

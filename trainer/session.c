@@ -330,6 +330,11 @@ void train_session_close(train_session *session) {
 
 /* ---- standardisation ---- */
 
+static data_non_finite non_finite_policy(const train_session *session) {
+  return session->env.settings->data.non_finite == TRAIN_NON_FINITE_SKIP ? DATA_NON_FINITE_SKIP
+                                                                         : DATA_NON_FINITE_ERROR;
+}
+
 /* One step of a long measurement is done: the ranks that wait learn it, and the deadline begins anew. */
 static core_status step_done(void *session) {
   TRY(comm_agree(((train_session *)session)->env.control, CORE_OK));
@@ -339,7 +344,7 @@ static core_status step_done(void *session) {
 static core_status measure(train_session *session, int32_t m, double *shift, double *scale) {
   int64_t width = session->model->limits.width[m];
   int normalize = session->env.settings->data.modalities[m].normalize;
-  TRY(data_set_moments(session->training, m, step_done, session, shift, scale));
+  TRY(data_set_moments(session->training, m, non_finite_policy(session), step_done, session, shift, scale));
   double square = 0;
   for (int64_t d = 0; d < width; d++) square += (shift[d] * shift[d] + scale[d] * scale[d]) / (double)width;
   for (int64_t d = 0; d < width; d++) {
@@ -431,6 +436,7 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
                                  .threads = (int32_t)s->data.threads,
                                  .cache_bytes = s->data.cache << 20,
                                  .device = session->arenas.host_access ? NULL : session->env.ops->device,
+                                 .non_finite = non_finite_policy(session),
                                  .repeat = training};
   core_status status = data_stream_open(set, &options, out);
   free(range);

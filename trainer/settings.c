@@ -36,6 +36,7 @@ static const cyaml_strval_t rate_words[] = {
     {"constant", TRAIN_RATE_CONSTANT}, {"cosine", TRAIN_RATE_COSINE}, {"rsqrt", TRAIN_RATE_RSQRT}};
 static const cyaml_strval_t non_finite_words[] = {{"stop", TRAIN_NON_FINITE_STOP},
                                                   {"skip", TRAIN_NON_FINITE_SKIP}};
+static const cyaml_strval_t busy_words[] = {{"delay", TRAIN_BUSY_DELAY}, {"wait", TRAIN_BUSY_WAIT}};
 
 static const cyaml_strval_t kind_words[] = {{"tower", TRAIN_KIND_TOWER}, {"connector", TRAIN_KIND_CONNECTOR}};
 static const cyaml_strval_t match_words[] = {{"active", TRAIN_MATCH_ACTIVE}, {"total", TRAIN_MATCH_TOTAL}};
@@ -85,6 +86,7 @@ static const cyaml_schema_field_t data_fields[] = {
     TEXT("train", data_part_settings, train),
     TEXT("validation", data_part_settings, validation),
     CYAML_FIELD_INT("shuffle", NEEDED, data_part_settings, shuffle),
+    WORD("non_finite", data_part_settings, non_finite, non_finite_words),
     CYAML_FIELD_INT("threads", NEEDED, data_part_settings, threads),
     CYAML_FIELD_INT("queue", NEEDED, data_part_settings, queue),
     CYAML_FIELD_INT("cache", NEEDED, data_part_settings, cache),
@@ -187,6 +189,7 @@ static const cyaml_schema_field_t checkpoint_fields[] = {
     CYAML_FIELD_INT("keep_every", NEEDED, checkpoint_part, keep_every),
     CYAML_FIELD_INT("level", NEEDED, checkpoint_part, level),
     CYAML_FIELD_INT("threads", NEEDED, checkpoint_part, threads),
+    WORD("busy", checkpoint_part, busy, busy_words),
     CYAML_FIELD_END};
 
 typedef PART(evaluate) evaluate_part;
@@ -215,7 +218,8 @@ static const char defaults[] =
     "run: {directory: run, seed: 1, steps: 1000, device: auto, precision: float32, threads: 0, log: 10, "
     "deadline: 600,"
     " non_finite: stop, failures: 10}\n"
-    "data: {train: train, validation: validation, shuffle: 65536, threads: 1, queue: 2, cache: 256}\n"
+    "data: {train: train, validation: validation, shuffle: 65536, non_finite: stop, threads: 1, queue: 2,"
+    " cache: 256}\n"
     "model:\n  kind: tower\n  layers: 1\n  heads: 0\n"
     "  kv_heads: 0\n  head_width: 0\n  hidden: 0\n  embedding: 0\n  activation: swiglu\n"
     "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  dense: false\n  dense_match: active\n"
@@ -229,7 +233,7 @@ static const char defaults[] =
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1,"
     " frozen: []}\n"
-    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1}\n"
+    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay}\n"
     "evaluate: {interval: 0, batch: 256, at_end: true}\n";
 
 static const char modality_defaults[] =

@@ -34,6 +34,7 @@ typedef enum train_alternate {
 enum { TRAIN_MAX_DIRECTIONS = 64 };
 
 typedef enum train_non_finite { TRAIN_NON_FINITE_STOP, TRAIN_NON_FINITE_SKIP } train_non_finite;
+typedef enum train_busy { TRAIN_BUSY_DELAY, TRAIN_BUSY_WAIT } train_busy;
 
 typedef struct train_modality_settings {
   char *name;     /* as in the shards' file names */
@@ -65,6 +66,8 @@ typedef struct train_settings {
     char *path; /* directory of the splits */
     char *train, *validation;
     int64_t shuffle; /* samples of the shuffle buffer; 0: file order */
+    int non_finite;  /* train_non_finite: what a sample with NaN or infinity does; skip needs an index that
+                        lists  them, and takes the modality from the sample */
     int64_t threads; /* that decompress */
     int64_t queue;   /* batches read ahead */
     int64_t cache;   /* MiB of decompressed chunks */
@@ -132,6 +135,8 @@ typedef struct train_settings {
   } optimizer;
   struct {
     int64_t interval, keep, keep_every, level, threads;
+    int busy; /* train_busy: a save that falls due while the one before is still being written begins when
+                 that is done (delay), or training waits for it (wait) */
   } checkpoint;
   struct {
     int64_t interval; /* steps between evaluations; 0: only at the end */

@@ -65,6 +65,15 @@ static void every_so_many_are_kept(void **state) {
   run_close(&r);
 }
 
+/* A save that was delayed by the one before it counts for the multiple that it missed. */
+static void late_saves_are_kept_too(void **state) {
+  static const int64_t steps[] = {5, 12, 15, 23, 27, 38, 40};
+  run r = run_open(*state, "late", 1, 10);
+  for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) run_save(&r, steps[i]);
+  expect_names(&r, "step-00000012 step-00000023 step-00000038 step-00000040");
+  run_close(&r);
+}
+
 /* After going back past a damaged checkpoint, the damaged one must not push out the good one just written. */
 static void damaged_later_one_does_not_count(void **state) {
   run r = run_open(*state, "later", 1, 0);
@@ -226,6 +235,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(newest_are_kept),
       cmocka_unit_test(every_so_many_are_kept),
+      cmocka_unit_test(late_saves_are_kept_too),
       cmocka_unit_test(damaged_later_one_does_not_count),
       cmocka_unit_test(damaged_manifest_is_passed_over),
       cmocka_unit_test(leftovers_are_cleaned_and_others_left),

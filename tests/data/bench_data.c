@@ -8,21 +8,31 @@
 #include "core/random.h"
 #include "data_fixture.h"
 
-static int print_ratio(const char *name, const char *directory, const char *split,
-                       const char *const *modalities, int32_t count, int32_t threads) {
+static int print_ratio(const char *name, data_bench_options options) {
   data_bench_result result;
-  if (data_bench(directory, split, modalities, count, threads, 7, &result) != CORE_OK) {
+  options.rounds = 9;
+  if (data_bench(&options, &result) != CORE_OK) {
     (void)fprintf(stderr, "%s\n", core_error_get()->message);
     return 1;
   }
   const double mib = (double)result.decoded_bytes / 1048576;
   (void)printf(
-      "%-14s %d thread%s %7.1f MiB, %6.1f stored   limit %7.1f   stream %7.1f MiB/s   ratio %.3f   "
+      "%-14s %-8s %d thread%s %7.1f MiB, %6.1f stored   limit %7.1f   stream %7.1f MiB/s   ratio %.3f   "
       "in processor time %.3f\n",
-      name, threads, threads == 1 ? " " : "s", mib, (double)result.stored_bytes / 1048576,
-      mib / result.limit_seconds, mib / result.stream_seconds, result.limit_seconds / result.stream_seconds,
-      result.limit_processor_seconds / result.stream_processor_seconds);
+      name, options.shuffle_samples > 0 ? "shuffled" : "in order", options.threads,
+      options.threads == 1 ? " " : "s", mib, (double)result.stored_bytes / 1048576,
+      mib / result.limit_seconds, mib / result.stream_seconds, result.wall_ratio, result.processor_ratio);
+  (void)fflush(stdout);
   return 0;
+}
+
+static int print_ratios(const char *name, data_bench_options options) {
+  int failed = 0;
+  for (options.shuffle_samples = 0; options.shuffle_samples <= 1024 && !failed;
+       options.shuffle_samples += 1024)
+    for (options.threads = 1; options.threads <= 2 && !failed; ++options.threads)
+      failed = print_ratio(name, options);
+  return failed;
 }
 
 /* Normal numbers rounded to 6 bits of mantissa: they compress about as encoder outputs do. */
@@ -56,22 +66,22 @@ static int write_set(const char *directory, data_filter filter) {
 }
 
 int main(int count, char **arguments) {
-  const char *const names[] = {"none", "gzip", "shuffle+gzip", "zstd", "shuffle+zstd"};
+  const char *const names[] = {"checksum", "gzip", "shuffle+gzip", "zstd", "shuffle+zstd"};
   const char *const image[] = {"image"};
   int failed = 0;
-  if (count > 3) {
-    for (int32_t threads = 1; threads <= 2 && !failed; ++threads)
-      failed = print_ratio(arguments[2], arguments[1], arguments[2], (const char *const *)arguments + 3,
-                           count - 3, threads);
-    return failed;
-  }
+  if (count > 3)
+    return print_ratios(arguments[2], (data_bench_options){.directory = arguments[1],
+                                                           .split = arguments[2],
+                                                           .modalities = (const char *const *)arguments + 3,
+                                                           .modality_count = count - 3});
   for (int filter = DATA_FILTER_NONE; filter <= DATA_FILTER_SHUFFLE_ZSTD && !failed; ++filter) {
     char root[256], train[300];
     fixture_directory(root);
     (void)snprintf(train, sizeof train, "%s/train", root);
-    failed = write_set(train, (data_filter)filter);
-    for (int32_t threads = 1; threads <= 2 && !failed; ++threads)
-      failed = print_ratio(names[filter], root, "train", image, 1, threads);
+    failed = write_set(train, (data_filter)filter) ||
+             print_ratios(names[filter],
+                          (data_bench_options){
+                              .directory = root, .split = "train", .modalities = image, .modality_count = 1});
     fixture_remove(root);
   }
   return failed;

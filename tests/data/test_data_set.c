@@ -179,7 +179,7 @@ static void moments_are_exact(void **state) {
   data_set *set = fixture_open(&f, "train");
   for (int32_t m = 0; m < 3; ++m) {
     double mean[33], deviation[33];
-    assert_int_equal(data_set_moments(set, m, NULL, NULL, mean, deviation), CORE_OK);
+    assert_int_equal(data_set_moments(set, m, DATA_NON_FINITE_ERROR, NULL, NULL, mean, deviation), CORE_OK);
     for (int64_t c = 0; c < f.width[m]; ++c) {
       long double sum = 0, square = 0, count = 0;
       for (int pass = 0; pass < 2; ++pass)
@@ -198,7 +198,8 @@ static void moments_are_exact(void **state) {
     }
   }
   double none[1];
-  fixture_expect(data_set_moments(set, 3, NULL, NULL, none, none), CORE_ERR_ARGUMENT, "modality", NULL);
+  fixture_expect(data_set_moments(set, 3, DATA_NON_FINITE_ERROR, NULL, NULL, none, none), CORE_ERR_ARGUMENT,
+                 "modality", NULL);
   data_set_close(set);
   fixture_remove(f.directory);
 }
@@ -222,7 +223,7 @@ static void moments_far_from_zero(void **state) {
   f.modalities = 1;
   data_set *set = fixture_open(&f, "train");
   double mean = 0, deviation = 0;
-  assert_int_equal(data_set_moments(set, 0, NULL, NULL, &mean, &deviation), CORE_OK);
+  assert_int_equal(data_set_moments(set, 0, DATA_NON_FINITE_ERROR, NULL, NULL, &mean, &deviation), CORE_OK);
   assert_true(fabs(mean - 60000) < 1e-9);
   assert_true(fabs(deviation - 0.015625) < 1e-9);
   data_set_close(set);

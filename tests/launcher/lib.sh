@@ -216,7 +216,7 @@ data:
     - {name: text, length: 8}
 model: {width: 16, layers: 2, heads: 2, hidden: 24, embedding: 8, moe: {layers: all, experts: 4, group_samples: 2}}
 optimizer: {batch: 8, rate: 0.003, warmup: 2}
-checkpoint: {interval: 0, keep: 10}
+checkpoint: {interval: 0, keep: 10, busy: wait}
 evaluate: {batch: 16, at_end: false}
 END
 }
