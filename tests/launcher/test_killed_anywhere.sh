@@ -5,7 +5,7 @@
 . "$(dirname "$0")/lib.sh"
 
 kills=${KILLS:-32} seed=${SEED:-1} jobs=${JOBS:-3}
-last=34 # saved every 10 steps, evaluated every 7: never both at once
+last=54 # saved every 10 steps, evaluated every 7: never both at once
 sets="--set run.steps=$last --set checkpoint.interval=10 --set checkpoint.keep=2 --set evaluate.interval=7
   --set evaluate.at_end=true --set parallel.experts=2 --set run.deadline=5 --set run.directory=$work/run"
 slow=1:sleep=1:.tmp # saves take as long as several steps
@@ -62,15 +62,21 @@ expect_ended() { # rank
     fell=after # it had already left the job
     return 0
   fi
+  # A process that dies while it connects to mpirun can leave Open MPI 4 waiting for ever, before anything of ours runs.
+  if [ "$status" = hung ] && [ "$fell" = start-up ] && says 'PMIX ERROR: UNREACHABLE'; then
+    fell=connecting
+    return 0
+  fi
   [ "$status" != hung ] && [ $took -lt 8000 ] || fail "expected the others to end within 8 s, they took $took ms"
   expect_equal "ranks named" "$1 " "$(named)"
   alone || fail "expected no process to be left"
 }
 
 expect_same_end() {
+  newest=$(find "$work/run/checkpoints" -path '*/step-????????/manifest.json' 2>/dev/null | sort | tail -n 1)
   run 4 train "$CONFIG" $sets
   expect_status 0
-  [ "$fell" != evaluation ] || expect_text "$work/err" "resumed at step"
+  [ -z "$newest" ] || expect_text "$work/err" "resumed at step $(echo "$newest" | sed 's/.*step-0*\([0-9]*\).*/\1/')"
   expect_equal "content" "$WHOLE" "$(content "$(step_path "$work/run" $last)")"
   metrics "$work/run" "$work/got"
   expect_same_file "metrics" "$EXPECTED" "$work/got"
@@ -98,6 +104,7 @@ one_kill() { # rank milliseconds-or-phase
 
 # A share of the instants, by a process of its own: its lines are those with this remainder.
 if [ -n "${SHARE:-}" ]; then
+  limit=30
   while read -r rank when <&3; do
     one_kill "$rank" "$when"
   done 3<"$SHARE"
@@ -107,7 +114,7 @@ fi
 # ---- all of them ----
 
 prepare samples=45 absent=5
-"$MAKE_SET" directory="$work/data/validation" samples=1500 shards=1 first=5000
+"$MAKE_SET" directory="$work/data/validation" samples=800 shards=1 first=5000
 what="the undisturbed run"
 ANTIPHON_FAULT_FILE=$slow
 export ANTIPHON_FAULT_FILE
@@ -152,5 +159,6 @@ for each in start-up step save evaluation; do
   [ "$(count $each)" -gt 0 ] || fail "expected a kill in the phase $each"
 done
 [ "$(lines "$work/fell")" -ge "$kills" ] || fail "expected $kills kills"
+[ "$(count connecting)" -le $((1 + kills / 20)) ] || fail "mpirun hung $(count connecting) times"
 [ "$(count after)" -lt $((kills / 2)) ] || fail "expected most instants to hit a living rank"
 finish
