@@ -76,6 +76,15 @@ int64_t ckpt_writer_bytes(const ckpt_writer *writer); /* memory planned */
 /* Joins the thread; a save that was begun and not committed is abandoned (its .tmp removed). Local. */
 void ckpt_writer_destroy(ckpt_writer *writer);
 
+/* The name under which a directory of checkpoints shows its best one: a link to step-<NNNNNNNN> that
+ * retention leaves alone. It is a checkpoint's path like any other. */
+#define CKPT_BEST "best"
+
+/* Makes the published checkpoint of `step` the best one, atomically and durably: at any moment the name is
+ * the old one's or the new one's. Does nothing where it is already, or where no such step is published. Call
+ * it while no save is being committed, on one rank. ERR_IO. Local. */
+CORE_NODISCARD core_status ckpt_mark_best(const char *directory, int64_t step);
+
 /* ---- loading ---- */
 
 typedef struct ckpt_reader ckpt_reader;

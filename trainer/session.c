@@ -189,7 +189,7 @@ static kern_limits kernel_limits(const train_session *session, const train_model
   const train_model *model = session->model;
   const train_settings *s = session->env.settings;
   int64_t F = larger(model->F, s->model.moe.hidden),
-          width = larger(model->C, 2 * F * (s->model.dense ? train_dense_experts(s) : 1));
+          width = larger(model->C, 2 * F * (train_settings_dense(s) ? train_dense_experts(s) : 1));
   kern_limits k = {.experts = s->model.moe.experts, .heads = model->H, .threads = threads_of(&session->env)};
   width = larger(width, (model->H + 2 * model->G) * model->A);
   width = larger(width, larger(model->Z, s->evaluate.batch));
@@ -454,7 +454,7 @@ core_status train_session_counts(train_session *session, train_counts *out) {
   train_env *env = &session->env;
   const train_settings *s = env->settings;
   const train_parameters *set = &session->model->parameters;
-  int64_t counts[3] = {0, 0, 0}; /* all, of experts, frozen; each by its first holder */
+  int64_t counts[4] = {0, 0, 0, 0}; /* all, of experts, frozen, of own trunks; each by its first holder */
   for (int32_t scope = 0; scope < 2 + env->layout.modalities; scope++) {
     comm_group *group = scope == 0 ? env->world : scope == 1 ? env->replica : env->modality[scope - 2];
     if (!group || comm_rank(group) != 0) continue;
@@ -465,11 +465,26 @@ core_status train_session_counts(train_session *session, train_counts *out) {
       counts[0] += p->count;
       counts[1] += scope == 1 ? p->count : 0;
       counts[2] += p->frozen ? p->count : 0;
+      counts[3] += strncmp(p->name, "trunk.", 6) == 0 ? p->count : 0;
     }
   }
-  TRY(comm_all_reduce(env->world, COMM_SUM, CORE_INT64, counts, 3));
+  TRY(comm_all_reduce(env->world, COMM_SUM, CORE_INT64, counts, 4));
   out->frozen = counts[2];
   out->total = counts[0];
-  out->active = counts[0] - counts[1] + counts[1] / s->model.moe.experts * s->model.moe.choose;
+  out->active = counts[0] - counts[1] + counts[1] / s->model.moe.experts * s->model.moe.choose -
+                counts[3] / env->layout.modalities * (env->layout.modalities - 1);
+  return CORE_OK;
+}
+
+core_status train_session_arithmetic(const train_session *session, train_arithmetic *out) {
+  int64_t width[CORE_MAX_MODALITIES];
+  double tokens[CORE_MAX_MODALITIES];
+  for (int32_t m = 0; m < session->env.layout.modalities; m++) {
+    const data_modality_info *info = data_set_modality(any_set(session), m);
+    int64_t present = data_set_samples(any_set(session)) - info->absent;
+    width[m] = session->model->limits.width[m];
+    tokens[m] = present > 0 ? (double)info->tokens / (double)present : 0;
+  }
+  TRY(train_arithmetic_make(session->env.settings, width, tokens, out));
   return CORE_OK;
 }

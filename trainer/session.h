@@ -3,6 +3,7 @@
 #ifndef TRAIN_SESSION_H
 #define TRAIN_SESSION_H
 
+#include "trainer/arithmetic.h"
 #include "trainer/step.h"
 
 typedef enum train_purpose { TRAIN_PURPOSE_TRAIN, TRAIN_PURPOSE_EVALUATE } train_purpose;
@@ -45,11 +46,14 @@ CORE_NODISCARD core_status train_session_stream(train_session *session, data_set
                                                 const train_layout *layout, const data_position *start,
                                                 bool training, data_stream **out);
 
-/* Distinct parameters over all ranks, and those without the experts that a token does not pass. Collective.
- */
+/* Distinct parameters over all ranks, and those without the experts and trunks that a token does not pass.
+ * Collective. */
 typedef struct train_counts {
   int64_t total, active, frozen; /* frozen: of the total, changed by no step */
 } train_counts;
 CORE_NODISCARD core_status train_session_counts(train_session *session, train_counts *out);
+/* What the session's model costs, with the widths and mean lengths of its data. Free with
+ * train_arithmetic_free. Local. */
+CORE_NODISCARD core_status train_session_arithmetic(const train_session *session, train_arithmetic *out);
 
 #endif
