@@ -8,6 +8,13 @@
 
 typedef enum train_purpose { TRAIN_PURPOSE_TRAIN, TRAIN_PURPOSE_EVALUATE } train_purpose;
 
+/* A split that holds one modality alone, whatever others the model has. */
+typedef struct train_part_options {
+  const char *path, *split;
+  int32_t modality;
+} train_part_options;
+enum { TRAIN_MOST_PARTS = 2 };
+
 typedef struct train_session_options {
   const core_config *config; /* outlives the session */
   comm_world *comm;
@@ -15,12 +22,24 @@ typedef struct train_session_options {
   const char *data_path;        /* NULL: data.path of the configuration */
   const char *training_split;   /* NULL: none is opened */
   const char *evaluation_split; /* NULL: none */
+  train_part_options part[TRAIN_MOST_PARTS];
+  int32_t part_count;
+  const int64_t
+      *width; /* [M] of the latents that no split tells; NULL: a split with all modalities is opened */
 } train_session_options;
+
+typedef struct train_part {
+  const char *path, *split; /* borrowed from the options */
+  data_set *set;
+  int32_t modality;
+} train_part;
 
 typedef struct train_session {
   train_env env;
   train_purpose purpose;
   data_set *training, *evaluation; /* NULL where not opened */
+  train_part part[TRAIN_MOST_PARTS];
+  int32_t part_count;
   train_model *model;
   train_stepper stepper; /* training only */
   train_layout evaluation_layout;
@@ -45,6 +64,11 @@ train_memory train_session_memory(const train_session *session);
 CORE_NODISCARD core_status train_session_stream(train_session *session, data_set *set,
                                                 const train_layout *layout, const data_position *start,
                                                 bool training, data_stream **out);
+
+/* The same for a split of one modality: batches of evaluation_layout, of which this rank gets its share of
+ * that modality as the only part. */
+CORE_NODISCARD core_status train_session_part_stream(train_session *session, const train_part *part,
+                                                     data_stream **out);
 
 /* Distinct parameters over all ranks, and those without the experts and trunks that a token does not pass.
  * Collective. */

@@ -10,11 +10,15 @@ struct train_items;
 /* Sums over tokens that losses and health figures are made of, per MoE layer and modality; additive over
  * ranks and micro-batches. value: float64 [layers][M][3 + 2E] as kern_router_sums_count says; count: int64
  * [layers][M][2E + 2] = choices per expert before drops [E], after drops [E], tokens with a kept choice,
- * tokens. Forward passes add on the device; the host side is what the functions below read. */
+ * tokens; gate: core_real [layers][M][K] = sum of the k-th choice's gate. Forward passes add on the device;
+ * the host side is what the functions below read. */
 typedef struct train_moe_sums {
   int32_t layers, modalities;
   int64_t experts;
+  int64_t choices;           /* K */
   train_mirror value, count; /* a cell is a row */
+  train_mirror gate;         /* what forward passes add to; */
+  double *gate_sum;          /* the same over all ranks, on the host */
 } train_moe_sums;
 static inline int64_t train_moe_value_stride(const train_moe_sums *sums) {
   return kern_router_sums_count(sums->experts);
@@ -27,6 +31,13 @@ static inline double *train_moe_values(const train_moe_sums *sums, int64_t layer
 }
 static inline int64_t *train_moe_counts(const train_moe_sums *sums, int64_t layer, int64_t m) {
   return (int64_t *)sums->count.host + (layer * sums->modalities + m) * train_moe_count_stride(sums);
+}
+
+static inline double *train_moe_gates(const train_moe_sums *sums, int64_t layer, int64_t m) {
+  return sums->gate_sum + (layer * sums->modalities + m) * sums->choices;
+}
+static inline int64_t train_moe_gate_count(const train_moe_sums *sums) {
+  return (int64_t)sums->layers * sums->modalities * sums->choices;
 }
 
 /* Sets all sums and counts to zero. */

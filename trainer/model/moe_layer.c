@@ -25,12 +25,16 @@ static const double forbidden = -1e9;
 core_status train_moe_sums_clear(const train_env *env, const train_moe_sums *sums) {
   TRY(train_mirror_clear(env, &sums->value));
   TRY(train_mirror_clear(env, &sums->count));
+  TRY(train_mirror_clear(env, &sums->gate));
   return CORE_OK;
 }
 
 core_status train_moe_sums_down(const train_env *env, const train_moe_sums *sums) {
   TRY(train_mirror_down(env, &sums->value, sums->value.device.shape[0]));
   TRY(train_mirror_down(env, &sums->count, sums->count.device.shape[0]));
+  TRY(train_mirror_down(env, &sums->gate, sums->gate.device.shape[0]));
+  const core_real *gate = sums->gate.host;
+  for (int64_t i = 0; i < train_moe_gate_count(sums); i++) sums->gate_sum[i] = (double)gate[i];
   return CORE_OK;
 }
 
@@ -265,6 +269,7 @@ static core_status add_sums(train_model *model, train_moe *moe, core_tensor x) {
          noise_deviation(model, moe), cell(sums->value.device, at));
     KERN(env, router_count, of_modality(model, m, moe->choice), of_modality(model, m, moe->slot),
          cell(sums->count.device, at));
+    KERN(env, bias_bwd, of_modality(model, m, moe->gate), cell(sums->gate.device, at)); /* sums over rows */
   }
   return CORE_OK;
 }

@@ -134,10 +134,13 @@ static core_status plan_sums(train_model *model, const train_arenas *arenas) {
   sums->layers = model->moe_layers;
   sums->modalities = model->env->layout.modalities;
   sums->experts = model->env->settings->model.moe.experts;
+  sums->choices = model->env->settings->model.moe.choose;
   int64_t cells = (int64_t)sums->layers * sums->modalities;
   core_arena *arena = arenas->activations;
   TRY(train_mirror_plan(arenas, arena, CORE_FLOAT64, cells, train_moe_value_stride(sums), &sums->value));
   TRY(train_mirror_plan(arenas, arena, CORE_INT64, cells, train_moe_count_stride(sums), &sums->count));
+  TRY(train_mirror_plan(arenas, arena, CORE_REAL_DTYPE, cells, sums->choices, &sums->gate));
+  TRY(ARENA_TAKE(arenas->host, train_moe_gate_count(sums), &sums->gate_sum));
   return CORE_OK;
 }
 

@@ -30,11 +30,22 @@ double train_entropy(const double *values, int64_t count) {
   return entropy;
 }
 
-/* CV^2 = population variance / mean^2 of x, and weight times its derivative added to gradient. */
-static double squared_variation(const double *x, int64_t n, double weight, double *gradient) {
-  double mean = 0, variance = 0;
+static double moments(const double *x, int64_t n, double *variance) {
+  double mean = 0;
+  *variance = 0;
   for (int64_t i = 0; i < n; i++) mean += x[i] / (double)n;
-  for (int64_t i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean) / (double)n;
+  for (int64_t i = 0; i < n; i++) *variance += (x[i] - mean) * (x[i] - mean) / (double)n;
+  return mean;
+}
+
+double train_squared_variation(const double *values, int64_t count) {
+  double variance, mean = moments(values, count, &variance);
+  return mean > 0 ? variance / (mean * mean) : 0;
+}
+
+/* CV^2 of x, and weight times its derivative added to gradient. */
+static double squared_variation(const double *x, int64_t n, double weight, double *gradient) {
+  double variance, mean = moments(x, n, &variance);
   if (mean <= 0) return 0;
   for (int64_t i = 0; i < n; i++)
     gradient[i] += weight * 2 / ((double)n * mean * mean) * (x[i] - mean - variance / mean);
