@@ -39,6 +39,7 @@ typedef struct ckpt_options {
   int32_t level;         /* zstd; 0: 1 */
   int32_t threads;       /* that compress; 0: 1 */
   int64_t keep_every;    /* steps divisible by this are never removed; 0: none */
+  int64_t spare;         /* this step is not removed either; 0: none */
 } ckpt_options;
 
 /* ---- saving ---- */
@@ -72,6 +73,8 @@ typedef struct ckpt_figures {
   int64_t raw_bytes, stored_bytes;
 } ckpt_figures;
 void ckpt_writer_figures(const ckpt_writer *writer, ckpt_figures *out);
+/* From now on `step` is the one that retention spares. Local, rank 0's counts. */
+void ckpt_writer_spare(ckpt_writer *writer, int64_t step);
 int64_t ckpt_writer_bytes(const ckpt_writer *writer); /* memory planned */
 /* Joins the thread; a save that was begun and not committed is abandoned (its .tmp removed). Local. */
 void ckpt_writer_destroy(ckpt_writer *writer);

@@ -289,7 +289,7 @@ core_status ckpt_retain(const ckpt_options *options, int64_t newest) {
     /* Later steps are of a run that went back to before them: damaged, or about to be saved again. They must
      * not count, or they would push out what was just published. */
     if (p->kind != CKPT_PUBLISHED || !p->manifest || p->step > newest) continue;
-    if (kept++ < options->keep || p->step == best) continue;
+    if (kept++ < options->keep || p->step == best || (p->step > 0 && p->step == options->spare)) continue;
     if (options->keep_every > 0 && p->step % options->keep_every == 0) continue;
     remove_place(options->directory, p);
   }

@@ -17,6 +17,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/stop.h"
+#include "trainer/health.h"
 #include "trainer/metrics.h"
 #include "trainer/session.h"
 #include "trainer/state.h"
@@ -239,6 +240,7 @@ static core_status start_or_resume(run *r, const char *resume, const char *from)
   if (status == CORE_OK)
     status = comm_broadcast(r->env->control, 0, &own, sizeof own); /* one answer for all */
   if (own) r->saved_step = r->env->step;
+  if (own && r->settings->checkpoint.keep_best) ckpt_writer_spare(r->writer, r->stopping.best_step);
   if (own) mark_best(r); /* a crash may have come between publishing and marking */
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
@@ -317,6 +319,7 @@ static void adapt_schedule(run *r, const train_retrieval *result) {
 static core_status follow(run *r, double recall) {
   bool best = train_early_stopping_observe(&r->stopping, r->env->step, recall);
   if (!best || !r->settings->checkpoint.keep_best) return CORE_OK;
+  ckpt_writer_spare(r->writer, r->env->step); /* also where it cannot be marked */
   if (r->saved_step != r->env->step) {
     if (ckpt_writer_busy(r->writer)) TRY(warn_save(r, r->saved_step, commit_save(r)));
     TRY(warn_save(r, r->env->step, begin_save(r)));
@@ -348,6 +351,7 @@ static core_status evaluate(run *r, bool table) {
       if (train_metrics_evaluation(r->metrics, r->env->step, result) != CORE_OK)
         LOG_WARNING("the evaluation is not in the metrics: %s", core_error_get()->message);
       if (table) train_retrieval_print(result, r->settings, stdout);
+      if (table) train_health_print(&r->session->model->sums, r->settings, stdout);
     }
   }
   free(result);
