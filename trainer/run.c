@@ -317,11 +317,14 @@ static void adapt_schedule(run *r, const train_retrieval *result) {
 
 /* The best step must have a checkpoint: begun already where this is a step that is saved. */
 static core_status follow(run *r, double recall) {
+  bool keeps = r->settings->checkpoint.keep_best;
+  /* an older save, perhaps of the best so far, is published and marked before another is the best */
+  if (keeps && ckpt_writer_busy(r->writer) && r->saved_step != r->env->step)
+    TRY(warn_save(r, r->saved_step, commit_save(r)));
   bool best = train_early_stopping_observe(&r->stopping, r->env->step, recall);
-  if (!best || !r->settings->checkpoint.keep_best) return CORE_OK;
+  if (!best || !keeps) return CORE_OK;
   ckpt_writer_spare(r->writer, r->env->step); /* also where it cannot be marked */
   if (r->saved_step != r->env->step) {
-    if (ckpt_writer_busy(r->writer)) TRY(warn_save(r, r->saved_step, commit_save(r)));
     TRY(warn_save(r, r->env->step, begin_save(r)));
   } else if (!ckpt_writer_busy(r->writer)) {
     mark_best(r);

@@ -42,7 +42,7 @@ static const char config_text[] =
     "optimizer: {batch: 8}\n"
     "evaluate: {batch: 7}\n";
 
-enum { ITEMS = 64, PROMPTS = 23 };
+enum { ITEMS = 64, PROMPTS = 40 };
 
 static int64_t rows_of(int64_t sample, int32_t m) {
   (void)m;
@@ -62,11 +62,12 @@ static core_status write_split(const char *root, const char *split, int32_t m, i
   for (int64_t s = 0; s < samples; s++) {
     float latent[3 * 5];
     for (int i = 0; i < 15; i++) latent[i] = (float)sin((double)(s * 37 + i * 11 + m * 5));
-    /* eight classes with gaps between their numbers; some items have no label */
+    /* eight classes with gaps between their numbers, and with 1 to 10 prompts; some items have no label */
+    int64_t class = m == 1 && s >= 16 ? s % 3 : s % 8;
     data_sample sample = {.id = (uint64_t)(s + 1),
                           .latent = latent,
                           .rows = rows_of(s, m),
-                          .label = m == 0 && s % 13 == 5 ? -1 : (int32_t)(10 * (s % 8) + 3)};
+                          .label = m == 0 && s % 13 == 5 ? -1 : (int32_t)(10 * class + 3)};
     TRY(data_writer_add(writer, &sample));
   }
   TRY(data_writer_close(writer));
