@@ -42,7 +42,7 @@ static const char config_text[] =
     "optimizer: {batch: 8}\n"
     "evaluate: {batch: 7}\n";
 
-enum { ITEMS = 64, PROMPTS = 40 };
+enum { ITEMS = 208, PROMPTS = 40 };
 
 static int64_t rows_of(int64_t sample, int32_t m) {
   (void)m;
@@ -61,7 +61,7 @@ static core_status write_split(const char *root, const char *split, int32_t m, i
   TRY(data_writer_open(&options, &writer));
   for (int64_t s = 0; s < samples; s++) {
     float latent[3 * 5];
-    for (int i = 0; i < 15; i++) latent[i] = (float)sin((double)(s * 37 + i * 11 + m * 5));
+    for (int i = 0; i < 15; i++) latent[i] = (float)(4 * sin((double)(s * s * 37 + i * i * 11 + m * 5)));
     /* eight classes with gaps between their numbers, and with 1 to 10 prompts; some items have no label */
     int64_t class = m == 1 && s >= 16 ? s % 3 : s % 8;
     data_sample sample = {.id = (uint64_t)(s + 1),
@@ -127,12 +127,15 @@ static void classes_are_those_of_the_definition(void **state) {
                                    .width = width};
   assert_ok(train_session_open(&options, &session));
   for (int m = 0; m < 2; m++)
-    for (int i = 0; i < 5; i++) ((core_real *)session->model->connector[m].scale.host)[i] = 1;
+    for (int i = 0; i < 5; i++) {
+      ((core_real *)session->model->connector[m].shift.host)[i] = 0;
+      ((core_real *)session->model->connector[m].scale.host)[i] = 1;
+    }
   assert_ok(train_state_loaded(session->model));
   assert_ok(train_zero_shot_run(session, &result));
   assert_int_equal(result.prompts, PROMPTS);
   assert_int_equal(result.classes, 8);
-  assert_int_equal(result.unlabelled, 5);
+  assert_int_equal(result.unlabelled, 16);
   assert_int_equal(result.items + result.absent + result.unlabelled, ITEMS);
   expect_by_hand(session, &result);
   train_session_close(session);
