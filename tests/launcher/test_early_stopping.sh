@@ -137,6 +137,37 @@ expect_equal "the last step" "$((end + 10))" "$(steps_of "$work/run" | awk '{pri
 [ -L "$work/run/checkpoints/best" ] || fail "expected a best checkpoint"
 grep -q "stopping early" "$work/err" && fail "stopped early"
 
+# ---- a connector whose alternation follows the same evaluations ----
+
+cat >"$work/connector.yaml" <<END
+run: {directory: $work/connector, seed: 7, steps: 400, log: 50, deadline: 60, threads: 1,
+  early_stopping: {patience: 4, min_delta: 0.02}}
+data: {path: $work/data, shuffle: 16, cache: 8, modalities: [{name: image, positions: none}, {name: text, positions: none}]}
+model: {kind: connector, width: 16, embedding: 8, activation: gelu, moe: {experts: 4, choose: 2, hidden: 24, noise: 0}}
+objective: {directions: ["image:text", "text:image"], importance: 0, load: 0, z: 0}
+schedule: {alternate: adaptive}
+optimizer: {batch: 8, rate: 0.003, schedule: constant, warmup: 2}
+checkpoint: {interval: 0, keep: 1, keep_best: true}
+evaluate: {interval: 5, batch: 16, at_end: false}
+END
+what="a connector ends early"
+run 1 train "$work/connector.yaml"
+expect_status 0
+expect_text "$work/err" "stopping early at step"
+metrics "$work/connector" "$work/straight"
+end=$(steps_of "$work/connector" | awk '{print $NF}') top=$(best_of "$work/connector")
+[ "$top" -lt "$end" ] && [ "$end" -lt 400 ] || fail "expected an end after the best step $top and before 400, got $end"
+for at in 3 "$top" $((end - 6)) $((end - 5)); do
+  what="a connector interrupted at step $at"
+  rm -rf "$work/connector"
+  run 1 train "$work/connector.yaml" --set run.steps="$at"
+  run 1 train "$work/connector.yaml"
+  expect_status 0
+  metrics "$work/connector" "$work/again"
+  expect_same_file "metrics" "$work/straight" "$work/again"
+  expect_equal "the best step" "$top" "$(best_of "$work/connector")"
+done
+
 what="what needs evaluations says so"
 run 1 train "$work/config.yaml" --set run.early_stopping.patience=2
 expect_status 1
