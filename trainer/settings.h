@@ -48,7 +48,7 @@ typedef struct train_modality_settings {
   int normalize;  /* train_normalize: latents before the connector */
   double local;   /* weight of the local entropy loss */
   double global;  /* weight of the global entropy loss */
-  double experts; /* S_m, the soft minimum of experts; 0: no global loss */
+  double experts; /* S_m, the soft minimum of experts, at most those it may choose; 0: no global loss */
   int64_t ranks;  /* of each expert group, with placement partitioned; 0: by cost */
 } train_modality_settings;
 

@@ -232,7 +232,6 @@ static core_status check_baselines(const core_config *config, const train_settin
                               "a step of a connector has tokens of one modality: expected none");
   for (unsigned m = 0; m < s->data.modalities_count; m++) {
     int64_t first, count;
-    char key[160];
     train_settings_expert_share(s, (int32_t)m, &first, &count);
     if (count < s->model.moe.choose)
       return core_config_refuse(
@@ -240,13 +239,6 @@ static core_status check_baselines(const core_config *config, const train_settin
           "'%s' gets %lld of the %lld experts, fewer than the %lld that a token chooses",
           s->data.modalities[m].name, (long long)count, (long long)s->model.moe.experts,
           (long long)s->model.moe.choose);
-    snprintf(key, sizeof key, "data.modalities.%.96s.experts", s->data.modalities[m].name);
-    if (s->data.modalities[m].experts > (double)count)
-      return core_config_refuse(
-          config, key,
-          "a soft minimum of %.10g experts is more than the %lld that are the modality's "
-          "under model.moe.partition",
-          s->data.modalities[m].experts, (long long)count);
   }
   return CORE_OK;
 }

@@ -181,7 +181,7 @@ def cases():
         model={"trunks": "per_modality", "activation": "gelu", "kv_heads": 2,
                "moe": {"layers": "second half", "choose": 2}})
     yield "partition", 9, case(
-        data={"modalities": [modality("image", local=0.1, experts=4.0, **{"global": 0.4}),
+        data={"modalities": [modality("image", local=0.1, experts=6.0, **{"global": 0.4}),
                              modality("text", local=0.2), modality("audio", experts=3.5, **{"global": 0.3})]},
         model={"moe": {"partition": "modality", "experts": 12, "choose": 2, "noise": 1.0,
                        "dispatch": "capacity", "capacity": "1.5"}})

@@ -339,7 +339,9 @@ class Tower:
                 losses["local"] += settings["local"] * layer[m][2] / tokens
                 if settings["experts"] > 0:
                     mean = mean[mean > 0]
-                    hinge = math.log(settings["experts"]) + (mean * mean.log()).sum()
+                    M = len(self.modalities)
+                    own = (m + 1) * E // M - m * E // M if self.moe.get("partition") == "modality" else E
+                    hinge = math.log(min(settings["experts"], own)) + (mean * mean.log()).sum()
                     losses["global"] += settings["global"] * torch.clamp(hinge, min=0)
         return losses
 

@@ -189,6 +189,18 @@ static const ready list[] = {
     {"h14", 32, 1280, 5120, 12, 32, 256, 32000.0 * 1280, 5.6, 0.675, 0.055, 0.0051},
 };
 
+/* Every baseline is one key away. */
+static void expect_baselines(const char *path) {
+  static const char *const keys[] = {"model.dense=true", "model.trunks=per_modality",
+                                     "model.moe.partition=modality"};
+  for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+    core_config *config = NULL;
+    assert_ok(core_config_load(train_settings_spec(), path, NULL, &keys[i], 1, &config));
+    assert_ok(train_settings_check(config, 32));
+    core_config_destroy(config);
+  }
+}
+
 static void ready_configurations_have_the_published_sizes(void **state) {
   (void)state;
   for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
@@ -222,6 +234,7 @@ static void ready_configurations_have_the_published_sizes(void **state) {
     }
     train_arithmetic_free(&a);
     core_config_destroy(config);
+    expect_baselines(path);
   }
 }
 

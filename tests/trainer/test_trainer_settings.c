@@ -142,8 +142,6 @@ static const bad_value bad_values[] = {
     {1, "model.trunks=two", NULL, "one of: shared, per_modality"},
     {1, "model.moe.partition=modality", "model.moe.choose=5",
      "model.moe.partition: 'image' gets 4 of the 8 experts, fewer than the 5"},
-    {1, "model.moe.partition=modality", "data.modalities.text.experts=4.5",
-     "data.modalities.text.experts: a soft minimum of 4.5 experts is more than the 4"},
     {1, "evaluate.batch=0", NULL, "evaluate.batch"},
     {1, "data.modalities.text.hidden=-1", NULL, "data.modalities.text.hidden"},
     {1, "data.modalities.text.length=0", NULL, "data.modalities.text.length"},

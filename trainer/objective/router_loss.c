@@ -91,7 +91,9 @@ static void entropy_losses(train_router_objective *objective, const train_moe_su
   out->local += s->local * value[2] / tokens;
   weights[2] = s->local / tokens;
   if (s->global <= 0) return;
-  double missing = log(s->experts) - train_entropy(value + 3, E);
+  int64_t first, own; /* a baseline that divides the experts is one key: S_m follows */
+  train_settings_expert_share(objective->env->settings, m, &first, &own);
+  double missing = log(fmin(s->experts, (double)own)) - train_entropy(value + 3, E);
   if (missing <= 0) return;
   out->global += s->global * missing;
   for (int64_t e = 0; e < E; e++) {
