@@ -26,11 +26,12 @@ typedef struct launch_arguments {
   const char *override[LAUNCH_MOST_OVERRIDES]; /* --set */
   int32_t override_count;
   const char *resume, *split, *from;
+  const char *zero_shot, *items, *prompts, *capacity; /* of eval */
   bool help, json;
 } launch_arguments;
 
-/* Reads options every subcommand knows (--help, --set, --resume, --split, --json). ERR_USAGE for anything
- * else beginning with '-', and for too many positional arguments. */
+/* Reads the options of all subcommands (--help, --set, --resume, --split, --json, ...). ERR_USAGE for
+ * anything else beginning with '-', and for too many positional arguments. */
 CORE_NODISCARD core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out);
 /* Prints the record for a person: the message, then what to do; frames with ANTIPHON_TRACE=1. Rank 0 speaks
  * for all when `agreed`. Returns the exit status. */

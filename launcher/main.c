@@ -13,21 +13,31 @@ static const launch_command *const commands[] = {
     &launch_bench_command, &launch_index_command, &launch_pack_command};
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
+/* Where the value of an option goes; NULL: it has none, or is not one of ours. */
+static const char **value_of(launch_arguments *out, const char *word) {
+  const struct {
+    const char *name, **value;
+  } options[] = {{"--resume", &out->resume},       {"--split", &out->split},
+                 {"--from", &out->from},           {"--items", &out->items},
+                 {"--zero-shot", &out->zero_shot}, {"--prompts", &out->prompts},
+                 {"--capacity", &out->capacity}};
+  for (size_t i = 0; i < sizeof options / sizeof *options; i++)
+    if (strcmp(word, options[i].name) == 0) return options[i].value;
+  return NULL;
+}
+
 core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out) {
   memset(out, 0, sizeof *out);
   for (int i = 1; i < argc; i++) {
     const char *word = argv[i];
-    bool takes_value = strcmp(word, "--set") == 0 || strcmp(word, "--resume") == 0 ||
-                       strcmp(word, "--split") == 0 || strcmp(word, "--from") == 0;
-    if (takes_value) {
+    const char **value = value_of(out, word);
+    bool sets = strcmp(word, "--set") == 0;
+    if (value || sets) {
       CHECK(i + 1 < argc, CORE_ERR_USAGE, "%s needs a value", word);
-      const char *value = argv[++i];
-      CHECK(word[2] != 's' || word[3] != 'e' || out->override_count < LAUNCH_MOST_OVERRIDES, CORE_ERR_USAGE,
-            "more than %d --set", LAUNCH_MOST_OVERRIDES);
-      if (strcmp(word, "--set") == 0) out->override[out->override_count++] = value;
-      if (strcmp(word, "--resume") == 0) out->resume = value;
-      if (strcmp(word, "--split") == 0) out->split = value;
-      if (strcmp(word, "--from") == 0) out->from = value;
+      CHECK(!sets || out->override_count < LAUNCH_MOST_OVERRIDES, CORE_ERR_USAGE, "more than %d --set",
+            LAUNCH_MOST_OVERRIDES);
+      if (sets) value = &out->override[out->override_count++];
+      *value = argv[++i];
     } else if (strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0) {
       out->help = true;
     } else if (strcmp(word, "--json") == 0) {
