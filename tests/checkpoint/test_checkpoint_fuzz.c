@@ -20,6 +20,12 @@ static bool fuzz_goes_on(int64_t round, double start) {
   return round < FUZZ && core_clock_now() - start < FUZZ_SECONDS;
 }
 
+/* What was done, where there is no fixed number. */
+static void fuzz_report(const char *what, int64_t rounds, double start) {
+  print_message("%s: %lld mutations in %.1f s\n", what, (long long)rounds, core_clock_now() - start);
+  assert_true(rounds > 0);
+}
+
 static uint64_t pick(uint64_t *draw, uint64_t below) {
   return core_random_below(SEED, core_random_stream(CORE_RANDOM_TEST, 4, 0), (*draw)++, below);
 }
@@ -84,7 +90,8 @@ static void mutated_manifests(void **state) {
   size_t tail = strlen(",\n\"hash\":\"0123456789abcdef\"}\n");
   char *text = malloc(v.manifest_count + 4096);
   double start = core_clock_now();
-  for (int64_t i = 0; fuzz_goes_on(i, start); i++) {
+  int64_t i = 0;
+  for (; fuzz_goes_on(i, start); i++) {
     memcpy(text, v.manifest, v.manifest_count);
     size_t count = mutate(text, v.manifest_count - tail, &draw);
     if (i % 8 != 0) count = seal(text, count);
@@ -92,6 +99,7 @@ static void mutated_manifests(void **state) {
     if (ckpt_verify(v.path, NULL) == CORE_OK) parsed++;
     (void)victim_load(&v);
   }
+  fuzz_report("manifests", i, start);
   victim_restore(&v);
   EXPECT_OK(victim_load(&v));
   assert_true(parsed > 0); /* edits of meta leave it sound: the hashes were put right */
@@ -105,7 +113,8 @@ static void every_mutation_is_found(void **state) {
   uint64_t draw = 1u << 29;
   char *bytes = malloc(v.manifest_count + v.rank_count + 4096);
   double start = core_clock_now();
-  for (int64_t i = 0; fuzz_goes_on(i, start); i++) {
+  int64_t i = 0;
+  for (; fuzz_goes_on(i, start); i++) {
     bool manifest = pick(&draw, 2) == 0;
     const char *path = manifest ? v.manifest_path : v.rank_path, *before = manifest ? v.manifest : v.rank;
     size_t all = manifest ? v.manifest_count : v.rank_count;
@@ -117,6 +126,7 @@ static void every_mutation_is_found(void **state) {
     assert_true((victim_load(&v) == CORE_OK) == same);
     spit(path, before, all);
   }
+  fuzz_report("any file", i, start);
   free(bytes);
   victim_free(&v);
 }
@@ -199,7 +209,8 @@ static void mutated_rank_files(void **state) {
   uint64_t draw = 1u << 30;
   char *bytes = malloc(v.rank_count);
   double start = core_clock_now();
-  for (int64_t i = 0; fuzz_goes_on(i, start); i++) {
+  int64_t i = 0;
+  for (; fuzz_goes_on(i, start); i++) {
     memcpy(bytes, v.rank, v.rank_count);
     for (uint64_t edits = 1 + pick(&draw, 3); edits > 0; edits--) {
       size_t at = pick(&draw, v.rank_count);
@@ -211,6 +222,7 @@ static void mutated_rank_files(void **state) {
     /* The elements have hashes of their own: wrong data cannot come out, whatever was put right. */
     assert_int_equal(victim_load(&v) == CORE_OK, sound);
   }
+  fuzz_report("rank files", i, start);
   victim_restore(&v);
   EXPECT_OK(victim_load(&v));
   free(bytes);

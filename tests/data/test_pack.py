@@ -7,7 +7,9 @@ Needs numpy and h5py; exits with 77 (skipped) and the reason where they are miss
 """
 
 import os
+import pty
 import random
+import re
 import signal
 import struct
 import json
@@ -305,6 +307,108 @@ class Interrupted(Folder):
         self.assertFalse([n for n in os.listdir(self.at("out")) if n.endswith(".part")])
         self.assertEqual(subprocess.run(self.command(self.at("out")), stdout=subprocess.DEVNULL).returncode, 0)
         self.assertEqual(sum(read_split(self.at("out"), "image")["shards"]), 8000)
+
+
+def stored(path):
+    """What a shard stores: attributes, and of every column its form and its chunks as they lie there. HDF5 notes the time
+    of writing beside them, which is the only other thing that differs between two files."""
+    with h5py.File(path, "r") as f:
+        out = {"attributes": {key: as_text(f.attrs[key]) for key in f.attrs}}
+        for name, column in f.items():
+            plist, chunks = column.id.get_create_plist(), []
+            filters = [plist.get_filter(i)[:3] for i in range(plist.get_nfilters())]
+            for i in range(column.id.get_num_chunks()):
+                chunk = column.id.get_chunk_info(i)
+                chunks.append((chunk.chunk_offset, chunk.byte_offset, column.id.read_direct_chunk(chunk.chunk_offset)))
+            out[name] = (str(column.dtype), column.shape, column.chunks, filters, chunks)
+    return out, os.path.getsize(path)
+
+
+class InterruptedSet(Folder):
+    """A set rewritten by --from-set, and ended in the middle."""
+    SHARDS = 24
+
+    def setUp(self):
+        super().setUp()
+        for modality, width in (("image", 48), ("text", 24)):
+            latent, offset = self.ragged(3600, width, "f4")
+            writer = export.ShardWriter(self.at("set", "train"), modality, encoder="enc", width=width, samples_per_shard=900,
+                                        filter="none")
+            for i in range(3600):
+                writer.append(5000 + i, latent[offset[i]:offset[i + 1]], label=i % 7 - 1)
+            writer.close()
+        self.good(*self.command("whole")[1:])
+
+    def command(self, out):
+        return [ANTIPHON, "pack", "--from-set", self.at("set"), "--to", self.at(out), "--filter", "shuffle+gzip", "--level", "9",
+                "--samples-per-shard", "150", "--threads", "2"]
+
+    def there(self, out, modality):
+        folder = self.at(out, "train")
+        return [n for n in os.listdir(folder) if n.startswith(modality) and n.endswith(".h5")] if os.path.isdir(folder) else []
+
+    def begin(self, out, modality, shards, **pipes):
+        """A process that has just finished so many shards of a modality; each file operation takes it 2 ms more."""
+        slow = dict(os.environ, ANTIPHON_FAULT_FILE="1:sleep=2:-0")
+        process = subprocess.Popen(self.command(out), stdout=subprocess.DEVNULL, env=slow, **pipes)
+        while len(self.there(out, modality)) < shards and process.poll() is None:
+            time.sleep(0.0005)
+        return process
+
+    def finish(self, out, kept):
+        """The same command goes on and leaves the shards of one that nobody ended, byte for byte."""
+        said = self.good(*self.command(out)[1:])
+        found = re.findall(r"(image|text), %d shards \((\d+) were there\)" % self.SHARDS, said)
+        self.assertEqual({modality: int(count) for modality, count in found}, kept)
+        names = sorted(os.listdir(self.at("whole", "train")))
+        self.assertEqual(len(names), 2 * self.SHARDS)
+        self.assertEqual(sorted(os.listdir(self.at(out, "train"))), names)
+        for name in names:
+            self.assertTrue(stored(self.at("whole", "train", name)) == stored(self.at(out, "train", name)), name)
+
+    def test_killed(self):
+        for modality, shards in (("image", 1), ("image", 11), ("text", 5)):
+            out = "killed-%s-%d" % (modality, shards)
+            process = self.begin(out, modality, shards)
+            process.send_signal(signal.SIGKILL)
+            self.assertEqual(process.wait(), -signal.SIGKILL)
+            kept = {name: len(self.there(out, name)) for name in ("image", "text")}
+            self.assertTrue(shards <= kept[modality] < self.SHARDS, kept)
+            self.finish(out, kept)
+
+    def test_asked_to_stop(self):
+        for modality, shards, number in (("image", 2, signal.SIGTERM), ("text", 9, signal.SIGUSR1)):
+            out = "stopped-%s" % modality
+            process = self.begin(out, modality, shards, stderr=subprocess.PIPE)
+            process.send_signal(number)
+            err = process.communicate()[1].decode()
+            self.assertEqual(process.returncode, 75, err)
+            kept = {name: len(self.there(out, name)) for name in ("image", "text")}
+            self.assertTrue(shards <= kept[modality] < self.SHARDS, kept)
+            self.assertIn("stopped on request with %d of %d shards; the same command goes on" % (kept[modality], self.SHARDS), err)
+            self.assertFalse([n for n in os.listdir(self.at(out, "train")) if not n.endswith(".h5")])
+            self.finish(out, kept)
+
+    def test_progress_on_a_terminal(self):
+        ours, its = pty.openpty()
+        process = subprocess.Popen(self.command("watched"), stdout=subprocess.PIPE, stderr=its)
+        os.close(its)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:     # the other end is closed
+                break
+            if not piece:
+                break
+            shown += piece
+        os.close(ours)
+        said = process.communicate()[0].decode()
+        self.assertEqual(process.returncode, 0, shown)
+        for modality in ("image", "text"):
+            counts = [int(n) for n in re.findall(r"%s: (\d+) of %d shards" % (modality, self.SHARDS), shown.decode())]
+            self.assertEqual(counts, list(range(1, self.SHARDS + 1)))
+        self.assertIn("text, %d shards (0 were there)" % self.SHARDS, said)
 
 
 class Index(Folder):

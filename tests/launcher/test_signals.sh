@@ -74,84 +74,135 @@ expect_status 0
 expect_text "$work/err" "resumed at step $at"
 expect_steps "$work/run" $((at + 3))
 
-# ---- in start-up: at once, and while the latents are measured ----
+# ---- in each phase: start-up, saving, evaluation ----
+#
+# Before the command catches them, a signal ends it as it ends any process; from then on the status is 75 and a new
+# start comes to the end of a run that was not stopped. What is stopped is what has lasted longest: the set to be
+# measured is large, saving is slow, there is much to evaluate.
 
-for delay in 0.005 0.02 0.04 0.06 0.1; do
-  what="SIGTERM $delay s after the start"
-  rm -rf "$work/run"
-  start 1 train "$work/config.yaml" $sets
-  until_true 10 test -f "$work/pid.0"
-  sleep $delay
-  kill -TERM "$(pid 0)"
-  wait_job
-  # 143: it was still the shell that starts the command, or the command had not begun.
-  if [ "$status" != 143 ]; then
-    expect_status 75
-    grep -q 'error: ' "$work/err" && fail "expected no error message on a stop that was asked for"
-    run 1 train "$work/config.yaml" $sets
-    expect_status 0
-    expect_steps "$work/run" $last
-    expect_equal "content" "$(content "$(step_path "$work/straight1" $last)")" \
-      "$(content "$(step_path "$work/run" $last)")"
-  fi
-done
-
-what="SIGTERM in start-up, 2 ranks"
-rm -rf "$work/run"
 "$MAKE_SET" directory="$work/large/train" samples=6000 shards=1 rows=40 image=64 text=64
-cp -r "$work/data/validation" "$work/large/validation"
-large="--set data.path=$work/large --set parallel.experts=2 --set data.modalities.image.positions=rope
-  --set data.modalities.text.positions=rope --set run.steps=4"
-start 2 train "$work/config.yaml" $large
-until_true 30 test -e "$work/run/log.txt" || fail "expected the run directory to be taken"
-kill -TERM "$(pid 1)"
-wait_job
-expect_status 75
-grep -q 'error: ' "$work/err" && fail "expected no error message on a stop that was asked for"
-run 2 train "$work/config.yaml" $large
-expect_status 0
-expect_steps "$work/run" 4
+"$MAKE_SET" directory="$work/large/validation" samples=40 shards=1 first=5000 image=64 text=64
+"$MAKE_SET" directory="$work/held-out/validation" samples=8000 shards=1 first=5000
+cp -r "$work/data/train" "$work/held-out/train"
+settings_of() { # phase
+  case $1 in
+    start-up)
+      echo "--set data.path=$work/large --set run.steps=4 --set data.modalities.image.positions=rope" \
+        "--set data.modalities.text.positions=rope"
+      ;;
+    saving) echo "--set run.steps=30 --set checkpoint.interval=10" ;;
+    evaluation)
+      echo "--set data.path=$work/held-out --set run.steps=12 --set evaluate.interval=4 --set evaluate.at_end=true" \
+        "--set evaluate.batch=2 --set checkpoint.interval=4"
+      ;;
+  esac
+}
 
-# ---- while saving ----
+catches() { # rank signal-number: it has a handler
+  mask=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$(pid "$1")/status" 2>/dev/null)
+  [ -n "$mask" ] && [ $((0x$mask >> ($2 - 1) & 1)) = 1 ]
+}
 
-what="SIGTERM while saving"
-rm -rf "$work/run"
-start 1 train "$work/config.yaml" $sets --set checkpoint.interval=1 --set checkpoint.keep=3
-until_true 30 has_lines "$work/run/metrics.jsonl" 20 || fail "expected 20 steps"
-kill -TERM "$(pid 0)"
-wait_job
-expect_status 75
-goes_on 1
+starting() { # every rank would take a request, and none has made a step
+  for rank in $(seq 0 $((ranks - 1))); do
+    [ -s "$work/pid.$rank" ] && catches "$rank" 15 && catches "$rank" 10 || return 1
+  done
+  no_step
+}
 
-# ---- in evaluation ----
+no_step() {
+  [ ! -s "$work/run/metrics.jsonl" ]
+}
 
-"$MAKE_SET" directory="$work/data/validation" samples=8000 shards=1 first=5000
-sets="--set run.steps=12 --set evaluate.interval=4 --set evaluate.at_end=true --set evaluate.batch=2
-  --set checkpoint.interval=4"
-for ranks in 1 2; do
-  last=12
-  rm -rf "$work/straight$ranks"
-  run $ranks train "$work/config.yaml" $sets --set run.directory="$work/straight$ranks" --set parallel.experts=$ranks
+saving() { # a save is being written
+  [ -n "$(find "$work/run/checkpoints" -name 'step-*.tmp' 2>/dev/null)" ]
+}
+
+evaluating() { # the step before an evaluation is in the metrics, the evaluation is not
+  [ "$(steps_of "$work/run" 2>/dev/null | wc -w)" -ge "$steps" ] && [ "$(evaluations_of "$work/run" | wc -w)" -lt $((steps / 4)) ]
+}
+
+# Sends the signal to one rank while the phase lasts: seen before and after.
+interrupt() { # phase signal rank
+  case $1 in start-up) seen=starting ;; saving) seen=saving ;; evaluation) seen=evaluating ;; esac
+  until_true 30 $seen || fail "expected the phase $1 to be met"
+  sleep "${delay:-0}"
+  kill -"$2" "$(pid "$3")"
+  [ "$1" != start-up ] || seen=no_step # those that were asked may be gone
+  $seen || fail "expected the phase $1 to last until the signal was sent"
+}
+
+expect_stopped() {
+  wait_job
+  unset ANTIPHON_FAULT_FILE
+  expect_status 75
+  grep -q 'error: ' "$work/err" && fail "expected no error message on a stop that was asked for"
+  expect_text "$work/err" "stopped on request"
+}
+
+expect_same_end() { # ranks
+  run "$1" train "$work/config.yaml" $sets
   expect_status 0
-  for steps in 4 12; do
-    what="SIGTERM in the evaluation of step $steps, $ranks ranks"
-    rm -rf "$work/run"
-    start $ranks train "$work/config.yaml" $sets --set parallel.experts=$ranks
-    until_true 30 has_lines "$work/run/metrics.jsonl" $((steps + steps / 4 - 1)) || fail "expected $steps steps"
-    kill -TERM "$(pid $((ranks - 1)))"
-    wait_job
-    expect_status 75
-    grep -q 'error: ' "$work/err" && fail "expected no error message on a stop that was asked for"
-    run $ranks train "$work/config.yaml" $sets --set parallel.experts=$ranks
+  expect_steps "$work/run" "$last"
+  metrics "$work/straight" "$work/expected"
+  metrics "$work/run" "$work/got"
+  expect_same_file "metrics" "$work/expected" "$work/got"
+  expect_equal "evaluations" "$(evaluations_of "$work/straight")" "$(evaluations_of "$work/run")"
+  expect_equal "content" "$(content "$(step_path "$work/straight" "$last")")" \
+    "$(content "$(step_path "$work/run" "$last")")"
+}
+
+straight() { # phase ranks: the run that nobody stops
+  ranks=$2
+  sets="$(settings_of "$1") --set parallel.experts=$ranks"
+  last=$(echo "$sets" | sed 's/.*run.steps=\([0-9]*\).*/\1/')
+  what="$1, the undisturbed run, $ranks ranks"
+  rm -rf "$work/straight"
+  run "$ranks" train "$work/config.yaml" $sets --set run.directory="$work/straight"
+  expect_status 0
+}
+
+begin() { # phase signal
+  what="SIG$2 in $1${delay:+, $delay s later}, $ranks ranks"
+  rm -rf "$work/run"
+  start "$ranks" train "$work/config.yaml" $sets
+}
+
+for ranks in 1 2; do
+  straight start-up $ranks
+  for delay in 0 0.02 0.1; do
+    for signal in TERM USR1; do
+      begin start-up $signal
+      interrupt start-up $signal $((ranks - 1))
+      expect_stopped
+      [ $delay != 0.02 ] || expect_same_end $ranks
+    done
+  done
+  delay=
+  straight saving $ranks
+  for signal in TERM USR1; do
+    ANTIPHON_FAULT_FILE=1:sleep=4:.tmp
+    export ANTIPHON_FAULT_FILE
+    begin saving $signal
+    interrupt saving $signal $((ranks - 1))
+    at=$(ls "$work/run/checkpoints" | sed -n 's/^\(step-[0-9]*\)[.]tmp$/\1/p')
+    expect_stopped
+    [ -e "$work/run/checkpoints/$at/manifest.json" ] || fail "expected the save under way ($at) to be finished"
+    run 1 check "$work/run"
     expect_status 0
-    expect_text "$work/err" "resumed at step $steps"
-    expect_steps "$work/run" $last
-    expect_equal "evaluations" "$(evaluations_of "$work/straight$ranks")" "$(evaluations_of "$work/run")"
-    metrics "$work/straight$ranks" "$work/expected"
-    metrics "$work/run" "$work/got"
-    expect_same_file "metrics" "$work/expected" "$work/got"
-    expect_equal "content" "$(content "$(step_path "$work/straight$ranks" $last)")" \
-      "$(content "$(step_path "$work/run" $last)")"
+    expect_same_end $ranks
+  done
+  straight evaluation $ranks
+  for steps in 4 12; do # the last one is that at the end of the run
+    for signal in TERM USR1; do
+      begin evaluation $signal
+      interrupt evaluation $signal $((ranks - 1))
+      wait_job
+      expect_status 75
+      grep -q 'error: ' "$work/err" && fail "expected no error message on a stop that was asked for"
+      expect_same_end $ranks
+      expect_text "$work/err" "resumed at step $steps"
+    done
   done
 done
 finish
