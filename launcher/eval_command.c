@@ -6,21 +6,6 @@
 #include "trainer/retrieval.h"
 #include "trainer/state.h"
 
-/* The stored configuration describes training; here every rank holds all experts and takes whole samples.
- * What the user overrides comes later in the list and so wins. */
-static void add_defaults(launch_arguments *arguments, char batch[64], int32_t ranks) {
-  launch_arguments given = *arguments;
-  snprintf(batch, 64, "optimizer.batch=%d", ranks);
-  const char *defaults[] = {"parallel.experts=1", "parallel.placement=shared", "optimizer.accumulate=1",
-                            batch, "model.moe.dispatch=dropless"};
-  int32_t count = sizeof defaults / sizeof *defaults;
-  for (int32_t i = 0; i < count; i++) arguments->override[i] = defaults[i];
-  for (int32_t i = 0; i < given.override_count && count + i < LAUNCH_MOST_OVERRIDES; i++)
-    arguments->override[count + i] = given.override[i];
-  arguments->override_count = count + given.override_count;
-  if (arguments->override_count > LAUNCH_MOST_OVERRIDES) arguments->override_count = LAUNCH_MOST_OVERRIDES;
-}
-
 static core_status evaluate(train_session *session, ckpt_reader *reader, int64_t step) {
   train_state_tensors tensors;
   train_retrieval *result = calloc(1, sizeof *result);
@@ -67,28 +52,13 @@ static core_status with_config(comm_world *world, const launch_arguments *argume
   return CORE_OK;
 }
 
-static core_status open_checkpoint(comm_world *world, const char *path, ckpt_reader **reader) {
-  comm_group *control = comm_control_group(world);
-  int32_t single = ckpt_is(path);
-  TRY(comm_broadcast(control, 0, &single, sizeof single));
-  if (single) {
-    TRY(ckpt_reader_open(control, path, reader));
-    return CORE_OK;
-  }
-  char inside[1024]; /* a run directory: its newest */
-  snprintf(inside, sizeof inside, "%.1000s/checkpoints", path);
-  TRY(ckpt_reader_newest(control, inside, reader));
-  CHECK(*reader, CORE_ERR_NOT_FOUND, "%s is neither a checkpoint nor a run directory that holds one", path);
-  return CORE_OK;
-}
-
 static core_status eval(comm_world *world, launch_arguments *arguments, int *code) {
   (void)code;
   ckpt_reader *reader = NULL;
   train_state_meta meta = {0};
   char batch[64];
-  add_defaults(arguments, batch, comm_size(comm_world_group(world)));
-  TRY(open_checkpoint(world, arguments->positional[0], &reader));
+  launch_checkpoint_defaults(arguments, batch, comm_size(comm_world_group(world)));
+  TRY(launch_checkpoint_open(world, arguments->positional[0], &reader));
   core_status status = train_state_meta_read(ckpt_reader_meta(reader), &meta);
   if (status == CORE_OK) status = with_config(world, arguments, reader, &meta);
   free(meta.config);

@@ -2,22 +2,31 @@
 #ifndef LAUNCH_LAUNCHER_H
 #define LAUNCH_LAUNCHER_H
 
+#include "checkpoint/checkpoint.h" /* ckpt_reader */
 #include "comm/comm.h"
 #include "core/config.h"
 #include "core/status.h"
 
 /* Exit statuses, documented in --help. */
 enum { LAUNCH_DONE = 0, LAUNCH_FAILED = 1, LAUNCH_USAGE = 2, LAUNCH_STOPPED = 75 };
-enum { LAUNCH_MOST_OVERRIDES = 128 };
+enum { LAUNCH_MOST_OVERRIDES = 128, LAUNCH_MOST_OWN = 16 };
+
+/* An option that one subcommand alone has. */
+typedef struct launch_option {
+  const char *name; /* "--key"; NULL ends a list */
+  bool takes_value;
+} launch_option;
 
 /* A subcommand gets its own arguments, argv[0] being its name; returns the exit status. */
 typedef struct launch_command {
   const char *name, *summary, *help;
   int (*run)(const struct launch_command *command, int argc, char **argv);
+  const launch_option *options; /* of its own; NULL: none */
 } launch_command;
 
 extern const launch_command launch_train_command, launch_eval_command, launch_inspect_command,
-    launch_check_command, launch_bench_command, launch_index_command, launch_pack_command;
+    launch_check_command, launch_bench_command, launch_index_command, launch_pack_command,
+    launch_embed_command, launch_search_command;
 
 /* Arguments of a subcommand, parsed. */
 typedef struct launch_arguments {
@@ -27,11 +36,23 @@ typedef struct launch_arguments {
   int32_t override_count;
   const char *resume, *split, *from;
   bool help, json;
+  struct {
+    const char *name, *value;
+  } own[LAUNCH_MOST_OWN]; /* options of the subcommand alone */
+  int32_t own_count;
 } launch_arguments;
 
 /* Reads options every subcommand knows (--help, --set, --resume, --split, --json). ERR_USAGE for anything
  * else beginning with '-', and for too many positional arguments. */
 CORE_NODISCARD core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out);
+/* The same with options of the subcommand's own. */
+CORE_NODISCARD core_status launch_parse_own(const launch_option *own, int argc, char **argv,
+                                            int most_positional, launch_arguments *out);
+/* Value of an option of the subcommand's own, "" where it takes none; NULL when it was not given. */
+const char *launch_own(const launch_arguments *arguments, const char *name);
+/* The same as a number in [least, most]; `otherwise` when it was not given. ERR_USAGE. */
+CORE_NODISCARD core_status launch_own_number(const launch_arguments *arguments, const char *name,
+                                             int64_t least, int64_t most, int64_t otherwise, int64_t *out);
 /* Prints the record for a person: the message, then what to do; frames with ANTIPHON_TRACE=1. Rank 0 speaks
  * for all when `agreed`. Returns the exit status. */
 int launch_report(core_status status, bool agreed, int32_t rank);
@@ -46,5 +67,13 @@ int launch_collective(const launch_command *command, int argc, char **argv, int 
  * Collective. */
 CORE_NODISCARD core_status launch_config(comm_world *world, const char *path, const char *text,
                                          const launch_arguments *arguments, core_config **out);
+
+/* ---- commands that take a checkpoint ---- */
+
+/* A stored configuration describes training; here every rank holds all experts and takes whole samples. What
+ * the user overrides comes later in the list and so wins. batch: lent until the configuration is loaded. */
+void launch_checkpoint_defaults(launch_arguments *arguments, char batch[64], int32_t ranks);
+/* A checkpoint, or the newest sound one of a run directory. Collective. */
+CORE_NODISCARD core_status launch_checkpoint_open(comm_world *world, const char *path, ckpt_reader **out);
 
 #endif

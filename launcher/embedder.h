@@ -1,0 +1,27 @@
+/* An embedder of a checkpoint, as commands open it. */
+#ifndef LAUNCH_EMBEDDER_H
+#define LAUNCH_EMBEDDER_H
+
+#include "launcher/launcher.h"
+#include "trainer/serve/embed.h"
+
+/* What the command line asks for. */
+typedef struct launch_embed {
+  const char *checkpoint, *shards;
+  const char *key, *query; /* one of the two */
+} launch_embed;
+
+typedef struct launch_embedder {
+  ckpt_reader *reader;
+  core_config *config;
+  char *overrides, batch[64];
+  train_embedder *embedder;
+} launch_embedder;
+
+/* Opens the checkpoint, its configuration and the shards; --set and --split are taken from `arguments`, which
+ * is changed. Errors are agreed. Collective. */
+CORE_NODISCARD core_status launch_embedder_open(comm_world *world, const launch_embed *want,
+                                                launch_arguments *arguments, launch_embedder *out);
+void launch_embedder_close(launch_embedder *embedder);
+
+#endif
