@@ -58,7 +58,7 @@ static core_status embed(comm_world *world, launch_arguments *arguments, int *co
 }
 
 static int run(const launch_command *command, int argc, char **argv) {
-  return launch_collective(command, argc, argv, 1, 2, embed);
+  return launch_collective_own(command, options, argc, argv, 1, 2, embed);
 }
 
 const launch_command launch_embed_command = {
@@ -77,4 +77,4 @@ const launch_command launch_embed_command = {
     "for byte, on any number of ranks. Killed or stopped, the same command goes on from FILE.h5.part, on as\n"
     "many ranks as you like; FILE.h5 appears when it is whole. With --set run.threads=N a rank takes more\n"
     "threads; last bits may then differ.\n",
-    run, options};
+    run};

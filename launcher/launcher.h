@@ -21,7 +21,6 @@ typedef struct launch_option {
 typedef struct launch_command {
   const char *name, *summary, *help;
   int (*run)(const struct launch_command *command, int argc, char **argv);
-  const launch_option *options; /* of its own; NULL: none */
 } launch_command;
 
 extern const launch_command launch_train_command, launch_eval_command, launch_inspect_command,
@@ -63,6 +62,9 @@ typedef core_status (*launch_body)(comm_world *world, launch_arguments *argument
  * --help, starts communication, runs the body, reports, ends. Returns the exit status. */
 int launch_collective(const launch_command *command, int argc, char **argv, int least, int most,
                       launch_body body);
+/* The same with options of the subcommand's own. */
+int launch_collective_own(const launch_command *command, const launch_option *own, int argc, char **argv,
+                          int least, int most, launch_body body);
 /* Loads a configuration on every rank and agrees that it is the same one. text: NULL to read `path`.
  * Collective. */
 CORE_NODISCARD core_status launch_config(comm_world *world, const char *path, const char *text,

@@ -134,9 +134,14 @@ static core_status check_usage(const launch_command *command, const launch_argum
 
 int launch_collective(const launch_command *command, int argc, char **argv, int least, int most,
                       launch_body body) {
+  return launch_collective_own(command, NULL, argc, argv, least, most, body);
+}
+
+int launch_collective_own(const launch_command *command, const launch_option *own, int argc, char **argv,
+                          int least, int most, launch_body body) {
   launch_arguments arguments;
   comm_world *world = NULL;
-  core_status status = launch_parse_own(command->options, argc, argv, most, &arguments);
+  core_status status = launch_parse_own(own, argc, argv, most, &arguments);
   if (status == CORE_OK && arguments.help) {
     printf("%s", command->help);
     return LAUNCH_DONE;

@@ -188,6 +188,7 @@ static core_status open_all(train_embedder *e) {
     TRY(comm_agree(e->control, train_embed_index_priv(e)));
   else
     TRY(comm_agree(e->control, CORE_OK));
+  TRY(comm_broadcast(e->control, 0, &e->about.rows, sizeof e->about.rows));
   TRY(train_session_open(&session, &e->session));
   TRY(load(e));
   TRY(comm_agree(e->control, take_memory(e)));

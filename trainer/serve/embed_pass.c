@@ -23,7 +23,10 @@ static core_status open_stream(train_embedder *e, int64_t batch, data_range rang
                                  .queue = (int32_t)s->data.queue,
                                  .threads = (int32_t)s->data.threads,
                                  .cache_bytes = s->data.cache << 20,
-                                 .device = device && !device->host_access ? device : NULL};
+                                 .device = device && !device->host_access ? device : NULL,
+                                 .non_finite = s->data.non_finite == TRAIN_NON_FINITE_SKIP
+                                                   ? DATA_NON_FINITE_SKIP
+                                                   : DATA_NON_FINITE_ERROR};
   TRY(data_stream_open(e->set, &options, out));
   return CORE_OK;
 }
@@ -53,8 +56,7 @@ static core_status index_stream(train_embedder *e, data_stream *stream) {
     data_stream_put(stream, batch);
   }
   e->block_row[e->blocks] = (uint64_t)row;
-  CHECK(row == e->about.rows, CORE_ERR_INTERNAL, "%lld samples have '%s', %lld were counted", (long long)row,
-        e->about.modality, (long long)e->about.rows);
+  e->about.rows = row; /* samples whose latents are not finite and are skipped have gone */
   return CORE_OK;
 }
 

@@ -25,7 +25,7 @@ typedef struct worker {
   core_real *rows;  /* [piece_rows, width] where vectors are not used as they lie */
   void *stored;     /* the same, as stored in a file */
   core_real *score; /* [batch, piece_rows] */
-  train_match *match; /* [group, k] */
+  train_hit *match; /* [group, k] */
   train_best *best;   /* [group] */
 } worker;
 
@@ -40,21 +40,6 @@ struct train_search {
   core_real *constant;
   worker *worker; /* [threads] */
 };
-
-core_status train_gallery_of_file(const train_vectors *file, train_gallery *out) {
-  const train_vectors_about *about = train_vectors_info(file);
-  *out = (train_gallery){.file = file,
-                         .dtype = about->dtype,
-                         .rows = about->rows,
-                         .width = about->width,
-                         .id = train_vectors_ids(file)};
-  CHECK(about->kind != TRAIN_VECTORS_QUERY, CORE_ERR_FORMAT,
-        "%s holds queries of %s:%s and cannot be a gallery; make one with `antiphon embed ... --key %s`",
-        train_vectors_path(file), about->modality, about->toward, about->toward);
-  CHECK(about->rows > 0, CORE_ERR_FORMAT, "%s is an empty gallery: no sample of the split has '%s'",
-        train_vectors_path(file), about->modality);
-  return CORE_OK;
-}
 
 /* ---- memory ---- */
 
@@ -174,17 +159,6 @@ int32_t train_search_threads(const train_search *search) {
 
 /* ---- one piece of the gallery ---- */
 
-/* First of n rows that is too long or not finite; n: none. */
-static int64_t first_bad(const core_real *rows, int64_t n, int64_t width) {
-  for (int64_t i = 0; i < n; i++) {
-    core_real square = 0;
-#pragma omp simd reduction(+ : square)
-    for (int64_t c = 0; c < width; c++) square += rows[i * width + c] * rows[i * width + c];
-    if (!(square <= (core_real)1.002)) return i;
-  }
-  return n;
-}
-
 static core_status widen(const train_search *s, worker *w, const void *stored, int64_t n) {
   const kern_ops *ops = kern_cpu();
   int64_t width = s->gallery.width;
@@ -204,7 +178,7 @@ static core_status fetch(const train_search *s, worker *w, int64_t p, const core
     TRY(train_vectors_read(g->file, lo, hi, w->stored));
     TRY(widen(s, w, w->stored, *n));
     *rows = w->rows;
-    int64_t bad = first_bad(*rows, *n, g->width);
+    int64_t bad = train_first_bad_priv(*rows, *n, g->width);
     CHECK(bad == *n, CORE_ERR_CORRUPT, "%s: vector %lld is not of unit length", train_vectors_path(g->file),
           (long long)(*first + bad));
     return CORE_OK;
@@ -280,7 +254,7 @@ static core_status search_pieces(train_search *s, int64_t count) {
 }
 
 /* The best of all threads, put into the first one's heap. */
-static void gather(train_search *s, int64_t q, train_match *match) {
+static void gather(train_search *s, int64_t q, train_hit *match) {
   train_best *best = &s->worker[0].best[q];
   for (int32_t t = 1; t < s->threads; t++) {
     const train_best *other = &s->worker[t].best[q];
@@ -296,7 +270,7 @@ static core_status take_queries(train_search *s, const float *query, int64_t fir
   for (int64_t i = 0; i < count * width; i++)
     CHECK(isfinite(query[i]), CORE_ERR_NON_FINITE, "query %lld: coordinate %lld is %g",
           (long long)(first + i / width), (long long)(i % width), (double)query[i]);
-  int64_t bad = first_bad(s->query, count, width);
+  int64_t bad = train_first_bad_priv(s->query, count, width);
   CHECK(bad == count, CORE_ERR_ARGUMENT, "query %lld is longer than 1; vectors are normalised",
         (long long)(first + bad));
   for (int32_t t = 0; t < s->threads; t++)
@@ -305,7 +279,7 @@ static core_status take_queries(train_search *s, const float *query, int64_t fir
   return CORE_OK;
 }
 
-core_status train_search_run(train_search *s, const float *query, int64_t count, train_match *match) {
+core_status train_search_run(train_search *s, const float *query, int64_t count, train_hit *match) {
   for (int64_t lo = 0; lo < count; lo += s->group) {
     int64_t here = count - lo < s->group ? count - lo : s->group;
     TRY(take_queries(s, query + lo * s->gallery.width, lo, here));

@@ -14,11 +14,11 @@
 #include "core/tensor.h"
 #include "trainer/serve/vectors.h"
 
-typedef struct train_match {
+typedef struct train_hit {
   double score;
   uint64_t id;
   int64_t row; /* of the gallery */
-} train_match;
+} train_hit;
 
 /* Where the vectors of a gallery come from. */
 typedef struct train_gallery {
@@ -31,6 +31,11 @@ typedef struct train_gallery {
 
 /* A gallery in a file. ERR_FORMAT when it holds queries, or no vectors. */
 CORE_NODISCARD core_status train_gallery_of_file(const train_vectors *file, train_gallery *out);
+
+/* The same with all vectors in memory, each checked, by `threads` (0: all that OpenMP offers). Errors also
+ * those of reading, and ERR_MEMORY. Free with train_gallery_unload. */
+CORE_NODISCARD core_status train_gallery_load(const train_vectors *file, int32_t threads, train_gallery *out);
+void train_gallery_unload(train_gallery *gallery);
 
 typedef struct train_search train_search;
 
@@ -52,6 +57,6 @@ int32_t train_search_threads(const train_search *search);
  * the query; ERR_CORRUPT, ERR_IO come from the file; ERR_STOPPED when a stop was requested. Deterministic.
  * Local, with threads of its own. */
 CORE_NODISCARD core_status train_search_run(train_search *search, const float *query, int64_t count,
-                                            train_match *match);
+                                            train_hit *match);
 
 #endif

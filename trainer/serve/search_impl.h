@@ -6,15 +6,15 @@
 
 /* The best so far of one query: a heap whose first is the worst. */
 typedef struct train_best {
-  train_match *heap; /* [k] */
+  train_hit *heap; /* [k] */
   int64_t k, count;
 } train_best;
 
-static inline bool train_match_before(const train_match *a, const train_match *b) {
+static inline bool train_hit_before(const train_hit *a, const train_hit *b) {
   return a->score > b->score || (a->score == b->score && a->id < b->id);
 }
 /* Takes a match that is among the best k so far, giving up the worst. */
-void train_best_offer_priv(train_best *best, train_match match);
+void train_best_offer_priv(train_best *best, train_hit match);
 /* Best first; afterwards nothing can be offered. */
 void train_best_sort_priv(train_best *best);
 /* The score of the definition in search.h. */
@@ -29,5 +29,8 @@ typedef struct train_scores {
   double slack;
 } train_scores;
 void train_best_select_priv(train_best *best, const train_scores *scores);
+
+/* First of n rows that is longer than 1 (but for rounding) or not finite; n: none. */
+int64_t train_first_bad_priv(const core_real *rows, int64_t n, int64_t width);
 
 #endif

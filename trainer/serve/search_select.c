@@ -4,36 +4,36 @@
 
 #include "trainer/serve/search_impl.h"
 
-static void sift_down(train_match *heap, int64_t count, int64_t at) {
+static void sift_down(train_hit *heap, int64_t count, int64_t at) {
   for (;;) {
     int64_t worst = at;
     for (int64_t child = 2 * at + 1; child <= 2 * at + 2 && child < count; child++)
-      if (train_match_before(&heap[worst], &heap[child])) worst = child;
+      if (train_hit_before(&heap[worst], &heap[child])) worst = child;
     if (worst == at) return;
-    train_match moved = heap[at];
+    train_hit moved = heap[at];
     heap[at] = heap[worst];
     heap[worst] = moved;
     at = worst;
   }
 }
 
-void train_best_offer_priv(train_best *best, train_match match) {
-  train_match *heap = best->heap;
+void train_best_offer_priv(train_best *best, train_hit match) {
+  train_hit *heap = best->heap;
   if (best->count == best->k) {
-    if (!train_match_before(&match, &heap[0])) return;
+    if (!train_hit_before(&match, &heap[0])) return;
     heap[0] = match;
     sift_down(heap, best->count, 0);
     return;
   }
   int64_t at = best->count++;
-  for (; at > 0 && train_match_before(&heap[(at - 1) / 2], &match); at = (at - 1) / 2)
+  for (; at > 0 && train_hit_before(&heap[(at - 1) / 2], &match); at = (at - 1) / 2)
     heap[at] = heap[(at - 1) / 2];
   heap[at] = match;
 }
 
 static int compare(const void *a, const void *b) {
-  const train_match *x = a, *y = b;
-  return train_match_before(x, y) ? -1 : train_match_before(y, x) ? 1 : 0;
+  const train_hit *x = a, *y = b;
+  return train_hit_before(x, y) ? -1 : train_hit_before(y, x) ? 1 : 0;
 }
 
 void train_best_sort_priv(train_best *best) {
@@ -73,7 +73,7 @@ void train_best_select_priv(train_best *best, const train_scores *s) {
     for (int64_t i = lo; i < lo + n; i++) {
       if (!(s->score[i] >= threshold)) continue;
       double score = train_score_priv(s->query, s->row + i * s->width, s->width);
-      train_best_offer_priv(best, (train_match){score, s->id[s->first + i], s->first + i});
+      train_best_offer_priv(best, (train_hit){score, s->id[s->first + i], s->first + i});
       threshold = threshold_of(best, s->slack);
     }
   }
