@@ -26,8 +26,7 @@ static void report(const train_embedder *embedder, const char *path, core_dtype 
     LOG_INFO("%s is there already, made from the same things", path);
     return;
   }
-  if (about->rows == 0)
-    LOG_WARNING("no sample of the split has '%s': %s is empty", about->modality, path);
+  if (about->rows == 0) LOG_WARNING("no sample of the split has '%s': %s is empty", about->modality, path);
   LOG_INFO("%s: %lld %s vectors of width %lld, %s, from %lld samples in %.1f s", path, (long long)about->rows,
            train_vectors_kind_text(about->kind), (long long)about->width, core_dtype_text(dtype),
            (long long)train_embedder_samples(embedder), f->seconds);
@@ -73,7 +72,8 @@ const launch_command launch_embed_command = {
     "--query FROM:TOWARD  what looks: a connector's queries of that direction\n\n"
     "Vectors have length 1; samples that lack the modality are left out. Noise is off and no token is "
     "dropped.\n"
-    "Under mpirun the ranks share the samples, one thread each (mpirun -n CORES); the file is the same, byte\n"
+    "Under mpirun the ranks share the samples, one thread each (mpirun -n CORES); the file is the same, "
+    "byte\n"
     "for byte, on any number of ranks. Killed or stopped, the same command goes on from FILE.h5.part, on as\n"
     "many ranks as you like; FILE.h5 appears when it is whole. With --set run.threads=N a rank takes more\n"
     "threads; last bits may then differ.\n",

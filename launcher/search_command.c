@@ -10,9 +10,8 @@
 #include "launcher/search_output.h"
 
 static const launch_option options[] = {
-    {"--query", true},     {"--latents", true}, {"--checkpoint", true}, {"--direction", true},
-    {"--ids", true},       {"-k", true},        {"--batch", true},      {"--one-by-one", false},
-    {"--threads", true},   {NULL, false}};
+    {"--query", true}, {"--latents", true}, {"--checkpoint", true},  {"--direction", true}, {"--ids", true},
+    {"-k", true},      {"--batch", true},   {"--one-by-one", false}, {"--threads", true},   {NULL, false}};
 
 /* One search, from the command line to the last line printed. */
 typedef struct search {
@@ -63,12 +62,12 @@ static core_status check_pair(const train_vectors_about *query, const char *quer
   CHECK(query->kind != TRAIN_VECTORS_QUERY || strcmp(query->toward, gallery->modality) == 0,
         CORE_ERR_MISMATCH, "%s asks for '%s', the gallery %s holds '%s'", query_name, query->toward,
         gallery_name, gallery->modality);
-  CHECK(query->kind != TRAIN_VECTORS_KEY || strcmp(query->modality, gallery->modality) == 0,
-        CORE_ERR_MISMATCH,
-        "%s holds keys of '%s' and the gallery %s keys of '%s': a connector asks with queries (`antiphon embed "
-        "... "
-        "--query %s:%s`)",
-        query_name, query->modality, gallery_name, gallery->modality, query->modality, gallery->modality);
+  CHECK(
+      query->kind != TRAIN_VECTORS_KEY || strcmp(query->modality, gallery->modality) == 0, CORE_ERR_MISMATCH,
+      "%s holds keys of '%s' and the gallery %s keys of '%s': a connector asks with queries (`antiphon embed "
+      "... "
+      "--query %s:%s`)",
+      query_name, query->modality, gallery_name, gallery->modality, query->modality, gallery->modality);
   return CORE_OK;
 }
 
@@ -169,8 +168,7 @@ static core_status search_file(search *s, const char *path) {
   train_vectors *file = NULL;
   TRY(train_vectors_open(path, &file));
   const train_vectors_about *about = train_vectors_info(file);
-  core_status status =
-      check_pair(about, path, train_vectors_info(s->file), train_vectors_path(s->file));
+  core_status status = check_pair(about, path, train_vectors_info(s->file), train_vectors_path(s->file));
   if (status == CORE_OK) status = prepare(s, about->rows);
   if (status == CORE_OK) launch_search_head(stdout, s->format, s->file);
   if (status == CORE_OK) status = answer_blocks(s, file);
@@ -316,7 +314,8 @@ const launch_command launch_search_command = {
     "search", "the nearest of a gallery that `antiphon embed` made, exactly",
     "usage: antiphon search GALLERY.h5 --query FILE.h5|--ids ID,ID,... [-k 10] [--json] [--batch N]\n"
     "                                  [--one-by-one] [--threads N]\n"
-    "       antiphon search GALLERY.h5 --latents SHARDS --checkpoint C --direction FROM:TOWARD [--split NAME]\n"
+    "       antiphon search GALLERY.h5 --latents SHARDS --checkpoint C --direction FROM:TOWARD [--split "
+    "NAME]\n"
     "                                  [-k 10] ... [--set key=value]...\n\n"
     "GALLERY.h5 holds keys of a connector or embeddings of a tower.\n\n"
     "--query FILE.h5   asks with the vectors of a file of the same checkpoint\n"
@@ -329,6 +328,7 @@ const launch_command launch_search_command = {
     "--threads N       cores; left out, all\n\n"
     "Answers are exact: inner products in float64 decide, equal ones go by the lower id, whatever the batch "
     "and the\n"
-    "threads. The gallery is read from the file in pieces, for about a thousand queries at a time; with more\n"
+    "threads. The gallery is read from the file in pieces, for about a thousand queries at a time; with "
+    "more\n"
     "queries it is kept in memory where it takes at most half of what is free.\n",
     run};

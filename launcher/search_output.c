@@ -12,8 +12,8 @@ static char *quoted(const char *text) {
   return json;
 }
 
-static core_status print_json(FILE *out, const train_vectors *gallery, uint64_t query,
-                              const train_hit *match, int64_t k) {
+static core_status print_json(FILE *out, const train_vectors *gallery, uint64_t query, const train_hit *match,
+                              int64_t k) {
   const int32_t *label = train_vectors_labels(gallery);
   char key[TRAIN_MOST_KEY + 1];
   fprintf(out, "{\"query\": %" PRIu64 ", \"matches\": [", query);

@@ -10,10 +10,10 @@ typedef enum train_purpose { TRAIN_PURPOSE_TRAIN, TRAIN_PURPOSE_EVALUATE } train
 /* What items may be, where no set is opened that says so: serving knows the widths from a checkpoint and
  * streams one modality. 0 items: none of that modality. */
 typedef struct train_session_sizes {
-  int64_t width[CORE_MAX_MODALITIES];     /* D */
-  int64_t tokens[CORE_MAX_MODALITIES];    /* rows of one pass */
-  int64_t segments[CORE_MAX_MODALITIES];  /* items of one pass */
-  int64_t longest[CORE_MAX_MODALITIES];   /* rows of an item */
+  int64_t width[CORE_MAX_MODALITIES];       /* D */
+  int64_t tokens[CORE_MAX_MODALITIES];      /* rows of one pass */
+  int64_t segments[CORE_MAX_MODALITIES];    /* items of one pass */
+  int64_t longest[CORE_MAX_MODALITIES];     /* rows of an item */
   size_t latent_bytes[CORE_MAX_MODALITIES]; /* of a stored number */
 } train_session_sizes;
 
@@ -21,9 +21,9 @@ typedef struct train_session_options {
   const core_config *config; /* outlives the session */
   comm_world *comm;
   train_purpose purpose;
-  const char *data_path;        /* NULL: data.path of the configuration */
-  const char *training_split;   /* NULL: none is opened */
-  const char *evaluation_split; /* NULL: none */
+  const char *data_path;            /* NULL: data.path of the configuration */
+  const char *training_split;       /* NULL: none is opened */
+  const char *evaluation_split;     /* NULL: none */
   const train_session_sizes *sizes; /* with no split: borrowed until the session is closed */
 } train_session_options;
 
@@ -31,7 +31,7 @@ typedef struct train_session {
   train_env env;
   train_purpose purpose;
   const train_session_sizes *sizes; /* NULL: the sets say */
-  data_set *training, *evaluation; /* NULL where not opened */
+  data_set *training, *evaluation;  /* NULL where not opened */
   train_model *model;
   train_stepper stepper; /* training only */
   train_layout evaluation_layout;

@@ -115,8 +115,8 @@ static core_status find_widths(train_embedder *e) {
   }
   int64_t expected = e->sizes.width[e->modality];
   CHECK(info->width == expected, CORE_ERR_MISMATCH,
-        "'%s' is %lld wide in %s/%s, the checkpoint was trained with %lld", info->name, (long long)info->width,
-        e->directory, e->split, (long long)expected);
+        "'%s' is %lld wide in %s/%s, the checkpoint was trained with %lld", info->name,
+        (long long)info->width, e->directory, e->split, (long long)expected);
   return CORE_OK;
 }
 
@@ -126,8 +126,9 @@ static core_status find_sizes(train_embedder *e) {
   int32_t m = e->modality;
   TRY(find_widths(e));
   CHECK(modality->positions != TRAIN_POSITIONS_LEARNED || info->longest <= modality->length,
-        CORE_ERR_MISMATCH, "the longest sample of %s/%s has %lld tokens of '%s', the checkpoint %lld positions",
-        e->directory, e->split, (long long)info->longest, info->name, (long long)modality->length);
+        CORE_ERR_MISMATCH,
+        "the longest sample of %s/%s has %lld tokens of '%s', the checkpoint %lld positions", e->directory,
+        e->split, (long long)info->longest, info->name, (long long)modality->length);
   e->sizes.segments[m] = e->block_samples;
   e->sizes.tokens[m] = data_set_most_rows(e->set, 0, e->block_samples);
   e->sizes.longest[m] = info->longest;
@@ -177,10 +178,8 @@ static core_status take_memory(train_embedder *e) {
 
 static core_status open_all(train_embedder *e) {
   const train_embed_options *o = &e->options;
-  train_session_options session = {.config = o->config,
-                                   .comm = o->comm,
-                                   .purpose = TRAIN_PURPOSE_EVALUATE,
-                                   .sizes = &e->sizes};
+  train_session_options session = {
+      .config = o->config, .comm = o->comm, .purpose = TRAIN_PURPOSE_EVALUATE, .sizes = &e->sizes};
   TRY(comm_agree(e->control, open_set(e)));
   TRY(comm_agree_value(e->control, "the list of shards", data_set_fingerprint(e->set)));
   TRY(comm_agree(e->control, find_sizes(e)));

@@ -38,9 +38,9 @@ const uint64_t *train_embedder_ids(const train_embedder *embedder); /* [rows], o
 /* What happened, for a person and for benchmarks; seconds of this rank. */
 typedef struct train_embed_figures {
   train_vectors_state state;
-  int64_t blocks, kept;  /* in all; of them there before */
-  double seconds;        /* of the whole */
-  double waited;         /* for latents */
+  int64_t blocks, kept; /* in all; of them there before */
+  double seconds;       /* of the whole */
+  double waited;        /* for latents */
 } train_embed_figures;
 
 /* Writes the vectors file `path` as dtype (FLOAT16, FLOAT32), or goes on where another start of the same work

@@ -23,9 +23,9 @@ struct train_embedder {
   data_stream *stream;
   int64_t next; /* block that the stream delivers next */
   double waited;
-  data_part *part;  /* [modalities]: one modality's latents, nothing of the others */
-  core_real *real;  /* [block_samples, width] as the model gives them */
-  float *rows;      /* the same, present samples only */
+  data_part *part; /* [modalities]: one modality's latents, nothing of the others */
+  core_real *real; /* [block_samples, width] as the model gives them */
+  float *rows;     /* the same, present samples only */
 };
 
 /* Ids, labels and rows of blocks, without reading latents. Local. */

@@ -33,8 +33,7 @@ static core_status open_stream(train_embedder *e, int64_t batch, data_range rang
 
 static void index_batch(train_embedder *e, const data_batch *batch, int64_t first, int64_t *row) {
   for (int64_t i = 0; i < batch->samples; i++) {
-    if ((first + i) % e->block_samples == 0)
-      e->block_row[(first + i) / e->block_samples] = (uint64_t)*row;
+    if ((first + i) % e->block_samples == 0) e->block_row[(first + i) / e->block_samples] = (uint64_t)*row;
     e->present[first + i] = batch->present[i];
     if (!batch->present[i]) continue;
     e->id[*row] = batch->id[i];

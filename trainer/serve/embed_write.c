@@ -115,7 +115,8 @@ static core_status take_target(target *t) {
 static core_status to_file(void *context, int64_t block, const float *rows, int64_t count) {
   target *t = context;
   int64_t numbers = count * t->e->about.width;
-  for (int64_t i = 0; t->dtype == CORE_FLOAT16 && i < numbers; i++) t->half[i] = core_half_from_float(rows[i]);
+  for (int64_t i = 0; t->dtype == CORE_FLOAT16 && i < numbers; i++)
+    t->half[i] = core_half_from_float(rows[i]);
   TRY(train_vectors_put(t->writer, block, t->dtype == CORE_FLOAT16 ? (const void *)t->half : rows));
   return CORE_OK;
 }

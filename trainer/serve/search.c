@@ -26,7 +26,7 @@ typedef struct worker {
   void *stored;     /* the same, as stored in a file */
   core_real *score; /* [batch, piece_rows] */
   train_hit *match; /* [group, k] */
-  train_best *best;   /* [group] */
+  train_best *best; /* [group] */
 } worker;
 
 struct train_search {
@@ -35,7 +35,7 @@ struct train_search {
   int64_t *piece;                              /* [pieces + 1] first row, or first block of a file */
   int32_t threads;
   double slack;
-  core_real *query; /* [group, width] */
+  core_real *query;      /* [group, width] */
   core_tensor zero, one; /* [width]: standardize with them widens */
   core_real *constant;
   worker *worker; /* [threads] */
@@ -53,7 +53,9 @@ static core_status cut_pieces(train_search *s) {
   CHECK(s->piece, CORE_ERR_MEMORY, "no memory for %lld pieces of the gallery", (long long)units);
   s->piece[0] = 0;
   for (int64_t u = 0; u < units; u++) {
-    int64_t end = g->file ? train_vectors_block_row(g->file, u + 1) : u + 1 < units ? (u + 1) * rows : g->rows;
+    int64_t end = g->file         ? train_vectors_block_row(g->file, u + 1)
+                  : u + 1 < units ? (u + 1) * rows
+                                  : g->rows;
     if (end - at < rows && u + 1 < units) continue;
     s->piece[++s->pieces] = g->file ? u + 1 : end;
     if (end - at > s->piece_rows) s->piece_rows = end - at;
@@ -200,7 +202,8 @@ static core_status multiply(const train_search *s, worker *w, const core_real *r
   if (count == 1)
     TRY(kern_cpu()->gemm(w->kern, KERN_NT, x, q, KERN_SET, core_tensor_2(w->score, CORE_REAL_DTYPE, n, 1)));
   else
-    TRY(kern_cpu()->gemm(w->kern, KERN_NT, q, x, KERN_SET, core_tensor_2(w->score, CORE_REAL_DTYPE, count, n)));
+    TRY(kern_cpu()->gemm(w->kern, KERN_NT, q, x, KERN_SET,
+                         core_tensor_2(w->score, CORE_REAL_DTYPE, count, n)));
   return CORE_OK;
 }
 

@@ -31,8 +31,7 @@ static bool put_attributes(hid_t file, const train_vectors_header *h) {
   if (h->toward[0]) snprintf(direction, sizeof direction, "%s:%s", h->modality, h->toward);
   return put_text(file, "format", "antiphon-vectors") &&
          put_attribute(file, "version", H5T_STD_I32LE, &h->version) &&
-         put_text(file, "checkpoint", checkpoint) &&
-         put_attribute(file, "step", H5T_STD_I64LE, &h->step) &&
+         put_text(file, "checkpoint", checkpoint) && put_attribute(file, "step", H5T_STD_I64LE, &h->step) &&
          put_text(file, "kind", train_vectors_kind_text((train_vectors_kind)h->kind)) &&
          put_text(file, "modality", h->modality) && put_text(file, "direction", direction) &&
          put_text(file, "dtype", core_dtype_text((core_dtype)h->dtype)) &&
@@ -80,13 +79,12 @@ static hid_t half_type(void) {
 
 static bool put_datasets(hid_t file, train_vectors_header *h) {
   hid_t type = h->dtype == CORE_FLOAT16 ? half_type() : H5Tcopy(H5T_IEEE_F32LE);
-  bool good =
-      type >= 0 && put_dataset(file, "id", H5T_STD_U64LE, h->rows, 0, &h->id_at) &&
-      (!h->labelled || put_dataset(file, "label", H5T_STD_I32LE, h->rows, 0, &h->label_at)) &&
-      put_keys(file, h) &&
-      put_dataset(file, "block_row", H5T_STD_U64LE, h->blocks + 1, 0, &h->block_row_at) &&
-      put_dataset(file, "block_hash", H5T_STD_U64LE, h->blocks, 0, &h->block_hash_at) &&
-      put_dataset(file, "vectors", type, h->rows, h->width, &h->vectors_at);
+  bool good = type >= 0 && put_dataset(file, "id", H5T_STD_U64LE, h->rows, 0, &h->id_at) &&
+              (!h->labelled || put_dataset(file, "label", H5T_STD_I32LE, h->rows, 0, &h->label_at)) &&
+              put_keys(file, h) &&
+              put_dataset(file, "block_row", H5T_STD_U64LE, h->blocks + 1, 0, &h->block_row_at) &&
+              put_dataset(file, "block_hash", H5T_STD_U64LE, h->blocks, 0, &h->block_hash_at) &&
+              put_dataset(file, "vectors", type, h->rows, h->width, &h->vectors_at);
   if (type >= 0) (void)H5Tclose(type);
   return good;
 }
@@ -120,8 +118,8 @@ core_status train_vectors_make_priv(const char *path, train_vectors_header *h) {
   char reason[192];
   (void)H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
   hid_t file = create_file(path);
-  bool good = file >= 0 && put_attributes(file, h) && put_datasets(file, h) &&
-              H5Fflush(file, H5F_SCOPE_LOCAL) >= 0;
+  bool good =
+      file >= 0 && put_attributes(file, h) && put_datasets(file, h) && H5Fflush(file, H5F_SCOPE_LOCAL) >= 0;
   if (file >= 0) good = H5Fclose(file) >= 0 && good;
   CHECK(good, CORE_ERR_IO, "cannot make %s: %s", path, take_reason(reason));
   return CORE_OK;
@@ -180,8 +178,8 @@ static core_status read_variable(const char *path, const strings *s, char **keys
   CHECK(text, CORE_ERR_MEMORY, "%s: no memory for %lld keys", path, (long long)s->count);
   core_status status = CORE_OK;
   if (H5Dread(s->dataset, s->type, H5S_ALL, H5S_ALL, H5P_DEFAULT, text) < 0)
-    status = core_error_begin(CORE_ERR_CORRUPT, __func__, __FILE__, __LINE__, "%s: the keys cannot be read: %s",
-                              path, take_reason(reason));
+    status = core_error_begin(CORE_ERR_CORRUPT, __func__, __FILE__, __LINE__,
+                              "%s: the keys cannot be read: %s", path, take_reason(reason));
   if (status == CORE_OK)
     status = pack(path, (const char *const *)text, s->count, TRAIN_MOST_KEY + 1, keys, key_bytes);
   (void)H5Dvlen_reclaim(s->type, s->space, H5P_DEFAULT, text);
@@ -200,8 +198,8 @@ static core_status read_fixed(const char *path, const strings *s, char **keys, i
     status = core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "%s: no memory for %lld keys",
                               path, (long long)s->count);
   if (status == CORE_OK && H5Dread(s->dataset, s->type, H5S_ALL, H5S_ALL, H5P_DEFAULT, all) < 0)
-    status = core_error_begin(CORE_ERR_CORRUPT, __func__, __FILE__, __LINE__, "%s: the keys cannot be read: %s",
-                              path, take_reason(reason));
+    status = core_error_begin(CORE_ERR_CORRUPT, __func__, __FILE__, __LINE__,
+                              "%s: the keys cannot be read: %s", path, take_reason(reason));
   for (int64_t i = 0; status == CORE_OK && i < s->count; i++) text[i] = all + i * s->bytes;
   if (status == CORE_OK) status = pack(path, text, s->count, s->bytes, keys, key_bytes);
   free(all);

@@ -16,7 +16,7 @@ typedef struct train_vectors_header {
   int32_t labelled, kind, dtype, unused;
   char modality[CORE_NAME], toward[CORE_NAME];
   int64_t vectors_at, id_at, label_at, key_at, block_row_at, block_hash_at; /* bytes from the beginning */
-  uint64_t tables; /* of id, label, block_row as they lie in the file */
+  uint64_t tables;             /* of id, label, block_row as they lie in the file */
   uint64_t keys, block_hashes; /* of keys and of the table of blocks' checksums; once complete */
   uint64_t hash;               /* of all before it */
 } train_vectors_header;

@@ -26,8 +26,7 @@ static core_status read_section(train_vectors *v, int which, void *out) {
   CHECK(bytes, CORE_ERR_MEMORY, "%s: no memory for %lld bytes of '%s'", v->path, (long long)section->bytes,
         section->name);
   *(void **)out = bytes;
-  if (section->bytes > 0)
-    TRY(core_file_read_at(v->fd, v->path, bytes, (size_t)section->bytes, section->at));
+  if (section->bytes > 0) TRY(core_file_read_at(v->fd, v->path, bytes, (size_t)section->bytes, section->at));
   return CORE_OK;
 }
 
@@ -151,6 +150,7 @@ core_status train_vectors_read(const train_vectors *v, int64_t first, int64_t la
 core_status train_vectors_key(const train_vectors *v, int64_t row, char text[TRAIN_MOST_KEY + 1]) {
   int64_t bytes = v->header.key_bytes;
   text[0] = text[bytes] = '\0';
-  if (bytes > 0) TRY(core_file_read_at(v->fd, v->path, text, (size_t)bytes, v->section[KEY].at + row * bytes));
+  if (bytes > 0)
+    TRY(core_file_read_at(v->fd, v->path, text, (size_t)bytes, v->section[KEY].at + row * bytes));
   return CORE_OK;
 }
