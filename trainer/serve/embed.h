@@ -49,9 +49,12 @@ CORE_NODISCARD core_status train_embedder_write(train_embedder *embedder, const 
                                                 train_embed_figures *figures);
 /* All vectors to memory: float [rows, width]. One rank. */
 CORE_NODISCARD core_status train_embedder_rows(train_embedder *embedder, float *rows);
-/* Seconds that the forward passes of the whole split take by themselves: that of the first block, repeated
- * over a batch that is there, once for every block of this rank; the shortest of `rounds`. Collective. */
-CORE_NODISCARD core_status train_embedder_forward_seconds(train_embedder *embedder, int32_t rounds,
-                                                          double *seconds);
+/* What a whole split takes by its parts, in seconds of the slowest rank: the forward passes alone (that of
+ * the first block, over a batch that is there, once for every block of a rank), and streaming the latents
+ * while nothing else is done. Collective. */
+typedef struct train_embed_parts {
+  double forward, stream;
+} train_embed_parts;
+CORE_NODISCARD core_status train_embedder_parts(train_embedder *embedder, train_embed_parts *out);
 
 #endif

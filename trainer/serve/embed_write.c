@@ -207,15 +207,28 @@ static core_status time_forward(train_embedder *e, int64_t blocks, double *secon
   return CORE_OK;
 }
 
-core_status train_embedder_forward_seconds(train_embedder *e, int32_t rounds, double *seconds) {
-  int64_t ranks = comm_size(e->control), blocks = (e->blocks + ranks - 1) / ranks;
-  *seconds = 0;
-  for (int32_t i = 0; i < rounds; i++) {
-    double its = 0;
-    TRY(comm_agree(e->control, time_forward(e, blocks, &its)));
-    if (i == 0 || its < *seconds) *seconds = its;
+static core_status time_stream(train_embedder *e, int64_t first, int64_t last, double *seconds) {
+  double start = core_clock_now();
+  TRY(train_embed_stream_priv(e, first));
+  for (int64_t b = first; b < last; b++) {
+    data_batch *batch = NULL;
+    TRY(data_stream_get(e->stream, &batch));
+    data_stream_put(e->stream, batch);
   }
+  *seconds = core_clock_now() - start;
+  return CORE_OK;
+}
+
+core_status train_embedder_parts(train_embedder *e, train_embed_parts *out) {
+  int64_t ranks = comm_size(e->control), rank = comm_rank(e->control);
+  double seconds[2] = {0, 0};
+  core_status status = time_forward(e, (e->blocks + ranks - 1) / ranks, &seconds[0]);
+  if (status == CORE_OK)
+    status = time_stream(e, e->blocks * rank / ranks, e->blocks * (rank + 1) / ranks, &seconds[1]);
   data_stream_close(e->stream);
   e->stream = NULL;
+  TRY(comm_agree(e->control, status));
+  TRY(comm_all_reduce(e->control, COMM_MAX, CORE_FLOAT64, seconds, 2));
+  *out = (train_embed_parts){.forward = seconds[0], .stream = seconds[1]};
   return CORE_OK;
 }
