@@ -1,4 +1,5 @@
 /* An embedder of a checkpoint, for `antiphon embed` and `antiphon search --latents`. */
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,6 +29,15 @@ static core_status join_overrides(const launch_arguments *arguments, char **out)
   return CORE_OK;
 }
 
+core_status launch_embed_same(uint64_t checkpoint, int64_t step, const char *name,
+                              const train_vectors_about *gallery, const char *gallery_path) {
+  CHECK(checkpoint == gallery->checkpoint, CORE_ERR_MISMATCH,
+        "%s is of checkpoint %016" PRIx64 " (step %lld), the gallery %s of %016" PRIx64
+        " (step %lld): vectors of different models cannot be compared",
+        name, checkpoint, (long long)step, gallery_path, gallery->checkpoint, (long long)gallery->step);
+  return CORE_OK;
+}
+
 static core_status open_all(comm_world *world, const launch_embed *want, launch_arguments *arguments,
                             launch_embedder *out) {
   train_state_meta meta = {0};
@@ -35,6 +45,9 @@ static core_status open_all(comm_world *world, const launch_embed *want, launch_
   add_thread(arguments);
   launch_checkpoint_defaults(arguments, out->batch, comm_size(comm_world_group(world)));
   TRY(launch_checkpoint_open(world, want->checkpoint, &out->reader));
+  if (want->gallery)
+    TRY(launch_embed_same(ckpt_reader_content_hash(out->reader), ckpt_reader_step(out->reader),
+                          ckpt_reader_path(out->reader), want->gallery, want->gallery_path));
   core_status status = train_state_meta_read(ckpt_reader_meta(out->reader), &meta);
   if (status == CORE_OK)
     status = launch_config(world, "the checkpoint's configuration", meta.config, arguments, &out->config);

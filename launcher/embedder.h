@@ -8,8 +8,14 @@
 /* What the command line asks for. */
 typedef struct launch_embed {
   const char *checkpoint, *shards;
-  const char *key, *query; /* one of the two */
+  const char *key, *query;            /* one of the two */
+  const train_vectors_about *gallery; /* that the vectors are for: of another checkpoint it is refused */
+  const char *gallery_path;           /* both NULL: for none */
 } launch_embed;
+
+/* ERR_MISMATCH unless both are of one checkpoint. */
+CORE_NODISCARD core_status launch_embed_same(uint64_t checkpoint, int64_t step, const char *name,
+                                             const train_vectors_about *gallery, const char *gallery_path);
 
 typedef struct launch_embedder {
   ckpt_reader *reader;

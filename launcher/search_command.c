@@ -21,7 +21,7 @@ typedef struct search {
   launch_format format;
   train_vectors *file;
   train_gallery gallery;
-  bool loaded;
+  bool loaded, printed;
   train_search *engine;
   train_hit *match; /* [group, k] */
 } search;
@@ -51,12 +51,7 @@ static core_status parse(const launch_arguments *arguments, search *s) {
 
 static core_status check_pair(const train_vectors_about *query, const char *query_name,
                               const train_vectors_about *gallery, const char *gallery_name) {
-  CHECK(query->checkpoint == gallery->checkpoint, CORE_ERR_MISMATCH,
-        "%s is of checkpoint %016" PRIx64 " (step %lld), the gallery %s of %016" PRIx64
-        " (step %lld): vectors of "
-        "different models cannot be compared",
-        query_name, query->checkpoint, (long long)query->step, gallery_name, gallery->checkpoint,
-        (long long)gallery->step);
+  TRY(launch_embed_same(query->checkpoint, query->step, query_name, gallery, gallery_name));
   CHECK(query->width == gallery->width, CORE_ERR_MISMATCH, "%s is %lld wide, the gallery %s %lld", query_name,
         (long long)query->width, gallery_name, (long long)gallery->width);
   CHECK(query->kind != TRAIN_VECTORS_QUERY || strcmp(query->toward, gallery->modality) == 0,
@@ -121,6 +116,8 @@ static core_status answer(search *s, const float *query, const uint64_t *id, int
   for (int64_t lo = 0; lo < count; lo += step) {
     int64_t here = count - lo < step ? count - lo : step;
     TRY(train_search_run(s->engine, query + lo * width, here, s->match));
+    if (!s->printed) launch_search_head(stdout, s->format, s->file);
+    s->printed = true;
     for (int64_t q = 0; q < here; q++)
       TRY(launch_search_print(stdout, s->format, s->file, id[lo + q], s->match + q * s->k, s->k));
   }
@@ -170,7 +167,6 @@ static core_status search_file(search *s, const char *path) {
   const train_vectors_about *about = train_vectors_info(file);
   core_status status = check_pair(about, path, train_vectors_info(s->file), train_vectors_path(s->file));
   if (status == CORE_OK) status = prepare(s, about->rows);
-  if (status == CORE_OK) launch_search_head(stdout, s->format, s->file);
   if (status == CORE_OK) status = answer_blocks(s, file);
   train_vectors_close(file);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
@@ -229,7 +225,6 @@ static core_status search_ids(search *s, const char *list) {
                               (long long)most);
   if (status == CORE_OK) status = take_ids(s, list, id, query, &count);
   if (status == CORE_OK) status = prepare(s, count);
-  if (status == CORE_OK) launch_search_head(stdout, s->format, s->file);
   if (status == CORE_OK) status = answer(s, query, id, count);
   free(id);
   free(query);
@@ -245,7 +240,6 @@ static core_status answer_embedded(search *s, train_embedder *embedder) {
   float *query = malloc((size_t)(about->rows * about->width + 1) * sizeof *query);
   CHECK(query, CORE_ERR_MEMORY, "no memory for %lld queries", (long long)about->rows);
   core_status status = train_embedder_rows(embedder, query);
-  if (status == CORE_OK) launch_search_head(stdout, s->format, s->file);
   if (status == CORE_OK) status = answer(s, query, train_embedder_ids(embedder), about->rows);
   free(query);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
@@ -268,7 +262,9 @@ static core_status search_latents(search *s, comm_world *world, launch_arguments
   launch_embed want = {.checkpoint = launch_own(arguments, "--checkpoint"),
                        .shards = launch_own(arguments, "--latents"),
                        .key = tower ? from : NULL,
-                       .query = tower ? NULL : direction};
+                       .query = tower ? NULL : direction,
+                       .gallery = gallery,
+                       .gallery_path = train_vectors_path(s->file)};
   TRY(launch_embedder_open(world, &want, arguments, &e));
   core_status status = answer_embedded(s, e.embedder);
   launch_embedder_close(&e);
