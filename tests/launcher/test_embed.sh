@@ -25,6 +25,10 @@ same_on_ranks train "$work/run" --key image --split train
 what="samples without the modality are left out"
 expect_text "$work/err" "42 key vectors of width 8, float32, from 45 samples"
 
+what="the file names its checkpoint"
+hash=$(content "$(step_path "$work/run" 30)")
+[ ${#hash} = 16 ] && grep -q "$hash" "$work/key.1.h5" || fail "expected the hash '$hash' in the file"
+
 what="a directory of shards, of one modality"
 mkdir "$work/only"
 cp "$work/data/validation"/text-*.h5 "$work/only"
