@@ -172,6 +172,19 @@ refused "a byte of the header" "bad.h5: the header does not match its checksum" 
 refused "an HDF5 file of somebody" "foreign.h5 is no file of" foreign --ids 1
 refused "a shard" "is no file of" data/validation/text-00000 --ids 1
 
+what="what inspect says"
+run 1 inspect "$work/image-text.h5"
+expect_status 0
+expect_text "$work/out" "50 query vectors of image:text, width 8, float32" "with keys" "step 30, content"
+run 1 check "$work/text16.h5"
+expect_status 0
+expect_text "$work/out" "text16.h5: sound"
+cp "$work/text.h5" "$work/bad.h5"
+"$MAKE_SET" flip="$work/bad.h5" at=-200
+run 1 check "$work/bad.h5"
+expect_status 1
+expect_error "bad.h5 is damaged"
+
 what="an unfinished file"
 fault 25 exit unfinished.h5 1 embed "$work/run" --query image:text -o "$work/unfinished.h5"
 mv "$work/unfinished.h5.part" "$work/unfinished.h5"

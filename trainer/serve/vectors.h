@@ -9,6 +9,7 @@
 #define TRAIN_VECTORS_H
 
 #include <stdbool.h>
+#include <stdio.h>
 
 #include "core/dims.h"
 #include "core/status.h"
@@ -109,5 +110,12 @@ CORE_NODISCARD core_status train_vectors_read(const train_vectors *vectors, int6
 /* Key of a row as text; empty where there are none. */
 CORE_NODISCARD core_status train_vectors_key(const train_vectors *vectors, int64_t row,
                                              char text[TRAIN_MOST_KEY + 1]);
+
+/* ---- inspect, check ---- */
+
+/* Whether a file says at its beginning that it is one. */
+bool train_vectors_is(const char *path);
+/* What it holds, on `out`; deep: every block is read and compared with its checksum. */
+CORE_NODISCARD core_status train_vectors_describe(const char *path, bool deep, FILE *out);
 
 #endif
