@@ -85,8 +85,8 @@ static core_status check_places(int fd, const char *path, const train_vectors_he
     const train_vectors_section *s = &section[i];
     if (s->bytes == 0) continue;
     CHECK(s->at >= TRAIN_VECTORS_HEADER && s->bytes <= size && s->at <= size - s->bytes, CORE_ERR_CORRUPT,
-          "%s is cut off: '%s' needs bytes %lld to %lld, the file has %lld", path, s->name, (long long)s->at,
-          (long long)(s->at + s->bytes), (long long)size);
+          "%s is cut off: '%s' needs %lld bytes from byte %lld on, the file has %lld", path, s->name,
+          (long long)s->bytes, (long long)s->at, (long long)size);
   }
   return CORE_OK;
 }
