@@ -2,7 +2,7 @@
 
 write_connector() { # file, run directory, steps
   cat >"$1" <<END
-run: {directory: $2, seed: 7, steps: $3, log: 20, deadline: 60, threads: 1}
+run: {directory: $2, seed: 7, steps: $3, log: 20, deadline: 60, threads: 0}
 data: {path: $work/data, shuffle: 16, cache: 8, modalities: [{name: image, positions: none}, {name: text, positions: none}]}
 model: {kind: connector, width: 16, embedding: 8, activation: gelu,
   moe: {experts: 4, choose: 2, hidden: 24, bias: true, noise: 0}}

@@ -59,7 +59,8 @@ other direction "$work/run" --query text:image
 other dtype "$work/run" --key text --dtype float16
 other split "$work/run" --key text --split train
 other checkpoint "$work/tower" --key text
-other setting "$work/run" --key text --set run.precision=bfloat16
+other precision "$work/run" --key text --set run.precision=bfloat16
+other setting "$work/run" --key text --set model.norm_epsilon=0.001
 what="a file of somebody"
 echo text >"$work/notes.h5"
 embed 2 "$work/run" --key text -o "$work/notes.h5"

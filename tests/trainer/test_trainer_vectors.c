@@ -1,6 +1,7 @@
 /* The vectors file: round trip, taking up where a start ended, damage of every byte and at every length, and
  * headers that lie with a right checksum. */
 #include <fcntl.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -170,6 +171,104 @@ static void queries_are_no_gallery(void **state) {
   scene_remove(&s);
 }
 
+/* ---- as a gallery ---- */
+
+enum { MANY = 30000, WIDE = 48, BLOCK = 500, ASKED = 70, BEST = 9 };
+
+/* Vectors of which one in seven comes twice, in a file of many blocks. */
+static float *write_many(scene *s, uint64_t *id, uint64_t *rows) {
+  train_vectors_writer *writer = NULL;
+  train_vectors_state found;
+  float *value = malloc((size_t)MANY * WIDE * sizeof *value);
+  assert_non_null(value);
+  for (int64_t i = 0; i < MANY; i++) {
+    double square = 0;
+    for (int64_t c = 0; c < WIDE; c++) {
+      value[i * WIDE + c] = (float)core_random_normal(1, (uint64_t)(i % 7 ? i : i / 14), (uint64_t)c);
+      square += (double)value[i * WIDE + c] * (double)value[i * WIDE + c];
+    }
+    for (int64_t c = 0; c < WIDE; c++) value[i * WIDE + c] = (float)(value[i * WIDE + c] / sqrt(square));
+    id[i] = (uint64_t)(i * 7919 % MANY);
+  }
+  for (int64_t b = 0; b <= MANY / BLOCK; b++) rows[b] = (uint64_t)(b * BLOCK);
+  s->plan.about.rows = s->plan.samples = MANY;
+  s->plan.about.width = WIDE;
+  s->plan.block_samples = BLOCK;
+  s->plan.blocks = MANY / BLOCK;
+  s->plan.block_row = rows;
+  s->plan.id = id;
+  s->plan.label = NULL;
+  s->plan.key_bytes = 0;
+  assert_ok(train_vectors_begin(s->path, &s->plan, &found, &writer));
+  for (int64_t b = 0; b < MANY / BLOCK; b++)
+    assert_ok(train_vectors_put(writer, b, value + b * BLOCK * WIDE));
+  assert_ok(train_vectors_publish(writer));
+  train_vectors_leave(writer);
+  return value;
+}
+
+static core_status ask(const train_gallery *gallery, const float *query, int32_t threads, train_hit *hit) {
+  train_search *engine = NULL;
+  train_search_options options = {.threads = threads, .k = BEST, .batch = 16};
+  assert_ok(train_search_create(gallery, &options, &engine));
+  core_status status = train_search_run(engine, query, ASKED, hit);
+  train_search_destroy(engine);
+  return status;
+}
+
+/* The file in many pieces, the file loaded, and the numbers in memory give one answer. */
+static void gallery_in_a_file(void **state) {
+  (void)state;
+  static uint64_t id[MANY], rows[MANY / BLOCK + 1];
+  static train_hit expected[ASKED * BEST], got[ASKED * BEST];
+  scene s;
+  train_vectors *v = NULL;
+  train_gallery gallery;
+  scene_make(&s, CORE_FLOAT32);
+  float *value = write_many(&s, id, rows);
+  const float *query = value + 14 * WIDE;
+  gallery = (train_gallery){.memory = value, .dtype = CORE_FLOAT32, .rows = MANY, .width = WIDE, .id = id};
+  assert_ok(ask(&gallery, query, 1, expected));
+  assert_true(expected[0].score > 0.999999 && expected[BEST - 1].score < 0.9);
+  assert_ok(train_vectors_open(s.path, &v));
+  for (int32_t threads = 1; threads <= 3; threads++) {
+    assert_ok(train_gallery_of_file(v, &gallery));
+    memset(got, 0, sizeof got);
+    assert_ok(ask(&gallery, query, threads, got));
+    assert_memory_equal(got, expected, sizeof got);
+    assert_ok(train_gallery_load(v, threads, &gallery));
+    memset(got, 0, sizeof got);
+    assert_ok(ask(&gallery, query, threads, got));
+    assert_memory_equal(got, expected, sizeof got);
+    train_gallery_unload(&gallery);
+  }
+  train_vectors_close(v);
+  free(value);
+  scene_remove(&s);
+}
+
+/* Right checksums, wrong vectors. */
+static void vectors_that_cannot_be(void **state) {
+  (void)state;
+  static const float values[] = {1.01F, NAN, INFINITY, -2};
+  for (size_t n = 0; n < sizeof values / sizeof *values; n++) {
+    scene s;
+    train_vectors *v = NULL;
+    train_gallery gallery;
+    float query[ASKED * WIDTH] = {0};
+    train_hit hit[ASKED * BEST];
+    scene_make(&s, CORE_FLOAT32);
+    s.value[20 * WIDTH + 3] = values[n];
+    write_file(&s);
+    assert_ok(train_vectors_open(s.path, &v));
+    assert_ok(train_gallery_of_file(v, &gallery));
+    assert_error(ask(&gallery, query, 2, hit), CORE_ERR_CORRUPT, "vector 20 is not of unit length");
+    assert_error(train_gallery_load(v, 2, &gallery), CORE_ERR_CORRUPT, "vector 20 is not of unit length");
+    train_vectors_close(v);
+    scene_remove(&s);
+  }
+}
+
 static void flip(const char *path, int64_t at) {
   char byte;
   int fd = open(path, O_RDWR);
@@ -334,9 +433,14 @@ static void other_files(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test(round_trip), cmocka_unit_test(little), cmocka_unit_test(queries_are_no_gallery),
-      cmocka_unit_test(resume),     cmocka_unit_test(damage), cmocka_unit_test(lies),
-      cmocka_unit_test(other_files)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(round_trip),
+                                     cmocka_unit_test(little),
+                                     cmocka_unit_test(queries_are_no_gallery),
+                                     cmocka_unit_test(resume),
+                                     cmocka_unit_test(damage),
+                                     cmocka_unit_test(lies),
+                                     cmocka_unit_test(other_files),
+                                     cmocka_unit_test(gallery_in_a_file),
+                                     cmocka_unit_test(vectors_that_cannot_be)};
   return cmocka_run_group_tests_name("vectors file", tests, NULL, NULL);
 }
