@@ -179,6 +179,22 @@ static void all_equal(void **state) {
   scene_free(&s);
 }
 
+/* No vector of a gallery of several pieces is left out. */
+static void each_finds_itself(void **state) {
+  (void)state;
+  enum { MANY = 15000 };
+  scene s;
+  scene_make(&s, MANY, MANY);
+  for (int64_t i = 0; i < MANY; i++) fill_unit(s.gallery + i * WIDTH, (uint64_t)i);
+  memcpy(s.query, s.gallery, (size_t)(MANY * WIDTH) * sizeof *s.query);
+  train_hit *hit = search(&s, CORE_FLOAT32, 1, 64, 2);
+  for (int64_t i = 0; i < MANY; i++)
+    if (hit[i].row != i || hit[i].id != s.id[i] || fabs(hit[i].score - 1) > 1e-6)
+      fail_msg("vector %lld finds row %lld (%.9g)", (long long)i, (long long)hit[i].row, hit[i].score);
+  free(hit);
+  scene_free(&s);
+}
+
 /* All of a small gallery, and more queries than are searched at a time. */
 static void every_vector(void **state) {
   (void)state;
@@ -226,8 +242,9 @@ static void refused(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(equal_scores), cmocka_unit_test(equal_vectors),
-                                     cmocka_unit_test(close_scores), cmocka_unit_test(all_equal),
-                                     cmocka_unit_test(every_vector), cmocka_unit_test(refused)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(equal_scores), cmocka_unit_test(equal_vectors),     cmocka_unit_test(close_scores),
+      cmocka_unit_test(all_equal),    cmocka_unit_test(each_finds_itself), cmocka_unit_test(every_vector),
+      cmocka_unit_test(refused)};
   return cmocka_run_group_tests_name("exact search", tests, NULL, NULL);
 }
