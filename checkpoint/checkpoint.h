@@ -86,8 +86,10 @@ CORE_NODISCARD core_status ckpt_reader_open(comm_group *control, const char *pat
 /* Newest checkpoint under `directory` that verifies (all blocks, shared out over the ranks); says on the log
  * which ones were passed over and why. *out = NULL when there is none at all; ERR_CORRUPT when there are some
  * and none is sound; ERR_UNSUPPORTED when the newest is sound but of a later format: going back would lose
- * work. Collective. */
-CORE_NODISCARD core_status ckpt_reader_newest(comm_group *control, const char *directory, ckpt_reader **out);
+ * work. What cannot be read is tried four times before it is passed over. threads: of this rank, as
+ * ckpt_reader_threads, for verifying and then for loading. Collective. */
+CORE_NODISCARD core_status ckpt_reader_newest(comm_group *control, const char *directory, int32_t threads,
+                                              ckpt_reader **out);
 const char *ckpt_reader_meta(const ckpt_reader *reader); /* JSON text, lent */
 const char *ckpt_reader_path(const ckpt_reader *reader);
 int64_t ckpt_reader_step(const ckpt_reader *reader);

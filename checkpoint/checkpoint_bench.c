@@ -109,7 +109,7 @@ static core_status take_state(bench *b, ckpt_reader *reader) {
 
 static core_status fill(bench *b, comm_group *control, const char *directory) {
   ckpt_reader *reader;
-  TRY(ckpt_reader_newest(control, directory, &reader));
+  TRY(ckpt_reader_newest(control, directory, 1, &reader));
   if (reader == NULL) make_up(b);
   core_status status = reader == NULL ? CORE_OK : take_state(b, reader);
   ckpt_reader_close(reader);
@@ -271,7 +271,7 @@ static core_status load_once(bench *b, ckpt_reader *reader, figure *f) {
 /* Over the data, whose first and last element must come back. */
 static core_status time_load(bench *b, comm_group *control, int32_t threads, figure *f) {
   ckpt_reader *reader;
-  TRY(ckpt_reader_newest(control, b->directory, &reader));
+  TRY(ckpt_reader_newest(control, b->directory, 1, &reader));
   CHECK(reader != NULL, CORE_ERR_INTERNAL, "the saved checkpoint is gone");
   core_status status = ckpt_reader_threads(reader, threads);
   if (status == CORE_OK) status = load_once(b, reader, f);

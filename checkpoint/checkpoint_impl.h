@@ -169,11 +169,28 @@ void ckpt_rank_file_close(ckpt_rank_file *file); /* also after a failed open */
 CORE_NODISCARD core_status ckpt_rank_file_read(const ckpt_rank_file *file, const ckpt_manifest *manifest,
                                                const ckpt_part *part, int64_t cell, ckpt_codec *codec,
                                                uint8_t *stored, void *raw);
-/* Reads and checks every block of file `number`. */
+
+/* ---- verify.c ---- */
+
+/* Work of this rank that the other ranks wait for. */
+typedef struct ckpt_errand {
+  atomic_bool done;
+  atomic_llong progress; /* grows while it gets on */
+} ckpt_errand;
+
+/* Until every rank's errand is done. A long one is no reason to give the job up: the ranks meet again and
+ * again while it gets on. One that is done sleeps in between: waiting for messages would take the processor
+ * from those that still work. Collective. */
+CORE_NODISCARD core_status ckpt_wait_for_all(comm_group *control, const ckpt_errand *errand);
+/* Reads and checks every block of file `number` on `threads` threads. progress: counts blocks; optional.
+ * Local. */
 CORE_NODISCARD core_status ckpt_rank_file_verify(const char *path, const ckpt_manifest *manifest,
-                                                 int32_t number);
-/* Recomputes every tensor's hash from the indices of all files. */
+                                                 int32_t number, int32_t threads, atomic_llong *progress);
+/* Recomputes every tensor's hash from the indices of all files. Local. */
 CORE_NODISCARD core_status ckpt_verify_hashes(const char *path, const ckpt_manifest *manifest);
+/* Both, the files divided among the ranks. The same status everywhere. Collective. */
+CORE_NODISCARD core_status ckpt_verify_together(comm_group *control, const char *path,
+                                                const ckpt_manifest *manifest, int32_t threads);
 
 /* ---- catalogue.c: what the ranks declare ---- */
 
@@ -199,6 +216,8 @@ CORE_NODISCARD core_status ckpt_place_path(const char *directory, int64_t step, 
                                            char out[CKPT_PATH]);
 /* Step and kind that a directory's name tells; false for any other name. */
 bool ckpt_place_parse(const char *name, ckpt_place *out);
+/* Whether a checkpoint that fails with this status is passed over for an older one. */
+bool ckpt_is_damage(core_status status);
 /* All places, newest first, published before replaced; malloc'ed. A directory that does not exist has none.
  */
 CORE_NODISCARD core_status ckpt_places(const char *directory, ckpt_place **out, int32_t *count);
@@ -237,11 +256,11 @@ typedef struct ckpt_save {
   bool past_cache;    /* read back from the disk, not from the page cache */
   core_status status; /* out, with error */
   core_error error;
-  ckpt_file file; /* out */
-  double seconds; /* out */
-  atomic_bool done, cancel;
-  atomic_llong progress; /* grows with every block written and read back */
-  atomic_bool hold;      /* tests: the thread waits before its first block */
+  ckpt_file file;     /* out */
+  double seconds;     /* out */
+  ckpt_errand errand; /* gets on with every block written and read back */
+  atomic_bool cancel;
+  atomic_bool hold; /* tests: the thread waits before its first block */
 } ckpt_save;
 
 CORE_NODISCARD core_status ckpt_save_start(ckpt_save *save, pthread_t *thread);

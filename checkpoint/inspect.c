@@ -93,7 +93,7 @@ core_status ckpt_describe(const char *path, FILE *out) {
 
 static core_status verify_files(const char *path, const ckpt_manifest *m, FILE *out) {
   for (int32_t f = 0; f < m->files; f++) {
-    TRY(ckpt_rank_file_verify(path, m, f));
+    TRY(ckpt_rank_file_verify(path, m, f, 1, NULL));
     if (out != NULL) {
       fprintf(out, "rank-%05d.ckpt: %lld blocks, %.2f MiB, sound\n", f, (long long)m->file[f].blocks,
               (double)m->file[f].bytes / MIB);

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "checkpoint/checkpoint_impl.h"
+#include "core/clock.h"
 #include "core/log.h"
 
 struct ckpt_reader {
@@ -80,7 +81,7 @@ core_status ckpt_reader_threads(ckpt_reader *reader, int32_t threads) {
 
 /* Damage and absence lead to an older checkpoint; anything else would be as true of that one. A format that
  * this program is too old for is no damage either: going back silently would throw away work. */
-static bool is_damage(core_status status) {
+bool ckpt_is_damage(core_status status) {
   switch (status) {
     case CORE_ERR_IO:
     case CORE_ERR_FORMAT:
@@ -93,18 +94,10 @@ static bool is_damage(core_status status) {
   }
 }
 
-static core_status verify_local(const ckpt_reader *reader) {
-  int32_t ranks = comm_size(reader->control), rank = comm_rank(reader->control);
-  for (int32_t f = rank; f < reader->manifest.files; f += ranks) {
-    TRY(ckpt_rank_file_verify(reader->path, &reader->manifest, f));
-  }
-  if (rank == 0) TRY(ckpt_verify_hashes(reader->path, &reader->manifest));
-  return CORE_OK;
-}
-
-static core_status open_verified(comm_group *control, const char *path, ckpt_reader **out) {
+static core_status open_verified(comm_group *control, const char *path, int32_t threads, ckpt_reader **out) {
   TRY(ckpt_reader_open(control, path, out));
-  core_status status = comm_agree(control, verify_local(*out));
+  core_status status = ckpt_verify_together(control, path, &(*out)->manifest, threads);
+  (*out)->threads = threads;
   if (status != CORE_OK) {
     ckpt_reader_close(*out);
     *out = NULL;
@@ -156,19 +149,34 @@ end:
   return status;
 }
 
+/* A disk or a network that refuses a read may grant it a moment later, and an older checkpoint is work lost.
+ */
+static core_status open_patiently(comm_group *control, const char *path, int32_t threads, ckpt_reader **out) {
+  enum { ATTEMPTS = 4 };
+  double pause = 0.05;
+  core_status status = open_verified(control, path, threads, out);
+  for (int attempt = 1; status == CORE_ERR_IO && attempt < ATTEMPTS; attempt++, pause *= 4) {
+    if (comm_rank(control) == 0) LOG_WARNING("reading once more: %s", core_error_get()->message);
+    core_clock_sleep(pause);
+    status = open_verified(control, path, threads, out);
+  }
+  TRY(status);
+  return CORE_OK;
+}
+
 static core_status try_candidates(comm_group *control, const char *directory, const ckpt_place *place,
-                                  int32_t count, ckpt_reader **out) {
+                                  int32_t count, int32_t threads, ckpt_reader **out) {
   core_error first = {0};
   char path[CKPT_PATH];
   for (int32_t i = 0; i < count; i++) {
     TRY(ckpt_place_path(directory, place[i].step, (ckpt_place_kind)place[i].kind, path));
-    core_status status = open_verified(control, path, out);
+    core_status status = open_patiently(control, path, threads, out);
     if (status == CORE_OK) {
       if (i > 0 && comm_rank(control) == 0)
         LOG_WARNING("falling back to checkpoint %s, which is sound", path);
       return CORE_OK;
     }
-    if (!is_damage(status)) return core_error_trace(status, __func__, __FILE__, __LINE__);
+    if (!ckpt_is_damage(status)) return core_error_trace(status, __func__, __FILE__, __LINE__);
     if (comm_rank(control) == 0)
       LOG_WARNING("checkpoint %s is passed over: %s", path, core_error_get()->message);
     if (i == 0) core_error_save(&first);
@@ -178,12 +186,15 @@ static core_status try_candidates(comm_group *control, const char *directory, co
   return CORE_OK;
 }
 
-core_status ckpt_reader_newest(comm_group *control, const char *directory, ckpt_reader **out) {
+core_status ckpt_reader_newest(comm_group *control, const char *directory, int32_t threads,
+                               ckpt_reader **out) {
   ckpt_place *place;
   int32_t count;
   *out = NULL;
+  CHECK(threads > 0 && threads <= CKPT_MAX_THREADS, CORE_ERR_ARGUMENT, "%d reading threads: expected 1 to %d",
+        threads, CKPT_MAX_THREADS);
   TRY(share_candidates(control, directory, &place, &count));
-  core_status status = try_candidates(control, directory, place, count, out);
+  core_status status = try_candidates(control, directory, place, count, threads, out);
   free(place);
   TRY(status);
   return CORE_OK;

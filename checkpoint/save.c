@@ -1,5 +1,6 @@
 /* The background part of a save: compress, write, sync, read back. One thread writes; with more than one
  * compressor, the compressors run ahead of it through a ring of slots. Local disk only, no communication. */
+#include <errno.h>
 #include <fcntl.h>
 #include <string.h>
 #include <xxhash.h>
@@ -111,6 +112,7 @@ typedef struct sink {
   const char *path;
   int64_t offset;  /* bytes so far, the gathered ones included */
   int64_t started; /* bytes whose way to the disk has begun */
+  int64_t there;   /* bytes that have reached it */
   size_t used;
   uint8_t buffer[SINK];
 } sink;
@@ -131,13 +133,20 @@ static core_status sink_append(sink *s, const void *bytes, size_t count) {
   return CORE_OK;
 }
 
-/* Lets the system begin with what was written, while more is compressed: the sync at the end is short then.
- */
-static void start_stretch(sink *s) {
+/* Lets the system begin with what was written, while more is compressed, and waits for the stretch before:
+ * the sync at the end is short then, and a slow disk shows as slow progress, not as a standstill. An error of
+ * the disk is told once, here or by the sync; file systems without this call are left to the sync. */
+static core_status start_stretch(sink *s) {
+  const unsigned whole = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
   int64_t written = s->offset - (int64_t)s->used;
-  if (written - s->started < STRETCH) return;
+  if (written - s->started < STRETCH) return CORE_OK;
+  int result = s->started > s->there ? sync_file_range(s->fd, s->there, s->started - s->there, whole) : 0;
+  CHECK(result == 0 || (errno != EIO && errno != ENOSPC && errno != EDQUOT), CORE_ERR_IO,
+        "cannot sync %s: %s", s->path, strerror(errno));
   (void)sync_file_range(s->fd, s->started, written - s->started, SYNC_FILE_RANGE_WRITE);
+  s->there = s->started;
   s->started = written;
+  return CORE_OK;
 }
 
 /* ---- the file ---- */
@@ -150,8 +159,8 @@ static core_status write_blocks(ckpt_save *save, ring *r, sink *s) {
     save->offset[b] = s->offset;
     TRY(sink_append(s, stored, ckpt_entry_bytes(&save->entry[b])));
     ring_give(r);
-    start_stretch(s);
-    atomic_fetch_add(&save->progress, 1);
+    TRY(start_stretch(s));
+    atomic_fetch_add(&save->errand.progress, 1);
   }
   return CORE_OK;
 }
@@ -184,7 +193,7 @@ static core_status read_back_block(void *context, int32_t worker, int64_t block)
   CHECK(XXH64(save->slot[worker], ckpt_entry_bytes(entry), 0) == entry->stored_hash, CORE_ERR_CORRUPT,
         "%s: block %lld at byte %lld reads back otherwise than it was written", save->path, (long long)block,
         (long long)at);
-  atomic_fetch_add(&save->progress, 1);
+  atomic_fetch_add(&save->errand.progress, 1);
   return CORE_OK;
 }
 
@@ -221,14 +230,14 @@ static void *save_main(void *argument) {
   save->status = save_file(save);
   if (save->status != CORE_OK) core_error_save(&save->error);
   save->seconds = core_clock_now() - start;
-  atomic_store(&save->done, true);
+  atomic_store(&save->errand.done, true);
   return NULL;
 }
 
 core_status ckpt_save_start(ckpt_save *save, pthread_t *thread) {
   save->status = CORE_OK;
   save->seconds = 0;
-  atomic_store(&save->done, false);
+  atomic_store(&save->errand.done, false);
   atomic_store(&save->cancel, false);
   TRY(ckpt_thread_start(thread, save_main, save));
   return CORE_OK;

@@ -174,7 +174,7 @@ core_status ckpt_writer_create(comm_group *control, const ckpt_options *options,
     local = core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "no memory for a writer");
   if (local == CORE_OK) {
     w->control = control;
-    atomic_init(&w->save.done, true);
+    atomic_init(&w->save.errand.done, true);
     local = take_options(w, options);
   }
   TRY_OUT(comm_agree(control, local), end);
@@ -237,7 +237,7 @@ static void copy_and_start(ckpt_writer *w) {
   if (!w->running) { /* known to all at the commit */
     w->save.status = core_error_get()->code;
     core_error_save(&w->save.error);
-    atomic_store(&w->save.done, true);
+    atomic_store(&w->save.errand.done, true);
   }
 }
 
@@ -255,7 +255,7 @@ bool ckpt_writer_busy(const ckpt_writer *w) {
 }
 
 bool ckpt_writer_ready(ckpt_writer *w) {
-  return atomic_load(&w->save.done);
+  return atomic_load(&w->save.errand.done);
 }
 
 void ckpt_writer_hold_priv(ckpt_writer *w, bool hold) {
@@ -263,33 +263,6 @@ void ckpt_writer_hold_priv(ckpt_writer *w, bool hold) {
 }
 
 /* ---- commit ---- */
-
-static const double TURN_SECONDS = 0.05, POLL_SECONDS = 0.0005;
-
-/* Until this rank's part is written, but at least `least` seconds; or for one turn in which it got on. A part
- * that stands still keeps its rank here, so that the others' deadline runs from its last sign of life. */
-static void wait_turn(const ckpt_writer *w, double least) {
-  double start = core_clock_now();
-  long long before = atomic_load(&w->save.progress);
-  for (;;) {
-    double waited = core_clock_now() - start;
-    if (atomic_load(&w->save.done) && waited >= least) return;
-    if (waited > TURN_SECONDS && atomic_load(&w->save.progress) != before) return;
-    core_clock_sleep(POLL_SECONDS);
-  }
-}
-
-/* A long write is no reason to give the job up: the ranks meet again and again while it gets on. One that is
- * done sleeps in between: waiting for messages would take the processor from those that still write. */
-static core_status wait_for_all(const ckpt_writer *w) {
-  double least = 0;
-  for (int32_t missing = 1; missing; least = TURN_SECONDS) {
-    wait_turn(w, least);
-    missing = !atomic_load(&w->save.done);
-    TRY(comm_all_reduce(w->control, COMM_MAX, CORE_INT32, &missing, 1));
-  }
-  return CORE_OK;
-}
 
 static core_status join_local(ckpt_writer *w) {
   if (w->running) pthread_join(w->thread, NULL);
@@ -347,7 +320,7 @@ static core_status publish(ckpt_writer *w) {
   char *mine = NULL, *all = NULL;
   int64_t bytes = 0, *offset = NULL;
   core_status status;
-  TRY_OUT(wait_for_all(w), end);
+  TRY_OUT(ckpt_wait_for_all(w->control, &w->save.errand), end);
   TRY_OUT(comm_agree(w->control, join_local(w)), end);
   TRY_OUT(comm_agree(w->control, summarise(w, &mine, &bytes)), end);
   TRY_OUT(comm_gather_bytes(w->control, 0, mine, bytes, &all, &offset), end);

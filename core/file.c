@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "core/clock.h"
+
 static struct {
   pthread_mutex_t lock;
   core_file_fault fault;
@@ -45,7 +47,7 @@ void core_file_observe(core_file_observer observer, void *context) {
     if (observe) observe(observe_context, &(core_file_event){.path = (where), __VA_ARGS__}); \
   } while (0)
 
-/* "<n>:<errno|exit>[:<containing>]" */
+/* "<n>:<errno|exit|sleep=milliseconds>[:<containing>]" */
 static void read_environment(void) {
   gate.from_environment = 1;
   const char *text = getenv("ANTIPHON_FAULT_FILE");
@@ -53,8 +55,10 @@ static void read_environment(void) {
   char *rest = NULL;
   gate.fault.at = strtoll(text, &rest, 10);
   if (*rest != ':') return;
-  gate.fault.error = strncmp(rest + 1, "exit", 4) == 0 ? 0 : (int)strtol(rest + 1, NULL, 10);
-  gate.fault.sticky = gate.fault.error != 0;
+  bool slow = strncmp(rest + 1, "sleep=", 6) == 0;
+  if (slow) gate.fault.sleep = (double)strtol(rest + 7, NULL, 10) / 1000;
+  gate.fault.error = slow || strncmp(rest + 1, "exit", 4) == 0 ? 0 : (int)strtol(rest + 1, NULL, 10);
+  gate.fault.sticky = slow || gate.fault.error != 0;
   const char *containing = strchr(rest + 1, ':');
   if (containing) snprintf(gate.fault.containing, sizeof gate.fault.containing, "%s", containing + 1);
 }
@@ -62,17 +66,20 @@ static void read_environment(void) {
 /* Every operation passes here first: 0, or the errno that a test wants it to fail with. */
 static int pass_gate(const char *path) {
   int error = 0;
+  double sleep = 0;
   pthread_mutex_lock(&gate.lock);
   if (!gate.from_environment) read_environment();
   if (!gate.fault.containing[0] || strstr(path, gate.fault.containing)) {
     gate.count++;
     int64_t at = gate.fault.at;
     if (at > 0 && (gate.count == at || (gate.fault.sticky && gate.count > at))) {
-      if (gate.fault.error == 0) _exit(137);
+      sleep = gate.fault.sleep;
+      if (gate.fault.error == 0 && sleep <= 0) _exit(137);
       error = gate.fault.error;
     }
   }
   pthread_mutex_unlock(&gate.lock);
+  if (sleep > 0) core_clock_sleep(sleep);
   return error;
 }
 

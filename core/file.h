@@ -33,11 +33,13 @@ CORE_NODISCARD core_status core_file_read_all(const char *path, int64_t limit, c
 /* Atomic replacement: temporary beside it, write, fsync, rename, fsync of the directory. */
 CORE_NODISCARD core_status core_file_replace(const char *path, const void *bytes, size_t count);
 
-/* Fault injection, for tests only (also by the environment: ANTIPHON_FAULT_FILE="<n>:<errno|exit>[:<part>]"
- * counts only operations on paths that contain <part>; with an errno, this and all later ones fail). */
+/* Fault injection, for tests only (also by the environment:
+ * ANTIPHON_FAULT_FILE="<n>:<errno|exit|sleep=milliseconds>[:<part>]" counts only operations on paths that
+ * contain <part>; with an errno or a sleep, this and all later ones fail or are late). */
 typedef struct core_file_fault {
-  int64_t at;           /* which operation, from 1; 0 off */
-  int error;            /* errno to report; 0: the process ends at once, as if killed */
+  int64_t at;   /* which operation, from 1; 0 off */
+  int error;    /* errno to report; 0: the process ends at once, as if killed, unless it is to sleep */
+  double sleep; /* seconds before the operation, which then goes on */
   char containing[256]; /* only paths that contain this; empty all */
   int sticky;           /* non-zero: this one and all later ones fail */
 } core_file_fault;

@@ -6,6 +6,7 @@
 #include "core/random.h"
 #include "data/index_impl.h"
 #include "data/memory_impl.h"
+#include "data/retry_impl.h"
 #include "data/set_impl.h"
 
 /* ---- taking in shards ---- */
@@ -100,8 +101,12 @@ static core_status take_shard(data_set *set, int32_t m, int32_t k, data_shard *s
 
 static core_status open_one(data_set *set, const char *path, const char *modality, int32_t m, int32_t k) {
   data_shard shard;
-  TRY(data_shard_open_priv(path, modality, &shard));
-  const core_status status = take_shard(set, m, k, &shard);
+  data_patience patience = {0};
+  core_status status;
+  do status = data_shard_open_priv(path, modality, &shard);
+  while (data_try_again_priv(&patience, status));
+  TRY(status);
+  status = take_shard(set, m, k, &shard);
   shard.column = (data_column){0}; /* the set's now */
   data_shard_release_priv(&shard);
   TRY(status);

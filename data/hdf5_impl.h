@@ -58,6 +58,9 @@ typedef struct data_file_identity {
 bool data_identity_equal_priv(const data_file_identity *a, const data_file_identity *b);
 /* Of a name, without opening it; ERR_NOT_FOUND, ERR_IO. Not inside. */
 CORE_NODISCARD core_status data_identity_of_priv(const char *path, data_file_identity *out);
+/* Whether the open file is still the one that was seen: ERR_MISMATCH when it was written to since. */
+CORE_NODISCARD core_status data_identity_unchanged_priv(const char *path, int fd,
+                                                        const data_file_identity *seen);
 /* Of the file that is open, whatever its name now stands for. Inside. */
 CORE_NODISCARD core_status data_hdf5_identity_priv(const data_hdf5_file *file, data_file_identity *out);
 /* A descriptor of the open file for reading outside HDF5; the caller closes it. Inside. */

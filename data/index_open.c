@@ -12,6 +12,7 @@
 #include "data/index_impl.h"
 #include "data/index_open_impl.h"
 #include "data/memory_impl.h"
+#include "data/retry_impl.h"
 
 /* ---- footer and table ---- */
 
@@ -291,7 +292,11 @@ core_status data_index_open_priv(const char *directory, const char *split, const
   TRY(data_text_priv(&path, "%s/%s/" DATA_INDEX_FILE, directory, split));
   *indexed = core_file_exists(path);
   core_status status = data_text_priv(&where, "%s/%s", directory, split);
-  if (*indexed && status == CORE_OK) status = data_index_load_priv(path, &fd, &table);
+  data_patience patience = {0};
+  if (*indexed && status == CORE_OK) {
+    do status = data_index_load_priv(path, &fd, &table);
+    while (data_try_again_priv(&patience, status));
+  }
   if (*indexed && status == CORE_OK)
     status = open_table(&table, fd, where, modalities, modality_count, shards, out);
   if (status != CORE_OK && fd >= 0) (void)close(fd);

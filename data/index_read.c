@@ -8,6 +8,7 @@
 #include "core/random.h"
 #include "data/index_open_impl.h"
 #include "data/memory_impl.h"
+#include "data/retry_impl.h"
 
 struct data_index {
   char *path;
@@ -110,7 +111,13 @@ static core_status read_block(const data_index *index, int32_t k, int64_t block,
   const int64_t at =
       index->block_at[k] + block * data_index_block_bytes_priv(index->modalities, DATA_INDEX_BLOCK);
   uint64_t stored = 0;
-  TRY(core_file_read_at(index->fd, index->path, scratch, (size_t)bytes, at));
+  data_patience patience = {0};
+  core_status status;
+  do status = core_file_read_at(index->fd, index->path, scratch, (size_t)bytes, at);
+  while (data_try_again_priv(&patience, status));
+  if (status != CORE_OK)
+    return core_error_context(status, "block %lld of shard %d, attempt %d", (long long)block, k,
+                              patience.attempts);
   memcpy(&stored, scratch + bytes - 8, sizeof stored);
   CHECK(core_hash(scratch, (size_t)bytes - 8, (uint64_t)k) == stored, CORE_ERR_CORRUPT,
         "%s: block %lld of shard %d is damaged (wrong hash); `antiphon index` makes a new one", index->path,

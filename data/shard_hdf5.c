@@ -8,7 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
+#include "core/file.h"
 #include "data/heap_impl.h"
 #include "data/memory_impl.h"
 
@@ -75,6 +77,18 @@ static core_status refuse_user_block(const data_hdf5_file *file) {
   return CORE_OK;
 }
 
+/* HDF5 does not tell a file that is not its own from one that the system refuses to read. */
+static core_status probe(const data_hdf5_file *file) {
+  uint8_t head[8];
+  int fd = -1;
+  TRY(core_file_open(file->path, O_RDONLY, &fd));
+  const core_status status =
+      file->bytes >= (int64_t)sizeof head ? core_file_read_at(fd, file->path, head, sizeof head, 0) : CORE_OK;
+  (void)close(fd);
+  TRY(status);
+  return CORE_OK;
+}
+
 core_status data_hdf5_open_priv(const char *path, data_hdf5_file *out) {
   struct stat about;
   *out = (data_hdf5_file){.id = -1, .path = path};
@@ -82,9 +96,7 @@ core_status data_hdf5_open_priv(const char *path, data_hdf5_file *out) {
     FAIL(errno == ENOENT ? CORE_ERR_NOT_FOUND : CORE_ERR_IO, "%s: %s", path, strerror(errno));
   CHECK(S_ISREG(about.st_mode), CORE_ERR_FORMAT, "%s: not a file", path);
   out->bytes = (int64_t)about.st_size;
-  FILE *probe = fopen(path, "rbe");
-  CHECK(probe != NULL, CORE_ERR_IO, "%s: cannot read: %s", path, strerror(errno));
-  (void)fclose(probe);
+  TRY(probe(out));
   const htri_t is_hdf5 = H5Fis_hdf5(path);
   (void)H5Eclear2(H5E_DEFAULT);
   CHECK(is_hdf5 > 0, CORE_ERR_FORMAT, "%s: not an HDF5 file, so not a latent shard (%lld bytes)", path,
@@ -118,6 +130,14 @@ static data_file_identity identity_of(const struct stat *about) {
 bool data_identity_equal_priv(const data_file_identity *a, const data_file_identity *b) {
   return a->device == b->device && a->node == b->node && a->bytes == b->bytes && a->seconds == b->seconds &&
          a->nanoseconds == b->nanoseconds;
+}
+
+core_status data_identity_unchanged_priv(const char *path, int fd, const data_file_identity *seen) {
+  struct stat about;
+  CHECK(fstat(fd, &about) == 0, CORE_ERR_IO, "%s: %s", path, strerror(errno));
+  const data_file_identity now = identity_of(&about);
+  CHECK(data_identity_equal_priv(&now, seen), CORE_ERR_MISMATCH, "%s: was changed while it was in use", path);
+  return CORE_OK;
 }
 
 core_status data_identity_of_priv(const char *path, data_file_identity *out) {

@@ -44,6 +44,8 @@ static core_status read_stretch(data_stream *stream, const data_job *job, const 
     ++attempt;
     status = read_afresh(job->column, what);
   }
+  if (status == CORE_OK && attempt == 1) /* afterwards: what was read is of the file that was seen */
+    TRY(data_identity_unchanged_priv(path, stream->handle[job->handle].fd, &job->column->identity));
   if (status != CORE_OK)
     return core_error_context(status, "%s: chunk %lld, attempt %d", path, (long long)job->tile.band, attempt);
   return CORE_OK;

@@ -86,6 +86,7 @@ static core_status find(data_stream *stream, const data_column *column, int32_t 
   TRY(open_handle(stream, column, m, handle));
   TRY(data_column_locate_priv(column, &handle->latent, tile));
   if (tile->at < 0) TRY(data_column_read_band_priv(column, &handle->latent, tile->band, rows));
+  if (tile->at < 0) TRY(data_identity_unchanged_priv(column->path, handle->fd, &column->identity));
   return CORE_OK;
 }
 

@@ -26,7 +26,7 @@ core_status launch_checkpoint_open(comm_world *world, const char *path, ckpt_rea
   }
   char inside[1024]; /* a run directory: its newest */
   snprintf(inside, sizeof inside, "%.1000s/checkpoints", path);
-  TRY(ckpt_reader_newest(control, inside, out));
+  TRY(ckpt_reader_newest(control, inside, 1, out));
   CHECK(*out, CORE_ERR_NOT_FOUND, "%s is neither a checkpoint nor a run directory that holds one", path);
   return CORE_OK;
 }

@@ -160,7 +160,7 @@ static core_status choose(const run *r, const char *path, ckpt_reader **own) {
 }
 
 static core_status find_checkpoint(const run *r, const char *resume, ckpt_reader **reader) {
-  TRY(ckpt_reader_newest(r->env->control, r->checkpoints, reader));
+  TRY(ckpt_reader_newest(r->env->control, r->checkpoints, (int32_t)r->settings->checkpoint.threads, reader));
   if (strcmp(resume, "auto") == 0) return CORE_OK;
   if (strcmp(resume, "never") != 0) {
     TRY(choose(r, resume, reader));

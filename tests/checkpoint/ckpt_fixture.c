@@ -254,7 +254,7 @@ core_status save_step(const fixture *f, ckpt_writer *writer, const layout *l, co
 int64_t load_newest(const fixture *f, const char *directory, const spec *specs, int32_t count, uint64_t one,
                     uint64_t other) {
   ckpt_reader *reader;
-  EXPECT_OK(ckpt_reader_newest(f->control, directory, &reader));
+  EXPECT_OK(ckpt_reader_newest(f->control, directory, 1, &reader));
   if (reader == NULL) return -1;
   layout full = layout_full(specs, count);
   EXPECT_OK(ckpt_reader_load(reader, full.tensor, full.count));

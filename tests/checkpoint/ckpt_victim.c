@@ -50,6 +50,9 @@ core_status victim_load(const victim *v) {
 void victim_expect_found(const victim *v, const char *what, int64_t where) {
   core_status status = ckpt_verify(v->path, NULL);
   if (status == CORE_OK) fail_msg("%s at %lld is not found", what, (long long)where);
+  if (!ckpt_is_damage(status))
+    fail_msg("%s at %lld: %s does not lead to an older checkpoint", what, (long long)where,
+             core_status_text(status));
   if (core_error_get()->message[0] == 0) fail_msg("%s at %lld has no message", what, (long long)where);
   (void)victim_load(v);
 }

@@ -212,7 +212,7 @@ static void tensors_of_a_device_are_copied_at_full_speed(void **state) {
   expect_generation(f, directory, 1, 4);
   for (int32_t t = 0; t < l.count; t++)
     memset(l.tensor[t].data, 0xa5, (size_t)l.tensor[t].count * core_dtype_size(l.tensor[t].dtype));
-  EXPECT_OK(ckpt_reader_newest(f->control, directory, &reader));
+  EXPECT_OK(ckpt_reader_newest(f->control, directory, 1, &reader));
   EXPECT_OK(ckpt_reader_threads(reader, 2));
   EXPECT_OK(ckpt_reader_load(reader, l.tensor, l.count));
   ckpt_reader_close(reader);

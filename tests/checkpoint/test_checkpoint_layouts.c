@@ -20,7 +20,7 @@ static uint64_t save_layout(const fixture *f, const char *directory, int64_t cel
   ckpt_writer_destroy(writer);
   layout_free(&l);
   ckpt_reader *reader;
-  EXPECT_OK(ckpt_reader_newest(f->control, directory, &reader));
+  EXPECT_OK(ckpt_reader_newest(f->control, directory, 1, &reader));
   assert_non_null(reader);
   assert_int_equal(ckpt_reader_step(reader), step);
   assert_string_equal(ckpt_reader_meta(reader), "{\"generation\": 7}");
@@ -33,7 +33,7 @@ static void load_layout(const fixture *f, const char *directory, int64_t cells, 
                         int32_t threads) {
   layout l = layout_make(ALL, cells, shift, f->rank, f->ranks);
   ckpt_reader *reader;
-  EXPECT_OK(ckpt_reader_newest(f->control, directory, &reader));
+  EXPECT_OK(ckpt_reader_newest(f->control, directory, 1, &reader));
   EXPECT_OK(ckpt_reader_threads(reader, threads));
   EXPECT_OK(ckpt_reader_load(reader, l.tensor, l.count));
   assert_null(layout_difference(&l, ALL, 7));
@@ -109,7 +109,7 @@ static void content_hash_changes_with_content(void **state) {
     }
     EXPECT_OK(ckpt_writer_begin(writer, i, "{}"));
     EXPECT_OK(ckpt_writer_commit(writer));
-    EXPECT_OK(ckpt_reader_newest(f->control, directory, &reader));
+    EXPECT_OK(ckpt_reader_newest(f->control, directory, 1, &reader));
     hash[i] = ckpt_reader_content_hash(reader);
     ckpt_reader_close(reader);
   }
@@ -126,7 +126,7 @@ static void odd_ranges_load(void **state) {
   const int64_t cut[][2] = {
       {0, 1}, {13, CKPT_CELL}, {CKPT_CELL - 1, 2}, {5, 3 * CKPT_CELL + 12}, {CKPT_CELL, 0}};
   ckpt_reader *reader;
-  EXPECT_OK(ckpt_reader_newest(f->control, directory, &reader));
+  EXPECT_OK(ckpt_reader_newest(f->control, directory, 1, &reader));
   for (size_t i = 0; i < sizeof cut / sizeof *cut; i++) {
     layout l = layout_make(all_specs, 1, 0, 0, 0, 1);
     l.tensor[0].first = cut[i][0];
@@ -225,7 +225,7 @@ static void mismatch_names_the_tensor(void **state) {
   ckpt_reader *reader;
   ckpt_tensor found;
   float data[40];
-  EXPECT_OK(ckpt_reader_newest(f->control, directory, &reader));
+  EXPECT_OK(ckpt_reader_newest(f->control, directory, 1, &reader));
   ckpt_tensor t = {
       .name = "f32/odd", .dtype = CORE_FLOAT32, .rank = 2, .shape = {5, 7}, .count = 35, .data = data};
   EXPECT_OK(ckpt_reader_load(reader, &t, 1));
@@ -261,7 +261,7 @@ static void meta_is_checked_and_kept(void **state) {
   EXPECT_OK(ckpt_writer_begin(writer, 123456789, meta));
   EXPECT_OK(ckpt_writer_commit(writer));
   ckpt_writer_destroy(writer);
-  EXPECT_OK(ckpt_reader_newest(f->control, directory, &reader));
+  EXPECT_OK(ckpt_reader_newest(f->control, directory, 1, &reader));
   assert_string_equal(ckpt_reader_meta(reader), meta);
   assert_non_null(strstr(ckpt_reader_path(reader), "/step-123456789"));
   ckpt_reader_close(reader);
@@ -326,7 +326,7 @@ static void damage_anywhere_makes_all_fall_back(void **state) {
     EXPECT_OK(comm_barrier(f->control));
   }
   ckpt_reader *reader;
-  expect_message(ckpt_reader_newest(f->control, directory, &reader), CORE_ERR_CORRUPT,
+  expect_message(ckpt_reader_newest(f->control, directory, 1, &reader), CORE_ERR_CORRUPT,
                  "none of the 2 checkpoints");
   assert_non_null(strstr(core_error_get()->message, "step-00000002"));
   assert_null(reader);
@@ -337,7 +337,7 @@ static void nothing_there_is_no_error(void **state) {
   char directory[CKPT_PATH];
   ckpt_reader *reader;
   fixture_directory(f, "nothing", directory);
-  EXPECT_OK(ckpt_reader_newest(f->control, directory, &reader));
+  EXPECT_OK(ckpt_reader_newest(f->control, directory, 1, &reader));
   assert_null(reader);
   assert_int_equal(ckpt_reader_open(f->control, directory, &reader), CORE_ERR_NOT_FOUND);
 }

@@ -173,7 +173,7 @@ static void a_later_version_is_refused(void **state) {
   /* Going back to an older one would throw away work without a word. */
   snprintf(path, sizeof path, "%s/step-00000007", directory);
   EXPECT_OK(core_file_make_directory(path));
-  assert_int_equal(ckpt_reader_newest(f->control, directory, &reader), CORE_ERR_UNSUPPORTED);
+  assert_int_equal(ckpt_reader_newest(f->control, directory, 1, &reader), CORE_ERR_UNSUPPORTED);
   free(text);
 }
 

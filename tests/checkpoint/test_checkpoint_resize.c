@@ -108,7 +108,7 @@ static uint64_t save(const fixture *f, const sized *s, const char *directory) {
     EXPECT_OK(ckpt_writer_begin(writer, 1, "{}"));
     EXPECT_OK(ckpt_writer_commit(writer));
     ckpt_writer_destroy(writer);
-    EXPECT_OK(ckpt_reader_newest(group, directory, &reader));
+    EXPECT_OK(ckpt_reader_newest(group, directory, 1, &reader));
     hash = ckpt_reader_content_hash(reader);
     ckpt_reader_close(reader);
     layout_free(&l);
@@ -171,7 +171,7 @@ static void load(const fixture *f, const sized *s, const char *directory, uint64
     layout l = ranges_of(s, f->rank, false);
     ckpt_reader *reader;
     int64_t read = 0;
-    EXPECT_OK(ckpt_reader_newest(group, directory, &reader));
+    EXPECT_OK(ckpt_reader_newest(group, directory, 1, &reader));
     assert_true(ckpt_reader_content_hash(reader) == hash);
     core_file_observe(count_read, &read);
     EXPECT_OK(ckpt_reader_load(reader, l.tensor, l.count));

@@ -357,6 +357,56 @@ static void changed_under_way(void **state) {
   fixture_remove(s.root);
 }
 
+/* Written in place, under the descriptor that a stream holds, in a form without checksums. */
+static void changed_while_open(void **state) {
+  (void)state;
+  const scene s = scene_create();
+  const char *const names[] = {"image"};
+  const data_range range = {0, 1};
+  for (int chunked = 0; chunked < 2; ++chunked) {
+    /* One sample a batch and one batch ahead: the last ones are read after the first was delivered. */
+    const data_stream_options options = {
+        .batch = 1, .micro_batches = 1, .range = &range, .queue = 1, .cache_bytes = 1};
+    craft c = craft_sound();
+    data_set *set = NULL;
+    data_stream *stream = NULL;
+    data_batch *batch = NULL;
+    struct stat about;
+    static int64_t id[400], offset[401];
+    static float latent[400 * 256];
+    for (int i = 0; i <= 400; ++i) offset[i] = i;
+    for (int i = 0; i < 400; ++i) id[i] = i;
+    c.samples = c.rows = 400;
+    c.width = c.columns = 256;
+    c.chunk_rows = 1;
+    c.contiguous = chunked == 0;
+    c.id = id;
+    c.offset = offset;
+    c.label = NULL;
+    c.latent = latent;
+    craft_write(&c, s.path);
+    assert_int_equal(data_set_open(s.root, "train", names, 1, &set), CORE_OK);
+    assert_int_equal(data_stream_open(set, &options, &stream), CORE_OK);
+    assert_int_equal(data_stream_get(stream, &batch), CORE_OK);
+    data_stream_put(stream, batch);
+    const int fd = open(s.path, O_WRONLY);
+    assert_int_equal(fstat(fd, &about), 0);
+    const float other = 5;
+    assert_int_equal(pwrite(fd, &other, sizeof other, about.st_size - 4096), sizeof other);
+    assert_int_equal(close(fd), 0);
+    core_status status = CORE_OK;
+    int got = 1;
+    while (status == CORE_OK && (status = data_stream_get(stream, &batch)) == CORE_OK && batch != NULL &&
+           ++got)
+      data_stream_put(stream, batch);
+    fixture_expect(status, CORE_ERR_MISMATCH, "image-00000.h5", "was changed while it was in use");
+    assert_in_range(got, 1, 399);
+    data_stream_close(stream);
+    data_set_close(set);
+  }
+  fixture_remove(s.root);
+}
+
 static void *restore_file(void *path) {
   char good[330];
   (void)snprintf(good, sizeof good, "%s.good", (const char *)path);
@@ -426,7 +476,7 @@ static void failing_reads_of_chunks(void **state) {
       const core_status status = data_stream_get(stream, &batch);
       met = core_file_operations() >= n;
       if (sticky && met)
-        fixture_expect(status, CORE_ERR_IO, "attempt 4", "chunk");
+        fixture_expect(status, CORE_ERR_IO, "attempt 4", "image-00000.h5");
       else
         assert_int_equal(status, CORE_OK);
       if (status == CORE_OK)
@@ -472,6 +522,7 @@ int main(void) {
                                      cmocka_unit_test(flipped_byte_in_a_chunk),
                                      cmocka_unit_test(batches_before_the_damage),
                                      cmocka_unit_test(changed_under_way),
+                                     cmocka_unit_test(changed_while_open),
                                      cmocka_unit_test(failing_reads),
                                      cmocka_unit_test(failing_reads_of_chunks),
                                      cmocka_unit_test(user_block)};

@@ -1,6 +1,7 @@
 /* The index: a set opened by it is the set opened by its shards, streams included; no shard is opened for it;
  * whatever changed since is noticed; samples that are not finite are skipped as it says; any damage to it is
  * an error. */
+#include <errno.h>
 #include <fcntl.h>
 #include <math.h>
 #include <setjmp.h>
@@ -14,6 +15,7 @@
 #include <cmocka.h>
 
 #include "core/clock.h"
+#include "core/file.h"
 #include "core/random.h"
 #include "data/index_impl.h"
 #include "data_craft.h"
@@ -229,6 +231,42 @@ static void offsets_beyond_the_lengths(void **state) {
   fixture_remove(root);
 }
 
+/* The index cannot be read, once or for good: while the set is opened, and while it is streamed. */
+static void failing_reads_of_the_index(void **state) {
+  (void)state;
+  const char *const names[] = {"image"};
+  const data_range range = {0, 16};
+  const data_stream_options options = {.batch = 16, .micro_batches = 1, .range = &range};
+  char root[256];
+  data_index_result result;
+  fixture_directory(root);
+  write_plain(root, 0, false);
+  build(root, false, &result);
+  for (int sticky = 0; sticky < 2; ++sticky) {
+    bool met = true;
+    for (int64_t n = 1; met; ++n) {
+      data_set *set = NULL;
+      data_stream *stream = NULL;
+      data_batch *batch = NULL;
+      core_file_inject(
+          &(core_file_fault){.at = n, .error = EIO, .sticky = sticky, .containing = DATA_INDEX_FILE});
+      core_status status = data_set_open(root, "train", names, 1, &set);
+      if (status == CORE_OK) status = data_stream_open(set, &options, &stream);
+      if (status == CORE_OK) status = data_stream_get(stream, &batch);
+      met = core_file_operations() >= n;
+      if (sticky && met)
+        fixture_expect(status, CORE_ERR_IO, DATA_INDEX_FILE, set != NULL ? "shard 0, attempt 4" : NULL);
+      else
+        assert_int_equal(status, CORE_OK);
+      data_stream_close(stream);
+      core_file_inject(NULL);
+      data_set_close(set);
+      assert_true(n < 50 && (n > 3 || met));
+    }
+  }
+  fixture_remove(root);
+}
+
 static void changes_are_noticed(void **state) {
   (void)state;
   for (int change = 0; change < 5; ++change) {
@@ -409,10 +447,14 @@ static void memory_does_not_grow(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test(same_set_by_index),        cmocka_unit_test(opens_no_shard),
-      cmocka_unit_test(other_columns_in_a_shard), cmocka_unit_test(offsets_beyond_the_lengths),
-      cmocka_unit_test(changes_are_noticed),      cmocka_unit_test(skipping),
-      cmocka_unit_test(any_damage_is_an_error),   cmocka_unit_test(memory_does_not_grow)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(same_set_by_index),
+                                     cmocka_unit_test(opens_no_shard),
+                                     cmocka_unit_test(other_columns_in_a_shard),
+                                     cmocka_unit_test(offsets_beyond_the_lengths),
+                                     cmocka_unit_test(failing_reads_of_the_index),
+                                     cmocka_unit_test(changes_are_noticed),
+                                     cmocka_unit_test(skipping),
+                                     cmocka_unit_test(any_damage_is_an_error),
+                                     cmocka_unit_test(memory_does_not_grow)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
