@@ -103,7 +103,7 @@ for at in 3 9 15 22; do
 done
 
 # A set that takes a while, in blocks of one sample
-"$MAKE_SET" directory="$work/long" samples=12000 shards=1 first=9000 rows=6
+"$MAKE_SET" directory="$work/long" samples=40000 shards=1 first=9000 rows=6
 slow="$work/run $work/long --query image:text --set evaluate.batch=1"
 what="the long one"
 # shellcheck disable=SC2086
@@ -117,7 +117,7 @@ for signal in TERM USR1 KILL; do
     # shellcheck disable=SC2086
     start $n embed $slow -o "$work/cut.h5"
     until_true 30 begun || fail "it ended before FILE.part was there"
-    sleep 0.1
+    sleep 0.3
     kill -$signal "$(pid $((n - 1)))" 2>/dev/null
     wait_job
     if [ $signal = KILL ]; then
@@ -131,7 +131,7 @@ for signal in TERM USR1 KILL; do
     # shellcheck disable=SC2086
     embed $((3 - n)) $slow -o "$work/cut.h5"
     expect_status 0
-    kept=$(sed -n 's/.*cut.h5: \([0-9]*\) of 12000 blocks are there.*/\1/p' "$work/err")
+    kept=$(sed -n 's/.*cut.h5: \([0-9]*\) of 40000 blocks are there.*/\1/p' "$work/err")
     [ "${kept:-0}" -gt 0 ] || fail "expected that blocks were kept, got '$kept'"
     cmp -s "$work/long.h5" "$work/cut.h5" || fail "another file"
   done
