@@ -25,23 +25,6 @@ typedef struct evaluation {
   int64_t width[CORE_MAX_MODALITIES];
 } evaluation;
 
-/* The stored configuration describes training; here every rank holds all experts and takes whole samples.
- * What the user overrides comes later in the list and so wins. */
-static void add_defaults(launch_arguments *arguments, char batch[64], char capacity[64], int32_t ranks) {
-  launch_arguments given = *arguments;
-  snprintf(batch, 64, "optimizer.batch=%d", ranks);
-  snprintf(capacity, 64, "evaluate.capacity='%.32s'", given.capacity ? given.capacity : "none");
-  const char *defaults[] = {"parallel.experts=1",          "parallel.placement=shared",
-                            "optimizer.accumulate=1",      batch,
-                            "model.moe.dispatch=dropless", capacity};
-  int32_t count = sizeof defaults / sizeof *defaults;
-  for (int32_t i = 0; i < count; i++) arguments->override[i] = defaults[i];
-  for (int32_t i = 0; i < given.override_count && count + i < LAUNCH_MOST_OVERRIDES; i++)
-    arguments->override[count + i] = given.override[i];
-  arguments->override_count = count + given.override_count;
-  if (arguments->override_count > LAUNCH_MOST_OVERRIDES) arguments->override_count = LAUNCH_MOST_OVERRIDES;
-}
-
 static core_status load(train_session *session, const evaluation *e) {
   train_state_tensors tensors;
   core_status status = comm_agree(session->env.control,
@@ -123,7 +106,7 @@ static core_status find_widths(const train_settings *s, evaluation *e) {
 
 /* CLASSES is a split of DATA by its name, or the path of a split. */
 static core_status find_classes(evaluation *e) {
-  const char *path = e->arguments->zero_shot, *slash = strrchr(path, '/');
+  const char *path = launch_own(e->arguments, "--zero-shot"), *slash = strrchr(path, '/');
   while (slash && !slash[1] && slash > path) { /* path/ */
     do slash--;
     while (slash > path && *slash != '/');
@@ -142,8 +125,9 @@ static core_status find_classes(evaluation *e) {
 
 static core_status prepare_zero_shot(const train_settings *s, evaluation *e, train_session_options *options) {
   const launch_arguments *a = e->arguments;
-  TRY(find_modality(s, "--items", a->items ? a->items : "image", &e->items));
-  TRY(find_modality(s, "--prompts", a->prompts ? a->prompts : "text", &e->prompts));
+  TRY(find_modality(s, "--items", launch_own(a, "--items") ? launch_own(a, "--items") : "image", &e->items));
+  TRY(find_modality(s, "--prompts", launch_own(a, "--prompts") ? launch_own(a, "--prompts") : "text",
+                    &e->prompts));
   CHECK(e->items != e->prompts, CORE_ERR_ARGUMENT, "items and prompts are of one modality, '%s'",
         s->data.modalities[e->items].name);
   TRY(find_classes(e));
@@ -169,10 +153,11 @@ static core_status open_and_run(comm_world *world, const core_config *config, ev
                                    .purpose = TRAIN_PURPOSE_EVALUATE,
                                    .data_path = e->data,
                                    .evaluation_split = e->split};
-  if (a->zero_shot) TRY(comm_agree(comm_control_group(world), prepare_zero_shot(s, e, &options)));
+  if (launch_own(a, "--zero-shot"))
+    TRY(comm_agree(comm_control_group(world), prepare_zero_shot(s, e, &options)));
   core_status status = train_session_open(&options, &session);
   if (status == CORE_OK) status = load(session, e);
-  if (status == CORE_OK) status = a->zero_shot ? classify(session, e) : retrieve(session, e);
+  if (status == CORE_OK) status = launch_own(a, "--zero-shot") ? classify(session, e) : retrieve(session, e);
   core_error saved;
   core_error_save(&saved);
   train_session_close(session);
@@ -192,30 +177,17 @@ static core_status with_config(comm_world *world, evaluation *e) {
   return CORE_OK;
 }
 
-static core_status open_checkpoint(comm_world *world, const char *path, ckpt_reader **reader) {
-  comm_group *control = comm_control_group(world);
-  int32_t single = ckpt_is(path);
-  TRY(comm_broadcast(control, 0, &single, sizeof single));
-  if (single) {
-    TRY(ckpt_reader_open(control, path, reader));
-    return CORE_OK;
-  }
-  char inside[PATH]; /* a run directory: its newest */
-  snprintf(inside, sizeof inside, "%.1000s/checkpoints", path);
-  TRY(ckpt_reader_newest(control, inside, 1, reader));
-  CHECK(*reader, CORE_ERR_NOT_FOUND, "%s is neither a checkpoint nor a run directory that holds one", path);
-  return CORE_OK;
-}
-
 static core_status eval(comm_world *world, launch_arguments *arguments, int *code) {
   (void)code;
   evaluation e = {.arguments = arguments};
   train_state_meta meta = {0};
-  char batch[64], capacity[64];
-  CHECK(arguments->zero_shot || (!arguments->items && !arguments->prompts), CORE_ERR_USAGE,
+  launch_checkpoint_words words;
+  bool parts = launch_own(arguments, "--items") || launch_own(arguments, "--prompts");
+  CHECK(launch_own(arguments, "--zero-shot") || !parts, CORE_ERR_USAGE,
         "--items and --prompts belong to --zero-shot");
-  add_defaults(arguments, batch, capacity, comm_size(comm_world_group(world)));
-  TRY(open_checkpoint(world, arguments->positional[0], &e.reader));
+  launch_checkpoint_defaults(arguments, launch_own(arguments, "--capacity"), &words,
+                             comm_size(comm_world_group(world)));
+  TRY(launch_checkpoint_open(world, arguments->positional[0], &e.reader));
   core_status status = train_state_meta_read(ckpt_reader_meta(e.reader), &meta);
   e.meta = &meta;
   if (status == CORE_OK) status = with_config(world, &e);
@@ -226,7 +198,9 @@ static core_status eval(comm_world *world, launch_arguments *arguments, int *cod
 }
 
 static int run(const launch_command *command, int argc, char **argv) {
-  return launch_collective(command, argc, argv, 1, 2, eval);
+  static const launch_option own[] = {
+      {"--zero-shot", true}, {"--items", true}, {"--prompts", true}, {"--capacity", true}, {NULL, false}};
+  return launch_collective_own(command, own, argc, argv, 1, 2, eval);
 }
 
 const launch_command launch_eval_command = {

@@ -10,6 +10,7 @@
 #include "data/data.h"
 #include "launcher/launcher.h"
 #include "trainer/arithmetic.h"
+#include "trainer/serve/vectors.h"
 #include "trainer/settings.h"
 
 static bool is_directory(const char *path) {
@@ -140,6 +141,8 @@ static core_status look(const char *path, const launch_arguments *arguments, boo
     TRY(look_at_directory(path, arguments, deep));
   } else if (ends_with(path, ".yaml") || ends_with(path, ".yml")) {
     TRY(look_at_config(path, arguments, deep));
+  } else if (train_vectors_is(path)) {
+    TRY(train_vectors_describe(path, deep, stdout));
   } else {
     TRY(data_shard_describe(path, deep, stdout));
   }
@@ -163,8 +166,8 @@ static int run(const launch_command *command, int argc, char **argv) {
 
 const launch_command launch_inspect_command = {
     "inspect", "says what a shard, a set, a checkpoint or a configuration holds",
-    "usage: antiphon inspect PATH [--json] [--set KEY=VALUE]...\n\nPATH: a latent shard (.h5), a directory "
-    "of shards, a checkpoint, a run "
+    "usage: antiphon inspect PATH [--json] [--set KEY=VALUE]...\n\nPATH: a latent shard or vectors (.h5), a "
+    "directory of shards, a checkpoint, a run "
     "directory, or a "
     "configuration\n(.yaml: printed with all defaults, and what the model costs: parameters and FLOPs by "
     "what a "
@@ -175,7 +178,8 @@ const launch_command launch_inspect_command = {
 
 const launch_command launch_check_command = {
     "check", "says whether it is sound: every block, every value",
-    "usage: antiphon check PATH\n\nReads all of a latent shard, a directory of shards, a checkpoint, a run "
+    "usage: antiphon check PATH\n\nReads all of a latent shard, a file of vectors, a directory of shards, a "
+    "checkpoint, a run "
     "directory or a "
     "configuration and\nverifies it. Exit status 0: sound; 1: not, and why.\n",
     run};

@@ -6,7 +6,7 @@
 #include "core/clock.h"
 #include "core/stop.h"
 #include "trainer/share_rows.h"
-#include "trainer/vectors.h"
+#include "trainer/item_vectors.h"
 
 static const int64_t recall_at[TRAIN_RECALLS] = {1, 5, 10};
 enum { BLOCK = 128 }; /* queries ranked at a time */
@@ -93,7 +93,7 @@ static core_status take_batch(train_session *session, gallery *g, const data_bat
     memcpy(g->present[m] + first, batch->present + m * batch->samples, (size_t)batch->samples);
     if (!takes_part(session, g, m)) continue;
     if (own.shape[0] > 0)
-      TRY(env->ops->device->copy(own.data, train_vectors_rows(session, g->direction, m).data,
+      TRY(env->ops->device->copy(own.data, train_item_vectors_rows(session, g->direction, m).data,
                                  core_tensor_bytes(&own), NULL));
     TRY(train_share_rows(env, &layout, m, rows, g->send, g->recv));
   }
@@ -105,7 +105,7 @@ static core_status embed_stream(train_session *session, gallery *g, data_stream 
   int64_t first = 0;
   do {
     comm_note(session->env.comm, session->env.step, -1, "evaluation data");
-    TRY(train_vectors_batch(session, stream, &batch));
+    TRY(train_item_vectors_batch(session, stream, &batch));
     if (!batch) break;
     core_status status = take_batch(session, g, batch, first);
     first += batch->samples;

@@ -114,7 +114,7 @@ static int32_t holders_of(const train_session *session, int32_t m, holder out[MO
  * hangs on it. */
 static double sample_cost(const train_session *session, int32_t m) {
   const train_settings *s = session->env.settings;
-  if (!any_set(session)) return 1;
+  if (!any_set(session) || session->sizes) return 1; /* shared placement: nothing is partitioned */
   const data_modality_info *info = data_set_modality(any_set(session), m);
   double tokens = (double)info->tokens / (double)data_set_samples(any_set(session)),
          C = (double)s->model.width;
@@ -191,8 +191,24 @@ static size_t stored_bytes(const train_session *session, int32_t m) {
   return bytes;
 }
 
+/* Every rank passes items of its own through experts of its own. */
+static train_model_limits stated_limits(const train_session *session) {
+  const train_env *env = &session->env;
+  const train_session_sizes *sizes = session->sizes;
+  train_model_limits limits = {.training = false};
+  int64_t segments = 0;
+  memcpy(limits.width, sizes->width, sizeof limits.width);
+  memcpy(limits.tokens, sizes->tokens, sizeof limits.tokens);
+  memcpy(limits.segments, sizes->segments, sizeof limits.segments);
+  memcpy(limits.latent_bytes, sizes->latent_bytes, sizeof limits.latent_bytes);
+  train_model_rows(env->settings, &limits, &limits.group_tokens, &segments);
+  limits.expert_rows = larger(limits.group_tokens * env->settings->model.moe.choose, 1);
+  return limits;
+}
+
 /* width: as train_session_options. */
 static train_model_limits find_limits(const train_session *session, const int64_t *width) {
+  if (session->sizes) return stated_limits(session);
   const train_env *env = &session->env;
   train_model_limits limits = {.training = session->purpose == TRAIN_PURPOSE_TRAIN};
   train_model_limits groups = {0}; /* tokens of a whole expert group */
@@ -240,6 +256,7 @@ static kern_limits kernel_limits(const train_session *session, const train_model
     width = larger(width, larger(limits->width[m], s->data.modalities[m].hidden));
     holder in[MOST_HOLDERS];
     int32_t count = holders_of(session, m, in);
+    if (session->sizes) k.sequence = larger(k.sequence, session->sizes->longest[m]);
     for (int32_t i = 0; i < count; i++)
       k.sequence = larger(k.sequence, data_set_modality(in[i].set, in[i].place)->longest);
   }
@@ -342,6 +359,7 @@ core_status train_session_open(const train_session_options *options, train_sessi
   train_session *session = calloc(1, sizeof *session);
   CHECK(session, CORE_ERR_MEMORY, "no memory for the session");
   session->purpose = options->purpose;
+  session->sizes = options->sizes;
   session->env = (train_env){.config = options->config,
                              .settings = core_config_data(options->config),
                              .comm = options->comm,

@@ -14,6 +14,15 @@ typedef struct train_part_options {
   int32_t modality;
 } train_part_options;
 enum { TRAIN_MOST_PARTS = 2 };
+/* What items may be, where no set is opened that says so: serving knows the widths from a checkpoint and
+ * streams one modality. 0 items: none of that modality. */
+typedef struct train_session_sizes {
+  int64_t width[CORE_MAX_MODALITIES];       /* D */
+  int64_t tokens[CORE_MAX_MODALITIES];      /* rows of one pass */
+  int64_t segments[CORE_MAX_MODALITIES];    /* items of one pass */
+  int64_t longest[CORE_MAX_MODALITIES];     /* rows of an item */
+  size_t latent_bytes[CORE_MAX_MODALITIES]; /* of a stored number */
+} train_session_sizes;
 
 typedef struct train_session_options {
   const core_config *config; /* outlives the session */
@@ -24,8 +33,9 @@ typedef struct train_session_options {
   const char *evaluation_split; /* NULL: none */
   train_part_options part[TRAIN_MOST_PARTS];
   int32_t part_count;
-  const int64_t
-      *width; /* [M] of the latents that no split tells; NULL: a split with all modalities is opened */
+  const int64_t *width; /* [M] of the latents that no split tells; NULL: a split with all modalities is
+                           opened */
+  const train_session_sizes *sizes; /* with no split: borrowed until the session is closed */
 } train_session_options;
 
 typedef struct train_part {
@@ -37,7 +47,8 @@ typedef struct train_part {
 typedef struct train_session {
   train_env env;
   train_purpose purpose;
-  data_set *training, *evaluation; /* NULL where not opened */
+  const train_session_sizes *sizes; /* NULL: the sets say */
+  data_set *training, *evaluation;  /* NULL where not opened */
   train_part part[TRAIN_MOST_PARTS];
   int32_t part_count;
   train_model *model;

@@ -7,7 +7,7 @@
 
 #include "core/clock.h"
 #include "core/stop.h"
-#include "trainer/vectors.h"
+#include "trainer/item_vectors.h"
 
 static const int64_t top_at[TRAIN_TOPS] = {1, 5};
 enum { BLOCK = 128 }; /* items classified at a time */
@@ -40,7 +40,7 @@ static core_status on_device(const core_device *device, int64_t rows, int64_t co
   return CORE_OK;
 }
 
-static core_status find_labels(const train_part *part, const train_vectors *prompts, classes *c) {
+static core_status find_labels(const train_part *part, const train_item_vectors *prompts, classes *c) {
   int64_t n = prompts->samples;
   c->label = calloc((size_t)n, sizeof *c->label);
   CHECK(c->label, CORE_ERR_MEMORY, "no memory for the labels of %lld prompts", (long long)n);
@@ -79,7 +79,7 @@ static void normalise(classes *c, int64_t Z) {
   }
 }
 
-static core_status make_classes(const train_session *session, const train_vectors *prompts, classes *c) {
+static core_status make_classes(const train_session *session, const train_item_vectors *prompts, classes *c) {
   const train_part *part = &session->part[1];
   const core_device *device = session->env.ops->device;
   int64_t Z = session->model->Z;
@@ -112,8 +112,8 @@ static void free_classes(const core_device *device, classes *c) {
 
 /* ---- items ---- */
 
-static core_status check_items(const train_session *session, const train_vectors *items, const classes *c,
-                               train_zero_shot *out) {
+static core_status check_items(const train_session *session, const train_item_vectors *items,
+                               const classes *c, train_zero_shot *out) {
   const train_part *part = &session->part[0], *prompts = &session->part[1];
   for (int64_t i = 0; i < items->samples; i++) {
     int32_t label = items->label[i];
@@ -136,7 +136,7 @@ static void judge(const classes *c, int64_t own, const core_real *score, train_z
 }
 
 /* This rank's share of the items. Local. */
-static core_status classify(train_session *session, const train_vectors *items, const classes *c,
+static core_status classify(train_session *session, const train_item_vectors *items, const classes *c,
                             train_zero_shot *out) {
   train_env *env = &session->env;
   int64_t first = items->samples * env->layout.rank / env->layout.ranks;
@@ -167,13 +167,14 @@ static core_status find_direction(const train_session *session, int32_t *out) {
   return CORE_OK;
 }
 
-static core_status run(train_session *session, train_vectors vectors[2], classes *c, train_zero_shot *out) {
+static core_status run(train_session *session, train_item_vectors vectors[2], classes *c,
+                       train_zero_shot *out) {
   comm_group *control = session->env.control;
   int32_t direction;
   TRY(comm_agree(control, find_direction(session, &direction)));
-  TRY(train_vectors_make(session, &session->part[1], direction, &vectors[1]));
+  TRY(train_item_vectors_make(session, &session->part[1], direction, &vectors[1]));
   TRY(comm_agree(control, make_classes(session, &vectors[1], c)));
-  TRY(train_vectors_make(session, &session->part[0], direction, &vectors[0]));
+  TRY(train_item_vectors_make(session, &session->part[0], direction, &vectors[0]));
   TRY(comm_agree(control, check_items(session, &vectors[0], c, out)));
   TRY(comm_agree(control, classify(session, &vectors[0], c, out)));
   TRY(comm_all_reduce(session->env.world, COMM_SUM, CORE_INT64, out->hits, TRAIN_TOPS));
@@ -183,7 +184,7 @@ static core_status run(train_session *session, train_vectors vectors[2], classes
 }
 
 core_status train_zero_shot_run(train_session *session, train_zero_shot *out) {
-  train_vectors vectors[2] = {{0}, {0}};
+  train_item_vectors vectors[2] = {{0}, {0}};
   classes c = {0};
   double start = core_clock_now();
   memset(out, 0, sizeof *out);
@@ -192,7 +193,7 @@ core_status train_zero_shot_run(train_session *session, train_zero_shot *out) {
   if (status == CORE_OK) status = run(session, vectors, &c, out);
   out->seconds = core_clock_now() - start;
   free_classes(session->env.ops->device, &c);
-  for (int i = 0; i < 2; i++) train_vectors_free(&vectors[i]);
+  for (int i = 0; i < 2; i++) train_item_vectors_free(&vectors[i]);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
 }

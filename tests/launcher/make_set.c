@@ -1,13 +1,14 @@
 /* Makes latent sets for the tests of the command, sound ones and such that no writer of ours would make.
  *
  *   make_set directory=SPLIT [samples=48] [shards=2] [rows=4] [image=12] [text=9] [speech=0] [filter=none]
- *            [first=0] [absent=0] [shift=MODALITY] [nan=MODALITY] [nan_sample=0]
+ *            [first=0] [absent=0] [shift=MODALITY] [nan=MODALITY] [nan_sample=0] [keys=0]
  *            [classes=0] [wrong=0] [unlabelled=0] [empty=-1] [unknown=0]
  *   make_set foreign=FILE     an HDF5 file that is not a shard
  *   make_set flip=FILE at=N   inverts the byte at N; negative: counted from the end
  *
  * image, text, speech: width, 0 for none. absent=k: every k-th sample lacks one modality in turn. shift: the
- * ids of that modality are one higher. nan: one value of that modality's sample is NaN.
+ * ids of that modality are one higher. keys=1: sample i has the key "sample-<i>". nan: one value of that
+ * modality's sample is NaN.
  *
  * classes: sample s is of class s mod classes, which its label tells and near whose own point its latents
  * lie. Of these, the first `wrong` carry the next class's label, every `unlabelled`-th has none, those of
@@ -78,7 +79,10 @@ static core_status add_sample(const options *o, data_writer *writer, int32_t m, 
   for (int64_t i = 0; i < rows * width && classes > 0; i++)
     latent[i] = (float)(3 * core_random_normal(77, point, (uint64_t)(i % width))) + 0.03F * latent[i];
   if (names(o, "nan", m) && s == number_of(o, "nan_sample", 0)) latent[0] = marker;
+  char key[32];
+  snprintf(key, sizeof key, "sample-%lld", (long long)(number_of(o, "first", 0) + s));
   data_sample sample = {.id = (uint64_t)(number_of(o, "first", 0) + s + names(o, "shift", m)),
+                        .key = number_of(o, "keys", 0) ? key : NULL,
                         .latent = latent,
                         .rows = rows,
                         .label = label_of(o, s)};

@@ -8,7 +8,7 @@
 #include "tests/support/test_set.h"
 #include "tests/support/test_unit.h"
 #include "trainer/state.h"
-#include "trainer/vectors.h"
+#include "trainer/item_vectors.h"
 #include "trainer/zero_shot.h"
 
 /* Wilson 1927: the ends p of the interval satisfy (h / n - p)^2 = z^2 p (1 - p) / n. */
@@ -76,9 +76,9 @@ static core_status write_split(const char *root, const char *split, int32_t m, i
 
 /* Top-1 and top-5 by definition, in double, from the vectors. */
 static void expect_by_hand(train_session *session, const train_zero_shot *got) {
-  train_vectors items, prompts;
-  assert_ok(train_vectors_make(session, &session->part[0], -1, &items));
-  assert_ok(train_vectors_make(session, &session->part[1], -1, &prompts));
+  train_item_vectors items, prompts;
+  assert_ok(train_item_vectors_make(session, &session->part[0], -1, &items));
+  assert_ok(train_item_vectors_make(session, &session->part[1], -1, &prompts));
   const core_real *x = items.z.data, *p = prompts.z.data;
   int64_t Z = session->model->Z, judged = 0, hits[2] = {0, 0};
   double centre[8][6] = {{0}};
@@ -105,8 +105,8 @@ static void expect_by_hand(train_session *session, const train_zero_shot *got) {
   assert_int_equal(got->hits[0], hits[0]);
   assert_int_equal(got->hits[1], hits[1]);
   assert_true(hits[0] > 0 && hits[1] > hits[0] && hits[1] < judged); /* a case that tells */
-  train_vectors_free(&items);
-  train_vectors_free(&prompts);
+  train_item_vectors_free(&items);
+  train_item_vectors_free(&prompts);
 }
 
 static void classes_are_those_of_the_definition(void **state) {

@@ -1,4 +1,4 @@
-#include "trainer/vectors.h"
+#include "trainer/item_vectors.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -6,7 +6,7 @@
 #include "core/stop.h"
 #include "trainer/share_rows.h"
 
-core_status train_vectors_batch(train_session *session, data_stream *stream, data_batch **batch) {
+core_status train_item_vectors_batch(train_session *session, data_stream *stream, data_batch **batch) {
   core_status status = data_stream_get(stream, batch);
   if (status == CORE_OK && core_stop_requested())
     status = core_error_begin(CORE_ERR_STOPPED, __func__, __FILE__, __LINE__, "stopped during evaluation");
@@ -14,7 +14,7 @@ core_status train_vectors_batch(train_session *session, data_stream *stream, dat
   return CORE_OK;
 }
 
-core_tensor train_vectors_rows(const train_session *session, int32_t direction, int32_t m) {
+core_tensor train_item_vectors_rows(const train_session *session, int32_t direction, int32_t m) {
   const train_model *model = session->model;
   if (direction < 0) return model->head[m].z;
   bool asks = model->alignment.direction[direction].from == m;
@@ -45,7 +45,7 @@ typedef struct work {
   const train_part *part;
   int32_t direction;
   comm_piece *send, *recv;
-  train_vectors *out;
+  train_item_vectors *out;
 } work;
 
 static core_status take_batch(const work *w, const data_batch *batch, int64_t first) {
@@ -66,7 +66,7 @@ static core_status take_batch(const work *w, const data_batch *batch, int64_t fi
   data_range range = train_layout_range(&layout, layout.rank, m, 0);
   core_tensor rows = train_slice(w->out->z, first, batch->samples);
   core_tensor own = train_slice(rows, range.lo, range.hi - range.lo);
-  core_tensor made = train_vectors_rows(session, w->direction, m);
+  core_tensor made = train_item_vectors_rows(session, w->direction, m);
   if (own.shape[0] > 0) TRY(env->ops->device->copy(own.data, made.data, core_tensor_bytes(&own), NULL));
   TRY(train_share_rows(env, &layout, m, rows, w->send, w->recv));
   return CORE_OK;
@@ -76,7 +76,7 @@ static core_status take_all(const work *w, data_stream *stream) {
   data_batch *batch = NULL;
   for (int64_t first = 0, count; first < w->out->samples; first += count) {
     comm_note(w->session->env.comm, w->session->env.step, -1, "evaluation data");
-    TRY(train_vectors_batch(w->session, stream, &batch));
+    TRY(train_item_vectors_batch(w->session, stream, &batch));
     CHECK(batch, CORE_ERR_INTERNAL, "%lld of %lld samples were embedded", (long long)first,
           (long long)w->out->samples);
     core_status status = take_batch(w, batch, first);
@@ -89,7 +89,7 @@ static core_status take_all(const work *w, data_stream *stream) {
 
 static core_status plan(work *w) {
   const train_session *session = w->session;
-  train_vectors *out = w->out;
+  train_item_vectors *out = w->out;
   size_t n = (size_t)data_set_samples(w->part->set), ranks = (size_t)session->env.layout.ranks;
   out->samples = (int64_t)n;
   out->z = core_tensor_2(NULL, CORE_REAL_DTYPE, out->samples, session->model->Z);
@@ -105,12 +105,12 @@ static core_status plan(work *w) {
   return CORE_OK;
 }
 
-core_status train_vectors_make(train_session *session, const train_part *part, int32_t direction,
-                               train_vectors *out) {
+core_status train_item_vectors_make(train_session *session, const train_part *part, int32_t direction,
+                                    train_item_vectors *out) {
   work w = {.session = session, .part = part, .direction = direction, .out = out};
   data_stream *stream = NULL;
   comm_group *control = session->env.control;
-  *out = (train_vectors){.device = session->env.ops->device};
+  *out = (train_item_vectors){.device = session->env.ops->device};
   core_status status = comm_agree(control, plan(&w));
   if (status == CORE_OK) status = comm_agree(control, train_session_part_stream(session, part, &stream));
   if (status == CORE_OK) status = take_all(&w, stream);
@@ -121,7 +121,7 @@ core_status train_vectors_make(train_session *session, const train_part *part, i
   return CORE_OK;
 }
 
-void train_vectors_free(train_vectors *vectors) {
+void train_item_vectors_free(train_item_vectors *vectors) {
   if (vectors->device) vectors->device->release(vectors->z.data);
   free(vectors->present);
   free(vectors->id);
