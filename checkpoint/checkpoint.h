@@ -38,8 +38,9 @@ typedef struct ckpt_options {
   int32_t keep;          /* published checkpoints kept, >= 1; 0: 3 */
   int32_t level;         /* zstd; 0: 1 */
   int32_t threads;       /* that compress; 0: 1 */
-  int64_t
-      keep_every; /* the first from each multiple of this on is never removed (a save may be late); 0: none */
+  /* The first from each multiple of this on is never removed (a save may be late); 0: none. */
+  int64_t keep_every;
+  int64_t spare; /* this step is not removed either; 0: none */
 } ckpt_options;
 
 /* ---- saving ---- */
@@ -73,9 +74,20 @@ typedef struct ckpt_figures {
   int64_t raw_bytes, stored_bytes;
 } ckpt_figures;
 void ckpt_writer_figures(const ckpt_writer *writer, ckpt_figures *out);
+/* From now on `step` is the one that retention spares. Local, rank 0's counts. */
+void ckpt_writer_spare(ckpt_writer *writer, int64_t step);
 int64_t ckpt_writer_bytes(const ckpt_writer *writer); /* memory planned */
 /* Joins the thread; a save that was begun and not committed is abandoned (its .tmp removed). Local. */
 void ckpt_writer_destroy(ckpt_writer *writer);
+
+/* The name under which a directory of checkpoints shows its best one: a link to step-<NNNNNNNN> that
+ * retention leaves alone. It is a checkpoint's path like any other. */
+#define CKPT_BEST "best"
+
+/* Makes the published checkpoint of `step` the best one, atomically and durably: at any moment the name is
+ * the old one's or the new one's. Does nothing where it is already, or where no such step is published. Call
+ * it while no save is being committed, on one rank. ERR_IO. Local. */
+CORE_NODISCARD core_status ckpt_mark_best(const char *directory, int64_t step);
 
 /* ---- loading ---- */
 

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h> /* readlink */
 
 #include "checkpoint/checkpoint_impl.h"
 #include "core/file.h"
@@ -241,6 +242,33 @@ core_status ckpt_publish(const char *directory, const ckpt_manifest *manifest) {
   return CORE_OK;
 }
 
+/* ---- the best ---- */
+
+/* The step that the link names; -1: there is none, or it names nothing of ours. */
+static int64_t best_step(const char *directory) {
+  char path[CKPT_PATH], target[CKPT_PATH];
+  ckpt_place place;
+  if (ckpt_path(path, "%s/" CKPT_BEST, directory) != CORE_OK) {
+    core_error_clear();
+    return -1;
+  }
+  ssize_t length = readlink(path, target, sizeof target - 1);
+  if (length < 0) return -1;
+  target[length] = '\0';
+  return ckpt_place_parse(target, &place) && place.kind == CKPT_PUBLISHED ? place.step : -1;
+}
+
+core_status ckpt_mark_best(const char *directory, int64_t step) {
+  char path[CKPT_PATH], published[CKPT_PATH];
+  bool there = false;
+  TRY(exists(directory, step, CKPT_PUBLISHED, &there));
+  if (!there || best_step(directory) == step) return CORE_OK;
+  TRY(ckpt_place_path("", step, CKPT_PUBLISHED, published));
+  TRY(ckpt_path(path, "%s/" CKPT_BEST, directory));
+  TRY(core_file_link(published + 1, path)); /* relative: the directory may be moved */
+  return CORE_OK;
+}
+
 /* ---- retention ---- */
 
 static void remove_place(const char *directory, const ckpt_place *place) {
@@ -264,6 +292,7 @@ static bool first_of_stretch(const ckpt_place *place, int32_t count, int32_t i, 
 core_status ckpt_retain(const ckpt_options *options, int64_t newest) {
   ckpt_place *place;
   int32_t count, kept = 0;
+  int64_t best = best_step(options->directory);
   TRY(ckpt_clean(options->directory)); /* what an earlier failure left: no save is in progress now */
   TRY(ckpt_places(options->directory, &place, &count));
   for (int32_t i = 0; i < count; i++) {
@@ -271,7 +300,7 @@ core_status ckpt_retain(const ckpt_options *options, int64_t newest) {
     /* Later steps are of a run that went back to before them: damaged, or about to be saved again. They must
      * not count, or they would push out what was just published. */
     if (p->kind != CKPT_PUBLISHED || !p->manifest || p->step > newest) continue;
-    if (kept++ < options->keep) continue;
+    if (kept++ < options->keep || p->step == best || (p->step > 0 && p->step == options->spare)) continue;
     if (first_of_stretch(place, count, i, options->keep_every)) continue;
     remove_place(options->directory, p);
   }

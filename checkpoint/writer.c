@@ -367,6 +367,10 @@ void ckpt_writer_figures(const ckpt_writer *w, ckpt_figures *out) {
   *out = w->figures;
 }
 
+void ckpt_writer_spare(ckpt_writer *writer, int64_t step) {
+  writer->options.spare = step;
+}
+
 int64_t ckpt_writer_bytes(const ckpt_writer *w) {
   return (int64_t)(core_arena_peak(w->arena) + core_arena_peak(w->copies));
 }

@@ -251,20 +251,51 @@ static core_status write_and_sync(const char *path, const void *bytes, size_t co
   return core_keep_first(status, &saved, core_file_close(fd, path));
 }
 
-core_status core_file_replace(const char *path, const void *bytes, size_t count) {
+/* The names that a replacement needs: a temporary one beside `path`, and its directory. */
+typedef struct beside {
   char temporary[PATH_MAX], parent[PATH_MAX];
-  int length = snprintf(temporary, sizeof temporary, "%s.tmp", path);
-  CHECK(length < (int)sizeof temporary, CORE_ERR_ARGUMENT, "a file name of %d bytes", length);
-  snprintf(parent, sizeof parent, "%s", path);
-  char *slash = strrchr(parent, '/');
-  if (slash == parent) slash++; /* a file directly under the root */
+} beside;
+
+static core_status name_beside(const char *path, beside *out) {
+  int length = snprintf(out->temporary, sizeof out->temporary, "%s.tmp", path);
+  CHECK(length < (int)sizeof out->temporary, CORE_ERR_ARGUMENT, "a file name of %d bytes", length);
+  snprintf(out->parent, sizeof out->parent, "%s", path);
+  char *slash = strrchr(out->parent, '/');
+  if (!slash) snprintf(out->parent, sizeof out->parent, ".");
+  if (slash == out->parent) slash++; /* a file directly under the root */
   if (slash) *slash = '\0';
-  core_status status = write_and_sync(temporary, bytes, count);
-  if (status == CORE_OK) status = core_file_rename(temporary, path);
+  return CORE_OK;
+}
+
+static core_status move_into_place(core_status made, const beside *names, const char *path) {
+  core_status status = made == CORE_OK ? core_file_rename(names->temporary, path) : made;
   if (status != CORE_OK) {
-    (void)unlink(temporary);
+    (void)unlink(names->temporary);
     return core_error_trace(status, __func__, __FILE__, __LINE__);
   }
-  TRY(core_file_sync_directory(slash ? parent : "."));
+  TRY(core_file_sync_directory(names->parent));
+  return CORE_OK;
+}
+
+core_status core_file_replace(const char *path, const void *bytes, size_t count) {
+  beside names;
+  TRY(name_beside(path, &names));
+  TRY(move_into_place(write_and_sync(names.temporary, bytes, count), &names, path));
+  return CORE_OK;
+}
+
+static core_status make_link(const char *target, const char *path) {
+  GATE(path, "link");
+  if (unlink(path) != 0 && errno != ENOENT) /* what a crash left */
+    FAIL(CORE_ERR_IO, "cannot remove %s: %s", path, strerror(errno));
+  CHECK(symlink(target, path) == 0, CORE_ERR_IO, "cannot link %s to %s: %s", path, target, strerror(errno));
+  DONE(path, .kind = CORE_FILE_LINK, .fd = -1, .to = target);
+  return CORE_OK;
+}
+
+core_status core_file_link(const char *target, const char *path) {
+  beside names;
+  TRY(name_beside(path, &names));
+  TRY(move_into_place(make_link(target, names.temporary), &names, path));
   return CORE_OK;
 }

@@ -33,6 +33,10 @@ CORE_NODISCARD core_status core_file_read_all(const char *path, int64_t limit, c
 /* Atomic replacement: temporary beside it, write, fsync, rename, fsync of the directory. */
 CORE_NODISCARD core_status core_file_replace(const char *path, const void *bytes, size_t count);
 
+/* A symbolic link `path` to `target`, atomically in the place of an older one: made beside it, renamed, fsync
+ * of the directory. */
+CORE_NODISCARD core_status core_file_link(const char *target, const char *path);
+
 /* Fault injection, for tests only (also by the environment:
  * ANTIPHON_FAULT_FILE="<n>:<errno|exit|sleep=milliseconds>[:<part>]" counts only operations on paths that
  * contain <part>; with an errno or a sleep, this and all later ones fail or are late). */
@@ -56,14 +60,15 @@ typedef enum core_file_kind {
   CORE_FILE_RENAME,
   CORE_FILE_REMOVE,
   CORE_FILE_MAKE_DIRECTORY,
-  CORE_FILE_REMOVE_DIRECTORY
+  CORE_FILE_REMOVE_DIRECTORY,
+  CORE_FILE_LINK
 } core_file_kind;
 
 /* One operation that succeeded. What does not belong to its kind is 0, and fd -1. */
 typedef struct core_file_event {
   core_file_kind kind;
   int fd, flags;         /* flags: of an open */
-  const char *path, *to; /* to: of a rename */
+  const char *path, *to; /* to: of a rename; of a link what it names */
   const void *bytes;     /* of a write */
   size_t count;          /* of a write or a read */
 } core_file_event;

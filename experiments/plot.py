@@ -315,8 +315,40 @@ def panel_success(axes, run):
     health_panel(axes, run, ("success",), "Tokens with an expert (success rate)", "% of tokens", 100)
 
 
+def panel_dropped(axes, run):
+    health_panel(axes, run, ("dropped",), "Tokens that no expert took", "% of tokens", 100)
+
+
+def entropy_panel(axes, run, key, title):
+    health_panel(axes, run, (key,), title, "entropy [nat]")
+    if run.layers > 0:
+        experts = len(run.steps[-1]["layers"][0]["load"])
+        axes.axhline(math.log(experts), color="#777777", linestyle=":")
+
+
 def panel_entropy(axes, run):
-    health_panel(axes, run, ("entropy",), "Mean entropy of the router for a token", "entropy [nat]")
+    entropy_panel(axes, run, "entropy", "Local: mean entropy H(p) of a token")
+
+
+def panel_global(axes, run):
+    entropy_panel(axes, run, "entropy_of_mean", "Global: entropy H(mean p) of a modality")
+
+
+def panel_choices(axes, run):
+    entropy_panel(axes, run, "entropy_of_choices", "Entropy of the choices")
+
+
+def panel_gate(axes, run):
+    health_panel(axes, run, ("gate", 0), "Mean gate of the first choice", "gate")
+
+
+def panel_variation(axes, run):
+    if run.layers == 0:
+        return nothing(axes, "Importance", "no MoE layer")
+    for layer in range(run.layers):
+        line(axes, run.x, run.series("layers", layer, "importance_cv2"), layer_name(layer), layer, raw=run.layers <= 3)
+    axes.set_ylim(bottom=0)
+    finish(axes, "Importance: CV² over experts, all modalities", "variance / mean²", columns=1 + run.layers // 5)
 
 
 def panel_marginal(axes, run):
@@ -398,8 +430,8 @@ FIGURES = {
     "retrieval": ([panel_retrieval], 1, (7.5, 4.4)),
     "optimizer": ([panel_rate, panel_norm], 2),
     "throughput": ([panel_throughput, panel_time], 2),
-    "load": ([panel_balance, panel_dead], 2),
-    "router": ([panel_success, panel_entropy, panel_marginal], 3),
+    "load": ([panel_balance, panel_dead, panel_dropped, panel_variation], 2),
+    "router": ([panel_success, panel_entropy, panel_global, panel_marginal, panel_choices, panel_gate], 3),
 }
 OVERVIEW = [panel_loss, panel_retrieval, panel_norm, panel_throughput, panel_time, panel_rate]
 OVERVIEW_MOE = [panel_balance, panel_success, panel_last_heat]

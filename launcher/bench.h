@@ -9,5 +9,7 @@ core_status launch_bench_step(comm_world *world, const launch_arguments *argumen
 core_status launch_bench_data(comm_world *world, const launch_arguments *arguments);
 core_status launch_bench_open(comm_world *world, const launch_arguments *arguments);
 core_status launch_bench_checkpoint(comm_world *world, const launch_arguments *arguments);
+core_status launch_bench_search(comm_world *world, const launch_arguments *arguments);
+core_status launch_bench_embed(comm_world *world, const launch_arguments *arguments);
 
 #endif

@@ -9,6 +9,8 @@
 #include "checkpoint/checkpoint.h"
 #include "data/data.h"
 #include "launcher/launcher.h"
+#include "trainer/arithmetic.h"
+#include "trainer/serve/vectors.h"
 #include "trainer/settings.h"
 
 static bool is_directory(const char *path) {
@@ -21,19 +23,74 @@ static bool ends_with(const char *text, const char *end) {
   return length >= tail && strcmp(text + length - tail, end) == 0;
 }
 
-static core_status look_at_config(const char *path, bool deep) {
+/* Widths and mean lengths of the training latents; false and zeros where they cannot be opened. */
+static bool measure_data(const train_settings *s, int64_t *width, double *tokens) {
+  const char *names[CORE_MAX_MODALITIES];
+  int32_t M = (int32_t)s->data.modalities_count;
+  data_set *set = NULL;
+  for (int32_t m = 0; m < M; m++) names[m] = s->data.modalities[m].name;
+  bool there = data_set_open(s->data.path, s->data.train, names, M, &set) == CORE_OK;
+  if (!there) core_error_clear();
+  for (int32_t m = 0; m < M; m++) {
+    const data_modality_info *info = there ? data_set_modality(set, m) : NULL;
+    int64_t present = there ? data_set_samples(set) - info->absent : 0;
+    width[m] = there ? info->width : 0;
+    tokens[m] = present > 0 ? (double)info->tokens / (double)present : 0;
+  }
+  if (there) data_set_close(set);
+  return there;
+}
+
+/* What the model costs, as comments behind the configuration, or alone as JSON. */
+static core_status print_arithmetic(const train_settings *s, bool json) {
+  int64_t width[CORE_MAX_MODALITIES];
+  double tokens[CORE_MAX_MODALITIES];
+  train_arithmetic arithmetic;
+  bool there = measure_data(s, width, tokens);
+  if (!there && s->model.kind == TRAIN_KIND_CONNECTOR) {
+    CHECK(!json, CORE_ERR_NOT_FOUND,
+          "the size of a connector hangs on the widths of the latents; there are none in %s/%s", s->data.path,
+          s->data.train);
+    return CORE_OK;
+  }
+  TRY(train_arithmetic_make(s, width, tokens, &arithmetic));
+  if (json) {
+    train_arithmetic_json(&arithmetic, stdout);
+  } else {
+    if (!there) printf("# without connectors: there are no latents in %s/%s\n", s->data.path, s->data.train);
+    train_arithmetic_print(&arithmetic, "# ", stdout);
+  }
+  train_arithmetic_free(&arithmetic);
+  return CORE_OK;
+}
+
+static core_status describe_config(const core_config *config, bool json) {
+  const train_settings *s = core_config_data(config);
+  if (!json) printf("%s", core_config_text(config));
+  /* A configuration that cannot be trained is shown all the same; its costs mean nothing. */
+  if (train_settings_check(config, (int32_t)s->parallel.experts) == CORE_OK) {
+    TRY(print_arithmetic(s, json));
+    return CORE_OK;
+  }
+  if (json) return core_error_trace(core_error_get()->code, __func__, __FILE__, __LINE__);
+  core_error_clear();
+  return CORE_OK;
+}
+
+static core_status look_at_config(const char *path, const launch_arguments *arguments, bool deep) {
   core_config *config = NULL;
-  TRY(core_config_load(train_settings_spec(), path, NULL, NULL, 0, &config));
+  TRY(core_config_load(train_settings_spec(), path, NULL, arguments->override, arguments->override_count,
+                       &config));
   const train_settings *settings = core_config_data(config);
-  core_status status = deep ? train_settings_check(config, (int32_t)settings->parallel.experts) : CORE_OK;
-  if (status == CORE_OK && !deep) printf("%s", core_config_text(config));
+  core_status status = deep ? train_settings_check(config, (int32_t)settings->parallel.experts)
+                            : describe_config(config, arguments->json);
   if (status == CORE_OK && deep) printf("%s: sound\n", path);
   core_config_destroy(config);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
 }
 
-static core_status look(const char *path, bool deep);
+static core_status look(const char *path, const launch_arguments *arguments, bool deep);
 
 /* The index of a split, where there is one. */
 static core_status check_index(const char *path) {
@@ -50,7 +107,7 @@ static core_status check_index(const char *path) {
 }
 
 /* Shards, checkpoints and directories in it, by name. */
-static core_status look_at_directory(const char *path, bool deep) {
+static core_status look_at_directory(const char *path, const launch_arguments *arguments, bool deep) {
   struct dirent **list = NULL;
   int count = scandir(path, &list, NULL, alphasort), looked = 0;
   CHECK(count >= 0, CORE_ERR_IO, "cannot read the directory %s", path);
@@ -59,10 +116,10 @@ static core_status look_at_directory(const char *path, bool deep) {
     char inner[4096];
     const char *name = list[i]->d_name;
     snprintf(inner, sizeof inner, "%s/%s", path, name);
-    if (name[0] == '.' || ends_with(name, ".tmp")) continue;
+    if (name[0] == '.' || ends_with(name, ".tmp") || strcmp(name, CKPT_BEST) == 0) continue;
     if (!is_directory(inner) && !ends_with(name, ".h5")) continue;
     looked++;
-    status = look(inner, deep);
+    status = look(inner, arguments, deep);
   }
   for (int i = 0; i < count; i++) free(list[i]);
   free(list);
@@ -72,7 +129,7 @@ static core_status look_at_directory(const char *path, bool deep) {
   return CORE_OK;
 }
 
-static core_status look(const char *path, bool deep) {
+static core_status look(const char *path, const launch_arguments *arguments, bool deep) {
   struct stat info;
   CHECK(stat(path, &info) == 0, CORE_ERR_NOT_FOUND, "there is no %s", path);
   if (ckpt_is(path)) {
@@ -81,9 +138,11 @@ static core_status look(const char *path, bool deep) {
     else
       TRY(ckpt_describe(path, stdout));
   } else if (is_directory(path)) {
-    TRY(look_at_directory(path, deep));
+    TRY(look_at_directory(path, arguments, deep));
   } else if (ends_with(path, ".yaml") || ends_with(path, ".yml")) {
-    TRY(look_at_config(path, deep));
+    TRY(look_at_config(path, arguments, deep));
+  } else if (train_vectors_is(path)) {
+    TRY(train_vectors_describe(path, deep, stdout));
   } else {
     TRY(data_shard_describe(path, deep, stdout));
   }
@@ -100,20 +159,27 @@ static int run(const launch_command *command, int argc, char **argv) {
   if (status == CORE_OK && arguments.positional_count != 1)
     status = core_error_begin(CORE_ERR_USAGE, __func__, __FILE__, __LINE__, "usage: antiphon %s PATH",
                               command->name);
-  if (status == CORE_OK) status = look(arguments.positional[0], strcmp(command->name, "check") == 0);
+  if (status == CORE_OK)
+    status = look(arguments.positional[0], &arguments, strcmp(command->name, "check") == 0);
   return launch_report(status, false, 0);
 }
 
 const launch_command launch_inspect_command = {
     "inspect", "says what a shard, a set, a checkpoint or a configuration holds",
-    "usage: antiphon inspect PATH\n\nPATH: a latent shard (.h5), a directory of shards, a checkpoint, a run "
+    "usage: antiphon inspect PATH [--json] [--set KEY=VALUE]...\n\nPATH: a latent shard or vectors (.h5), a "
+    "directory of shards, a checkpoint, a run "
     "directory, or a "
-    "configuration\n(.yaml: printed with all defaults).\n",
+    "configuration\n(.yaml: printed with all defaults, and what the model costs: parameters and FLOPs by "
+    "what a "
+    "token\npasses).\n\n  --json            of a configuration: what the model costs, alone\n  --set "
+    "KEY=VALUE   "
+    "of a configuration: overrides a key; repeatable\n",
     run};
 
 const launch_command launch_check_command = {
     "check", "says whether it is sound: every block, every value",
-    "usage: antiphon check PATH\n\nReads all of a latent shard, a directory of shards, a checkpoint, a run "
+    "usage: antiphon check PATH\n\nReads all of a latent shard, a file of vectors, a directory of shards, a "
+    "checkpoint, a run "
     "directory or a "
     "configuration and\nverifies it. Exit status 0: sound; 1: not, and why.\n",
     run};

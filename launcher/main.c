@@ -1,3 +1,4 @@
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,14 +10,60 @@
 #include "trainer/settings.h"
 
 static const launch_command *const commands[] = {
-    &launch_train_command, &launch_eval_command,  &launch_inspect_command, &launch_check_command,
-    &launch_bench_command, &launch_index_command, &launch_pack_command};
+    &launch_train_command, &launch_eval_command,  &launch_inspect_command,
+    &launch_check_command, &launch_bench_command, &launch_index_command,
+    &launch_pack_command,  &launch_embed_command, &launch_search_command};
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
 core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out) {
+  TRY(launch_parse_own(NULL, argc, argv, most_positional, out));
+  return CORE_OK;
+}
+
+/* Takes argv[*i] when it is an option of the subcommand's own, and its value with it. */
+static core_status take_own(const launch_option *own, int argc, char **argv, int *i, launch_arguments *out,
+                            bool *taken) {
+  *taken = false;
+  for (; own && own->name && !*taken; own++) {
+    if (strcmp(argv[*i], own->name) != 0) continue;
+    CHECK(!own->takes_value || *i + 1 < argc, CORE_ERR_USAGE, "%s needs a value", own->name);
+    CHECK(!launch_own(out, own->name) && out->own_count < LAUNCH_MOST_OWN, CORE_ERR_USAGE,
+          "%s is given twice", own->name);
+    out->own[out->own_count].name = own->name;
+    out->own[out->own_count++].value = own->takes_value ? argv[++*i] : "";
+    *taken = true;
+  }
+  return CORE_OK;
+}
+
+const char *launch_own(const launch_arguments *arguments, const char *name) {
+  for (int32_t i = 0; i < arguments->own_count; i++)
+    if (strcmp(arguments->own[i].name, name) == 0) return arguments->own[i].value;
+  return NULL;
+}
+
+core_status launch_own_number(const launch_arguments *arguments, const char *name, int64_t least,
+                              int64_t most, int64_t otherwise, int64_t *out) {
+  const char *text = launch_own(arguments, name);
+  char *end = NULL;
+  *out = otherwise;
+  if (!text) return CORE_OK;
+  errno = 0;
+  long long value = strtoll(text, &end, 10);
+  CHECK(end != text && *end == '\0' && errno == 0 && value >= least && value <= most, CORE_ERR_USAGE,
+        "%s %s: expected a number from %lld to %lld", name, text, (long long)least, (long long)most);
+  *out = value;
+  return CORE_OK;
+}
+
+core_status launch_parse_own(const launch_option *own, int argc, char **argv, int most_positional,
+                             launch_arguments *out) {
   memset(out, 0, sizeof *out);
   for (int i = 1; i < argc; i++) {
     const char *word = argv[i];
+    bool taken = false;
+    TRY(take_own(own, argc, argv, &i, out, &taken));
+    if (taken) continue;
     bool takes_value = strcmp(word, "--set") == 0 || strcmp(word, "--resume") == 0 ||
                        strcmp(word, "--split") == 0 || strcmp(word, "--from") == 0;
     if (takes_value) {
@@ -87,9 +134,14 @@ static core_status check_usage(const launch_command *command, const launch_argum
 
 int launch_collective(const launch_command *command, int argc, char **argv, int least, int most,
                       launch_body body) {
+  return launch_collective_own(command, NULL, argc, argv, least, most, body);
+}
+
+int launch_collective_own(const launch_command *command, const launch_option *own, int argc, char **argv,
+                          int least, int most, launch_body body) {
   launch_arguments arguments;
   comm_world *world = NULL;
-  core_status status = launch_parse(argc, argv, most, &arguments);
+  core_status status = launch_parse_own(own, argc, argv, most, &arguments);
   if (status == CORE_OK && arguments.help) {
     printf("%s", command->help);
     return LAUNCH_DONE;

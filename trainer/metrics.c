@@ -13,6 +13,7 @@
 
 #include "core/file.h"
 #include "core/log.h"
+#include "trainer/health.h"
 
 struct train_metrics {
   const train_model *model;
@@ -55,6 +56,17 @@ static core_status finish_line(train_metrics *w) {
   if (status == CORE_OK) return CORE_OK;
   if (before >= 0 && ftruncate(w->file, before) != 0) LOG_WARNING("%s ends with a torn line", w->path);
   return core_error_trace(status, __func__, __FILE__, __LINE__);
+}
+
+/* The longest line that there can be. */
+static core_status plan_line(train_metrics *w) {
+  const train_moe_sums *sums = &w->model->sums;
+  size_t modality = 640 + (size_t)sums->choices * 16 + (size_t)sums->experts * 48;
+  w->capacity =
+      65536 + (size_t)sums->layers * (384 + (size_t)sums->experts * 24 + (size_t)sums->modalities * modality);
+  w->line = malloc(w->capacity);
+  CHECK(w->line, CORE_ERR_MEMORY, "no memory for lines of %zu bytes", w->capacity);
+  return CORE_OK;
 }
 
 static const char *modality_name(const train_metrics *w, int32_t m) {
@@ -125,43 +137,40 @@ static void put_counts(train_metrics *w, const char *name, const int64_t *count,
   close_with(w, ']');
 }
 
-/* Health of one layer and modality (METHODS section 1). */
+static void put_numbers(train_metrics *w, const char *name, const double *value, int64_t n) {
+  put(w, "\"%s\":[", name);
+  for (int64_t i = 0; i < n; i++) isfinite(value[i]) ? put(w, "%.6g,", value[i]) : put(w, "null,");
+  close_with(w, ']');
+}
+
 static void put_health(train_metrics *w, const train_moe_sums *sums, int32_t layer, int32_t m) {
-  const double *value = train_moe_values(sums, layer, m);
   const int64_t *count = train_moe_counts(sums, layer, m);
-  int64_t E = sums->experts, chosen = 0, kept = 0, tokens = count[2 * E + 1];
-  double histogram[CORE_MAX_EXPERTS];
-  for (int64_t e = 0; e < E; e++) {
-    chosen += count[e];
-    kept += count[E + e];
-    histogram[e] = (double)count[e];
-  }
-  double marginal = train_entropy(value + 3, E);
+  train_health h = train_health_of(sums, layer, m);
   put(w, "\"%s\":{", modality_name(w, m));
-  put_number(w, "success", tokens > 0 ? (double)count[2 * E] / (double)tokens : 1);
-  put_number(w, "kept_choices", chosen > 0 ? (double)kept / (double)chosen : 1);
-  put_number(w, "entropy", value[0] > 0 ? value[2] / value[0] : 0);
-  put_number(w, "entropy_of_mean", marginal);
-  put_number(w, "effective_experts", exp(marginal));
-  put_number(w, "entropy_of_choices", train_entropy(histogram, E));
-  put_counts(w, "before", count, E);
-  put_counts(w, "after", count + E, E);
+  put_number(w, "success", h.success);
+  put_number(w, "dropped", h.dropped);
+  put_number(w, "kept_choices", h.kept_choices);
+  put_number(w, "entropy", h.entropy);
+  put_number(w, "entropy_of_mean", h.entropy_of_mean);
+  put_number(w, "effective_experts", h.effective_experts);
+  put_number(w, "entropy_of_choices", h.entropy_of_choices);
+  put_numbers(w, "gate", h.gate, sums->choices);
+  put_counts(w, "before", count, sums->experts);
+  put_counts(w, "after", count + sums->experts, sums->experts);
   close_with(w, '}');
 }
 
 static void put_layer(train_metrics *w, const train_moe_sums *sums, int32_t layer) {
-  int64_t E = sums->experts, load[CORE_MAX_EXPERTS] = {0}, most = 0, total = 0, dead = 0;
+  int64_t E = sums->experts, load[CORE_MAX_EXPERTS] = {0};
+  train_layer_health h = train_health_of_layer(sums, layer);
   for (int32_t m = 0; m < sums->modalities; m++)
     for (int64_t e = 0; e < E; e++) load[e] += train_moe_counts(sums, layer, m)[E + e];
-  for (int64_t e = 0; e < E; e++) {
-    total += load[e];
-    dead += load[e] == 0;
-    if (load[e] > most) most = load[e];
-  }
   put(w, "{");
   put_counts(w, "load", load, E);
-  put_number(w, "max_over_mean", total > 0 ? (double)(most * E) / (double)total : 0);
-  put(w, "\"dead\":%" PRId64 ",\"modalities\":{", dead);
+  put_number(w, "max_over_mean", h.max_over_mean);
+  put_number(w, "importance_cv2", h.importance);
+  put_number(w, "load_cv2", h.load);
+  put(w, "\"dead\":%" PRId64 ",\"modalities\":{", h.dead);
   for (int32_t m = 0; m < sums->modalities; m++) put_health(w, sums, layer, m);
   close_with(w, '}');
   close_with(w, '}');
@@ -188,27 +197,46 @@ core_status train_metrics_step(train_metrics *w, const train_report *report,
 
 /* ---- an evaluation ---- */
 
-core_status train_metrics_evaluation(train_metrics *w, int64_t step, const train_retrieval *result) {
+static void put_retrieval(train_metrics *w, const train_retrieval *result, int32_t a, int32_t b) {
   static const char *const names[TRAIN_RECALLS] = {"r1", "r5", "r10"};
+  if (result->queries[a][b] == 0) return;
+  put(w, "\"%s:%s\":{\"queries\":%" PRId64 ",", modality_name(w, a), modality_name(w, b),
+      result->queries[a][b]);
+  for (int32_t k = 0; k < TRAIN_RECALLS; k++)
+    put_number(w, names[k], train_retrieval_recall(result, a, b, k));
+  put_number(w, "chance_r1", result->chance[a][b][0]);
+  close_with(w, '}');
+}
+
+static void put_evaluation(train_metrics *w, int64_t step, const train_retrieval *result) {
   w->used = 0;
   put(w, "{\"step\":%" PRId64 ",\"evaluation\":{\"samples\":%" PRId64 ",", step, result->samples);
   put_number(w, "mean_r1", train_retrieval_mean(result));
   put_number(w, "seconds", result->seconds);
   put(w, "\"retrieval\":{");
   for (int32_t a = 0; a < w->model->env->layout.modalities; a++)
-    for (int32_t b = 0; b < w->model->env->layout.modalities; b++) {
-      if (result->queries[a][b] == 0) continue;
-      put(w, "\"%s:%s\":{\"queries\":%" PRId64 ",", modality_name(w, a), modality_name(w, b),
-          result->queries[a][b]);
-      for (int32_t k = 0; k < TRAIN_RECALLS; k++)
-        put_number(w, names[k], train_retrieval_recall(result, a, b, k));
-      put_number(w, "chance_r1", result->chance[a][b][0]);
-      close_with(w, '}');
-    }
+    for (int32_t b = 0; b < w->model->env->layout.modalities; b++) put_retrieval(w, result, a, b);
   close_with(w, '}');
   put_layers(w);
   close_with(w, '}');
+}
+
+core_status train_metrics_evaluation(train_metrics *w, int64_t step, const train_retrieval *result) {
+  put_evaluation(w, step, result);
   TRY(finish_line(w));
+  return CORE_OK;
+}
+
+core_status train_metrics_print(const train_model *model, int64_t step, const train_retrieval *result,
+                                FILE *out) {
+  train_metrics w = {.model = model, .file = -1};
+  TRY(plan_line(&w));
+  put_evaluation(&w, step, result);
+  close_with(&w, '}');
+  w.line[w.used - 1] = '\n';
+  bool good = fwrite(w.line, 1, w.used, out) == w.used;
+  free(w.line);
+  CHECK(good, CORE_ERR_IO, "cannot write the evaluation: %s", strerror(errno));
   return CORE_OK;
 }
 
@@ -250,15 +278,11 @@ core_status train_metrics_open(const char *directory, int64_t step, const train_
                                train_metrics **out) {
   train_metrics *w = calloc(1, sizeof *w);
   CHECK(w, CORE_ERR_MEMORY, "no memory for metrics");
-  const train_moe_sums *sums = &model->sums;
   w->model = model;
   w->file = -1;
-  w->capacity =
-      65536 + (size_t)sums->layers * (256 + (size_t)sums->experts * 24 +
-                                      (size_t)sums->modalities * (512 + (size_t)sums->experts * 48));
-  w->line = malloc(w->capacity);
   snprintf(w->path, sizeof w->path, "%s/metrics.jsonl", directory);
-  core_status status = w->line ? cut_after(w->path, step) : CORE_ERR_MEMORY;
+  core_status status = plan_line(w);
+  if (status == CORE_OK) status = cut_after(w->path, step);
   if (status == CORE_OK) status = core_file_open(w->path, O_WRONLY | O_APPEND | O_CREAT, &w->file);
   if (status != CORE_OK) {
     train_metrics_close(w);

@@ -18,6 +18,9 @@ CORE_NODISCARD core_status train_metrics_step(train_metrics *metrics, const trai
                                               const data_position *position);
 CORE_NODISCARD core_status train_metrics_evaluation(train_metrics *metrics, int64_t step,
                                                     const train_retrieval *result);
+/* The line of an evaluation on `out`, for who has no run directory. Local. */
+CORE_NODISCARD core_status train_metrics_print(const train_model *model, int64_t step,
+                                               const train_retrieval *result, FILE *out);
 void train_metrics_close(train_metrics *metrics);
 
 #endif

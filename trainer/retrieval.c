@@ -6,6 +6,7 @@
 #include "core/clock.h"
 #include "core/stop.h"
 #include "trainer/share_rows.h"
+#include "trainer/item_vectors.h"
 
 static const int64_t recall_at[TRAIN_RECALLS] = {1, 5, 10};
 enum { BLOCK = 128 }; /* queries ranked at a time */
@@ -70,16 +71,6 @@ static core_status gallery_make(train_session *session, gallery *g) {
 
 /* ---- embedding ---- */
 
-/* What a forward pass made of this rank's samples of modality m: a tower's embedding, or a connector's query
- * or key.
- */
-static core_tensor vectors_of(const train_session *session, const gallery *g, int32_t m) {
-  const train_model *model = session->model;
-  if (g->direction < 0) return model->head[m].z;
-  bool asks = model->alignment.direction[g->direction].from == m;
-  return asks ? model->alignment.query_rows : model->alignment.key_rows;
-}
-
 /* Whether modality m has vectors in the gallery. */
 static bool takes_part(const train_session *session, const gallery *g, int32_t m) {
   const train_direction *list = session->model->alignment.direction;
@@ -102,18 +93,10 @@ static core_status take_batch(train_session *session, gallery *g, const data_bat
     memcpy(g->present[m] + first, batch->present + m * batch->samples, (size_t)batch->samples);
     if (!takes_part(session, g, m)) continue;
     if (own.shape[0] > 0)
-      TRY(env->ops->device->copy(own.data, vectors_of(session, g, m).data, core_tensor_bytes(&own), NULL));
+      TRY(env->ops->device->copy(own.data, train_item_vectors_rows(session, g->direction, m).data,
+                                 core_tensor_bytes(&own), NULL));
     TRY(train_share_rows(env, &layout, m, rows, g->send, g->recv));
   }
-  return CORE_OK;
-}
-
-/* The next batch on all ranks, or the agreed reason why there is none. */
-static core_status next_batch(train_session *session, data_stream *stream, data_batch **batch) {
-  core_status status = data_stream_get(stream, batch);
-  if (status == CORE_OK && core_stop_requested())
-    status = core_error_begin(CORE_ERR_STOPPED, __func__, __FILE__, __LINE__, "stopped during evaluation");
-  TRY(comm_agree(session->env.control, status));
   return CORE_OK;
 }
 
@@ -122,7 +105,7 @@ static core_status embed_stream(train_session *session, gallery *g, data_stream 
   int64_t first = 0;
   do {
     comm_note(session->env.comm, session->env.step, -1, "evaluation data");
-    TRY(next_batch(session, stream, &batch));
+    TRY(train_item_vectors_batch(session, stream, &batch));
     if (!batch) break;
     core_status status = take_batch(session, g, batch, first);
     first += batch->samples;
@@ -233,6 +216,7 @@ static core_status add_up_sums(train_session *session) {
   TRY(comm_all_reduce(world, COMM_SUM, CORE_FLOAT64, sums->value.host,
                       core_tensor_count(&sums->value.device)));
   TRY(comm_all_reduce(world, COMM_SUM, CORE_INT64, sums->count.host, core_tensor_count(&sums->count.device)));
+  TRY(comm_all_reduce(world, COMM_SUM, CORE_FLOAT64, sums->gate_sum, train_moe_gate_count(sums)));
   return CORE_OK;
 }
 

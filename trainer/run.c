@@ -17,6 +17,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/stop.h"
+#include "trainer/health.h"
 #include "trainer/metrics.h"
 #include "trainer/session.h"
 #include "trainer/state.h"
@@ -31,9 +32,11 @@ typedef struct run {
   int lock;
   data_stream *stream;
   data_position position;
-  int64_t saved_step;        /* step of the newest checkpoint begun, -1 none */
-  bool save_due;             /* since a step when the writer was still at the save before */
-  int64_t failures;          /* non-finite steps in a row */
+  int64_t saved_step; /* step of the newest checkpoint begun, -1 none */
+  bool save_due;      /* since a step when the writer was still at the save before */
+  int64_t failures;   /* non-finite steps in a row */
+  train_early_stopping stopping;
+  int64_t evaluated;         /* step of the last evaluation of this process, -1 none */
   train_state_tensors saved; /* what the writer writes */
   ckpt_writer *writer;
   train_metrics *metrics;   /* rank 0 */
@@ -68,6 +71,19 @@ static core_status prepare_directory(run *r) {
   comm_options options = {.deadline = r->settings->run.deadline, .directory = r->directory};
   TRY(comm_configure(r->env->comm, &options));
   return CORE_OK;
+}
+
+/* ---- the best checkpoint ---- */
+
+/* Shows the best step's checkpoint under its name, once it is published. What cannot be marked is tried again
+ * after the next save. */
+static void mark_best(const run *r) {
+  if (!r->settings->checkpoint.keep_best || r->stopping.best_step < 0 || comm_rank(r->env->world) != 0)
+    return;
+  if (ckpt_mark_best(r->checkpoints, r->stopping.best_step) == CORE_OK) return;
+  LOG_WARNING("the best checkpoint, of step %lld, cannot be marked: %s", (long long)r->stopping.best_step,
+              core_error_get()->message);
+  core_error_clear();
 }
 
 /* ---- resume ---- */
@@ -119,6 +135,9 @@ static core_status load(run *r, ckpt_reader *reader) {
   TRY(load_tensors(r, reader));
   r->env->step = meta.step;
   r->position = meta.position;
+  meta.stopping.patience = r->stopping.patience; /* the present configuration's */
+  meta.stopping.min_delta = r->stopping.min_delta;
+  r->stopping = meta.stopping;
   LOG_INFO("resumed at step %lld from %s (written by %lld ranks, expert-parallel size %lld)",
            (long long)meta.step, ckpt_reader_path(reader), (long long)meta.ranks,
            (long long)meta.expert_ranks);
@@ -223,6 +242,8 @@ static core_status start_or_resume(run *r, const char *resume, const char *from)
   if (status == CORE_OK)
     status = comm_broadcast(r->env->control, 0, &own, sizeof own); /* one answer for all */
   if (own) r->saved_step = r->env->step;
+  if (own && r->settings->checkpoint.keep_best) ckpt_writer_spare(r->writer, r->stopping.best_step);
+  if (own) mark_best(r); /* a crash may have come between publishing and marking */
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
 }
@@ -237,6 +258,7 @@ static core_status begin_save(run *r) {
                            .fingerprint = data_set_fingerprint(r->session->training),
                            .ranks = r->env->layout.ranks,
                            .expert_ranks = r->env->layout.expert_ranks,
+                           .stopping = r->stopping,
                            .config = (char *)(uintptr_t)core_config_text(r->env->config)};
   comm_note(r->env->comm, r->env->step, -1, "checkpoint");
   TRY(train_state_meta_write(&meta, &json));
@@ -259,6 +281,7 @@ static core_status commit_save(run *r) {
   ckpt_writer_figures(r->writer, &figures);
   LOG_INFO("saved %s/step-%08lld (%.1f MiB of this rank, %.2f s in the background)", r->checkpoints,
            (long long)r->saved_step, (double)figures.stored_bytes / 1048576, figures.write_seconds);
+  mark_best(r);
   return CORE_OK;
 }
 
@@ -294,18 +317,46 @@ static void adapt_schedule(run *r, const train_retrieval *result) {
   train_alternation_adapt(&r->session->stepper.alternation, recall);
 }
 
+/* The best step must have a checkpoint: begun already where this is a step that is saved. */
+static core_status follow(run *r, double recall) {
+  bool keeps = r->settings->checkpoint.keep_best;
+  /* an older save, perhaps of the best so far, is published and marked before another is the best */
+  if (keeps && ckpt_writer_busy(r->writer) && r->saved_step != r->env->step)
+    TRY(warn_save(r, r->saved_step, commit_save(r)));
+  bool best = train_early_stopping_observe(&r->stopping, r->env->step, recall);
+  if (!best || !keeps) return CORE_OK;
+  ckpt_writer_spare(r->writer, r->env->step); /* also where it cannot be marked */
+  if (r->saved_step != r->env->step) {
+    TRY(warn_save(r, r->env->step, begin_save(r)));
+  } else if (!ckpt_writer_busy(r->writer)) {
+    mark_best(r);
+  }
+  return CORE_OK;
+}
+
+static bool stops_early(const run *r) {
+  return train_early_stopping_due(&r->stopping);
+}
+
+/* table: print it, if the run prints one at its end and this is it. */
 static core_status evaluate(run *r, bool table) {
   train_retrieval *result = malloc(sizeof *result);
   CHECK(result, CORE_ERR_MEMORY, "no memory for the evaluation");
   core_status status = train_retrieval_run(r->session, result);
   if (status == CORE_OK) {
+    double recall = train_retrieval_mean(result);
+    r->evaluated = r->env->step;
     adapt_schedule(r, result);
-    LOG_INFO("step %lld: mean R@1 on %s %.2f %% (%.1f s)", (long long)r->env->step,
-             r->settings->data.validation, 100 * train_retrieval_mean(result), result->seconds);
+    status = follow(r, recall);
+    table = table || (stops_early(r) && r->settings->evaluate.at_end);
+    LOG_INFO("step %lld: mean R@1 on %s %.2f %% (%.1f s)%s", (long long)r->env->step,
+             r->settings->data.validation, 100 * recall, result->seconds,
+             r->stopping.best_step == r->env->step ? ", the best so far" : "");
     if (r->metrics) {
       if (train_metrics_evaluation(r->metrics, r->env->step, result) != CORE_OK)
         LOG_WARNING("the evaluation is not in the metrics: %s", core_error_get()->message);
       if (table) train_retrieval_print(result, r->settings, stdout);
+      if (table) train_health_print(&r->session->model->sums, r->settings, stdout);
     }
   }
   free(result);
@@ -441,7 +492,7 @@ static core_status loop(run *r, train_outcome *outcome) {
   core_status again = evaluation_due(r) ? evaluate(r, false) : CORE_OK;
   if (again != CORE_OK && again != CORE_ERR_STOPPED)
     return core_error_trace(again, __func__, __FILE__, __LINE__);
-  while (env->step < r->settings->run.steps) {
+  while (env->step < r->settings->run.steps && !stops_early(r)) {
     double started = core_clock_now();
     data_batch *batch = NULL;
     agreement agreed = {false, false};
@@ -472,6 +523,19 @@ static double peak_mebibytes(void) {
   return getrusage(RUSAGE_SELF, &usage) == 0 ? (double)usage.ru_maxrss / 1024 : 0;
 }
 
+/* What an item of each modality, or of each direction, passes. */
+static core_status describe_arithmetic(const run *r) {
+  train_arithmetic arithmetic;
+  TRY(train_session_arithmetic(r->session, &arithmetic));
+  for (int32_t i = 0; i < arithmetic.paths; i++) {
+    char text[4 * CORE_NAME];
+    train_path_describe(&arithmetic.path[i], text, sizeof text);
+    LOG_INFO("forward pass of %s", text);
+  }
+  train_arithmetic_free(&arithmetic);
+  return CORE_OK;
+}
+
 static core_status describe(run *r) {
   char layout[512];
   train_memory memory = train_session_memory(r->session);
@@ -488,6 +552,7 @@ static core_status describe(run *r) {
            (double)counts.total / 1e6, (double)counts.active / 1e6, (double)counts.frozen / 1e6,
            (long long)data_set_samples(r->session->training),
            (long long)(r->session->evaluation ? data_set_samples(r->session->evaluation) : 0));
+  TRY(describe_arithmetic(r));
   /* The arenas' pages are all there; what is resident beside them are libraries, MPI and the index of the
    * shards. */
   double arenas = (double)memory.total / 1048576, process = r->process_mebibytes;
@@ -531,6 +596,7 @@ static core_status open_run(run *r, const train_run_options *options) {
   r->process_mebibytes = peak_mebibytes() - (double)train_session_memory(r->session).total / 1048576;
   r->env = &r->session->env;
   r->settings = s;
+  train_early_stopping_make(s, &r->stopping);
   CHECK(strlen(s->run.directory) + 64 < PATH, CORE_ERR_CONFIG, "run.directory is too long");
   snprintf(r->directory, sizeof r->directory, "%s", s->run.directory);
   snprintf(r->checkpoints, sizeof r->checkpoints, "%.900s/checkpoints", s->run.directory);
@@ -556,7 +622,13 @@ static core_status end_run(run *r, train_outcome *outcome) {
              (long long)r->env->step);
     return CORE_OK;
   }
-  if (r->settings->evaluate.at_end) {
+  if (stops_early(r))
+    LOG_INFO(
+        "stopping early at step %lld: mean R@1 has not risen by more than %.4g %% above the %.2f %% of "
+        "step %lld in %lld evaluations",
+        (long long)r->env->step, 100 * r->stopping.min_delta, 100 * r->stopping.risen,
+        (long long)r->stopping.risen_step, (long long)r->stopping.stale);
+  if (r->settings->evaluate.at_end && r->evaluated != r->env->step) {
     core_status status = evaluate(r, true);
     if (status == CORE_ERR_STOPPED) *outcome = TRAIN_STOPPED;
     if (status != CORE_OK && status != CORE_ERR_STOPPED)
@@ -585,7 +657,7 @@ core_status train_run(const train_run_options *options, train_outcome *outcome) 
   run *r = calloc(1, sizeof *r);
   CHECK(r, CORE_ERR_MEMORY, "no memory for the run");
   r->lock = -1;
-  r->saved_step = -1;
+  r->saved_step = r->evaluated = -1;
   core_status status = open_run(r, options);
   if (status == CORE_OK) status = loop(r, outcome);
   if (status == CORE_OK) status = end_run(r, outcome);

@@ -11,19 +11,20 @@
 
 /* ---- opening data ---- */
 
-static core_status open_set(train_session *session, const char *path, const char *split, data_set **out) {
+/* The modalities [first, first + count). */
+static core_status open_set(train_session *session, const char *path, const char *split, int32_t first,
+                            int32_t count, data_set **out) {
   const train_settings *s = session->env.settings;
   const char *names[CORE_MAX_MODALITIES];
-  int32_t M = (int32_t)s->data.modalities_count;
-  for (int32_t m = 0; m < M; m++) names[m] = s->data.modalities[m].name;
-  TRY(data_set_open(path, split, names, M, out));
+  for (int32_t m = 0; m < count; m++) names[m] = s->data.modalities[first + m].name;
+  TRY(data_set_open(path, split, names, count, out));
   if (data_set_samples(*out) == 0) FAIL(CORE_ERR_FORMAT, "%s/%s holds no samples", path, split);
-  for (int32_t m = 0; m < M; m++) {
+  for (int32_t m = 0; m < count; m++) {
     const data_modality_info *info = data_set_modality(*out, m);
     char key[160];
     snprintf(key, sizeof key, "data.modalities.%.96s.length", names[m]);
-    if (s->data.modalities[m].positions == TRAIN_POSITIONS_LEARNED &&
-        info->longest > s->data.modalities[m].length)
+    if (s->data.modalities[first + m].positions == TRAIN_POSITIONS_LEARNED &&
+        info->longest > s->data.modalities[first + m].length)
       return core_config_refuse(
           session->env.config, key,
           "the longest sample of %s/%s has %lld tokens, so at least that many positions are needed", path,
@@ -42,15 +43,33 @@ static core_status check_widths(const train_session *session) {
   return CORE_OK;
 }
 
+static core_status open_part(train_session *session, const train_session_options *options, int32_t i) {
+  const train_part_options *wanted = &options->part[i];
+  train_part *part = &session->part[i];
+  session->part_count = i + 1;
+  part->path = wanted->path;
+  part->split = wanted->split;
+  part->modality = wanted->modality;
+  TRY(open_set(session, wanted->path, wanted->split, wanted->modality, 1, &part->set));
+  const data_modality_info *info = data_set_modality(part->set, 0);
+  CHECK(!options->width || info->width == options->width[wanted->modality], CORE_ERR_MISMATCH,
+        "'%s' in %s/%s is %lld wide, the model's is %lld", info->name, wanted->path, wanted->split,
+        (long long)info->width, (long long)options->width[wanted->modality]);
+  return CORE_OK;
+}
+
 static core_status open_data_local(train_session *session, const train_session_options *options) {
   const train_settings *s = session->env.settings;
   const char *path = options->data_path ? options->data_path : s->data.path;
   TRY(kern_select(s->run.device, comm_local_rank(session->env.comm), &session->env.ops));
   session->env.active = s->run.precision == CORE_BFLOAT16 ? CORE_BFLOAT16 : CORE_REAL_DTYPE;
-  if (options->training_split) TRY(open_set(session, path, options->training_split, &session->training));
+  int32_t M = (int32_t)s->data.modalities_count;
+  if (options->training_split)
+    TRY(open_set(session, path, options->training_split, 0, M, &session->training));
   if (options->evaluation_split)
-    TRY(open_set(session, path, options->evaluation_split, &session->evaluation));
+    TRY(open_set(session, path, options->evaluation_split, 0, M, &session->evaluation));
   TRY(check_widths(session));
+  for (int32_t i = 0; i < options->part_count; i++) TRY(open_part(session, options, i));
   return CORE_OK;
 }
 
@@ -62,11 +81,30 @@ static core_status open_data(train_session *session, const train_session_options
   if (session->evaluation)
     TRY(comm_agree_value(control, "the list of evaluation shards",
                          data_set_fingerprint(session->evaluation)));
+  for (int32_t i = 0; i < session->part_count; i++)
+    TRY(comm_agree_value(control, "the list of shards", data_set_fingerprint(session->part[i].set)));
   return CORE_OK;
 }
 
+/* One that has all modalities; NULL: there is none. */
 static const data_set *any_set(const train_session *session) {
   return session->training ? session->training : session->evaluation;
+}
+
+/* Sets that hold modality m, and its place in them. */
+typedef struct holder {
+  const data_set *set;
+  int32_t place;
+} holder;
+enum { MOST_HOLDERS = 2 + TRAIN_MOST_PARTS };
+
+static int32_t holders_of(const train_session *session, int32_t m, holder out[MOST_HOLDERS]) {
+  int32_t count = 0;
+  if (session->training) out[count++] = (holder){session->training, m};
+  if (session->evaluation) out[count++] = (holder){session->evaluation, m};
+  for (int32_t i = 0; i < session->part_count; i++)
+    if (session->part[i].modality == m) out[count++] = (holder){session->part[i].set, 0};
+  return count;
 }
 
 /* ---- layout and groups ---- */
@@ -76,6 +114,7 @@ static const data_set *any_set(const train_session *session) {
  * hangs on it. */
 static double sample_cost(const train_session *session, int32_t m) {
   const train_settings *s = session->env.settings;
+  if (!any_set(session) || session->sizes) return 1; /* shared placement: nothing is partitioned */
   const data_modality_info *info = data_set_modality(any_set(session), m);
   double tokens = (double)info->tokens / (double)data_set_samples(any_set(session)),
          C = (double)s->model.width;
@@ -129,39 +168,59 @@ static int64_t larger(int64_t a, int64_t b) {
 }
 
 /* Largest micro-batch of modality m in rows, here and in the whole expert group. */
-static void add_limits(const data_set *set, const train_layout *layout, int32_t m, train_model_limits *limits,
+static void add_limits(holder in, const train_layout *layout, int32_t m, train_model_limits *limits,
                        int64_t *group_rows) {
-  if (!set) return;
   int64_t own = train_layout_most_samples(layout, layout->rank, m), rows = 0;
   for (int32_t slot = 0; slot < layout->expert_ranks; slot++)
     rows += data_set_most_rows(
-        set, m, train_layout_most_samples(layout, layout->group * layout->expert_ranks + slot, m));
+        in.set, in.place, train_layout_most_samples(layout, layout->group * layout->expert_ranks + slot, m));
   limits->segments[m] = larger(limits->segments[m], own);
-  limits->tokens[m] = larger(limits->tokens[m], data_set_most_rows(set, m, own));
+  limits->tokens[m] = larger(limits->tokens[m], data_set_most_rows(in.set, in.place, own));
   *group_rows = larger(*group_rows, rows);
 }
 
-/* Bytes of a stored number of modality m, in the wider of the sets. */
+/* Bytes of a stored number of modality m, in the widest of the sets. */
 static size_t stored_bytes(const train_session *session, int32_t m) {
-  size_t bytes = 0;
-  const data_set *sets[2] = {session->training, session->evaluation};
-  for (int i = 0; i < 2; i++) {
-    size_t its = sets[i] ? core_dtype_size(data_set_modality(sets[i], m)->dtype) : 0;
+  size_t bytes = 1;
+  holder in[MOST_HOLDERS];
+  int32_t count = holders_of(session, m, in);
+  for (int32_t i = 0; i < count; i++) {
+    size_t its = core_dtype_size(data_set_modality(in[i].set, in[i].place)->dtype);
     if (its > bytes) bytes = its;
   }
   return bytes;
 }
 
-static train_model_limits find_limits(const train_session *session) {
+/* Every rank passes items of its own through experts of its own. */
+static train_model_limits stated_limits(const train_session *session) {
+  const train_env *env = &session->env;
+  const train_session_sizes *sizes = session->sizes;
+  train_model_limits limits = {.training = false};
+  int64_t segments = 0;
+  memcpy(limits.width, sizes->width, sizeof limits.width);
+  memcpy(limits.tokens, sizes->tokens, sizeof limits.tokens);
+  memcpy(limits.segments, sizes->segments, sizeof limits.segments);
+  memcpy(limits.latent_bytes, sizes->latent_bytes, sizeof limits.latent_bytes);
+  train_model_rows(env->settings, &limits, &limits.group_tokens, &segments);
+  limits.expert_rows = larger(limits.group_tokens * env->settings->model.moe.choose, 1);
+  return limits;
+}
+
+/* width: as train_session_options. */
+static train_model_limits find_limits(const train_session *session, const int64_t *width) {
+  if (session->sizes) return stated_limits(session);
   const train_env *env = &session->env;
   train_model_limits limits = {.training = session->purpose == TRAIN_PURPOSE_TRAIN};
   train_model_limits groups = {0}; /* tokens of a whole expert group */
   int64_t K = env->settings->model.moe.choose;
   for (int32_t m = 0; m < env->layout.modalities; m++) {
     int64_t group_rows = 0;
-    add_limits(session->training, &env->layout, m, &limits, &group_rows);
-    add_limits(session->evaluation, &session->evaluation_layout, m, &limits, &group_rows);
-    limits.width[m] = data_set_modality(any_set(session), m)->width;
+    holder in[MOST_HOLDERS];
+    int32_t count = holders_of(session, m, in);
+    for (int32_t i = 0; i < count; i++)
+      add_limits(in[i], in[i].set == session->training ? &env->layout : &session->evaluation_layout, m,
+                 &limits, &group_rows);
+    limits.width[m] = width ? width[m] : data_set_modality(any_set(session), m)->width;
     limits.latent_bytes[m] = stored_bytes(session, m);
     groups.tokens[m] = group_rows;
   }
@@ -189,15 +248,17 @@ static kern_limits kernel_limits(const train_session *session, const train_model
   const train_model *model = session->model;
   const train_settings *s = session->env.settings;
   int64_t F = larger(model->F, s->model.moe.hidden),
-          width = larger(model->C, 2 * F * (s->model.dense ? train_dense_experts(s) : 1));
+          width = larger(model->C, 2 * F * (train_settings_dense(s) ? train_dense_experts(s) : 1));
   kern_limits k = {.experts = s->model.moe.experts, .heads = model->H, .threads = threads_of(&session->env)};
   width = larger(width, (model->H + 2 * model->G) * model->A);
   width = larger(width, larger(model->Z, s->evaluate.batch));
   for (int32_t m = 0; m < session->env.layout.modalities; m++) {
     width = larger(width, larger(limits->width[m], s->data.modalities[m].hidden));
-    const data_set *sets[2] = {session->training, session->evaluation};
-    for (int i = 0; i < 2; i++)
-      if (sets[i]) k.sequence = larger(k.sequence, data_set_modality(sets[i], m)->longest);
+    holder in[MOST_HOLDERS];
+    int32_t count = holders_of(session, m, in);
+    if (session->sizes) k.sequence = larger(k.sequence, session->sizes->longest[m]);
+    for (int32_t i = 0; i < count; i++)
+      k.sequence = larger(k.sequence, data_set_modality(in[i].set, in[i].place)->longest);
   }
   k.updates = model->parameters.count;
   train_model_rows(s, limits, &k.rows, &k.segments);
@@ -248,9 +309,9 @@ static core_status check_memory(const train_session *session) {
   return CORE_OK;
 }
 
-static core_status allocate_local(train_session *session) {
+static core_status allocate_local(train_session *session, const int64_t *width) {
   train_env *env = &session->env;
-  train_model_limits limits = find_limits(session);
+  train_model_limits limits = find_limits(session, width);
   kern_limits kernel;
   TRY(train_model_create(env, limits.width, &session->model));
   TRY(train_stepper_make(env, session->model, &session->stepper));
@@ -289,7 +350,7 @@ static core_status open_all(train_session *session, const train_session_options 
   TRY(open_data(session, options));
   TRY(comm_agree(env->control, make_layout(session)));
   TRY(make_groups(env));
-  TRY(comm_agree(env->control, allocate_local(session)));
+  TRY(comm_agree(env->control, allocate_local(session, options->width)));
   TRY(freeze(session));
   return CORE_OK;
 }
@@ -298,6 +359,7 @@ core_status train_session_open(const train_session_options *options, train_sessi
   train_session *session = calloc(1, sizeof *session);
   CHECK(session, CORE_ERR_MEMORY, "no memory for the session");
   session->purpose = options->purpose;
+  session->sizes = options->sizes;
   session->env = (train_env){.config = options->config,
                              .settings = core_config_data(options->config),
                              .comm = options->comm,
@@ -316,6 +378,7 @@ void train_session_close(train_session *session) {
   if (!session) return;
   data_set_close(session->training);
   data_set_close(session->evaluation);
+  for (int32_t i = 0; i < session->part_count; i++) data_set_close(session->part[i].set);
   train_model_destroy(session->model);
   core_arena_destroy(session->arenas.parameters);
   core_arena_destroy(session->arenas.activations);
@@ -444,6 +507,22 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
   return CORE_OK;
 }
 
+core_status train_session_part_stream(train_session *session, const train_part *part, data_stream **out) {
+  const train_settings *s = session->env.settings;
+  const train_layout *layout = &session->evaluation_layout;
+  data_range range = train_layout_range(layout, layout->rank, part->modality, 0);
+  data_stream_options options = {.order = {s->run.seed, 0},
+                                 .batch = layout->batch,
+                                 .micro_batches = 1,
+                                 .range = &range,
+                                 .queue = (int32_t)s->data.queue,
+                                 .threads = (int32_t)s->data.threads,
+                                 .cache_bytes = s->data.cache << 20,
+                                 .device = session->arenas.host_access ? NULL : session->env.ops->device};
+  TRY(data_stream_open(part->set, &options, out));
+  return CORE_OK;
+}
+
 train_memory train_session_memory(const train_session *session) {
   train_memory memory = {.parameters = core_arena_peak(session->arenas.parameters),
                          .activations = core_arena_peak(session->arenas.activations),
@@ -460,7 +539,7 @@ core_status train_session_counts(train_session *session, train_counts *out) {
   train_env *env = &session->env;
   const train_settings *s = env->settings;
   const train_parameters *set = &session->model->parameters;
-  int64_t counts[3] = {0, 0, 0}; /* all, of experts, frozen; each by its first holder */
+  int64_t counts[4] = {0, 0, 0, 0}; /* all, of experts, frozen, of own trunks; each by its first holder */
   for (int32_t scope = 0; scope < 2 + env->layout.modalities; scope++) {
     comm_group *group = scope == 0 ? env->world : scope == 1 ? env->replica : env->modality[scope - 2];
     if (!group || comm_rank(group) != 0) continue;
@@ -471,11 +550,26 @@ core_status train_session_counts(train_session *session, train_counts *out) {
       counts[0] += p->count;
       counts[1] += scope == 1 ? p->count : 0;
       counts[2] += p->frozen ? p->count : 0;
+      counts[3] += strncmp(p->name, "trunk.", 6) == 0 ? p->count : 0;
     }
   }
-  TRY(comm_all_reduce(env->world, COMM_SUM, CORE_INT64, counts, 3));
+  TRY(comm_all_reduce(env->world, COMM_SUM, CORE_INT64, counts, 4));
   out->frozen = counts[2];
   out->total = counts[0];
-  out->active = counts[0] - counts[1] + counts[1] / s->model.moe.experts * s->model.moe.choose;
+  out->active = counts[0] - counts[1] + counts[1] / s->model.moe.experts * s->model.moe.choose -
+                counts[3] / env->layout.modalities * (env->layout.modalities - 1);
+  return CORE_OK;
+}
+
+core_status train_session_arithmetic(const train_session *session, train_arithmetic *out) {
+  int64_t width[CORE_MAX_MODALITIES];
+  double tokens[CORE_MAX_MODALITIES];
+  for (int32_t m = 0; m < session->env.layout.modalities; m++) {
+    const data_modality_info *info = data_set_modality(any_set(session), m);
+    int64_t present = data_set_samples(any_set(session)) - info->absent;
+    width[m] = session->model->limits.width[m];
+    tokens[m] = present > 0 ? (double)info->tokens / (double)present : 0;
+  }
+  TRY(train_arithmetic_make(session->env.settings, width, tokens, out));
   return CORE_OK;
 }

@@ -40,6 +40,10 @@ static const cyaml_strval_t busy_words[] = {{"delay", TRAIN_BUSY_DELAY}, {"wait"
 
 static const cyaml_strval_t kind_words[] = {{"tower", TRAIN_KIND_TOWER}, {"connector", TRAIN_KIND_CONNECTOR}};
 static const cyaml_strval_t match_words[] = {{"active", TRAIN_MATCH_ACTIVE}, {"total", TRAIN_MATCH_TOTAL}};
+static const cyaml_strval_t trunk_words[] = {{"shared", TRAIN_TRUNK_SHARED},
+                                             {"per_modality", TRAIN_TRUNK_PER_MODALITY}};
+static const cyaml_strval_t partition_words[] = {{"none", TRAIN_PARTITION_NONE},
+                                                 {"modality", TRAIN_PARTITION_MODALITY}};
 static const cyaml_strval_t regression_words[] = {{"squared", KERN_SQUARED}, {"smooth_l1", KERN_SMOOTH_L1}};
 static const cyaml_strval_t alternate_words[] = {{"none", TRAIN_ALTERNATE_NONE},
                                                  {"cyclic", TRAIN_ALTERNATE_CYCLIC},
@@ -67,18 +71,25 @@ static const cyaml_schema_value_t modality_value = {
 static const cyaml_schema_value_t pair_value = {
     CYAML_VALUE_STRING(CYAML_FLAG_POINTER, char *, 0, 2 * CORE_NAME)};
 
+typedef PART(run.early_stopping) early_part;
+static const cyaml_schema_field_t early_fields[] = {
+    CYAML_FIELD_INT("patience", NEEDED, early_part, patience),
+    CYAML_FIELD_FLOAT("min_delta", NEEDED, early_part, min_delta), CYAML_FIELD_END};
+
 typedef PART(run) run_part;
-static const cyaml_schema_field_t run_fields[] = {TEXT("directory", run_part, directory),
-                                                  CYAML_FIELD_UINT("seed", NEEDED, run_part, seed),
-                                                  CYAML_FIELD_INT("steps", NEEDED, run_part, steps),
-                                                  TEXT("device", run_part, device),
-                                                  WORD("precision", run_part, precision, precision_words),
-                                                  CYAML_FIELD_INT("threads", NEEDED, run_part, threads),
-                                                  CYAML_FIELD_INT("log", NEEDED, run_part, log),
-                                                  CYAML_FIELD_FLOAT("deadline", NEEDED, run_part, deadline),
-                                                  WORD("non_finite", run_part, non_finite, non_finite_words),
-                                                  CYAML_FIELD_INT("failures", NEEDED, run_part, failures),
-                                                  CYAML_FIELD_END};
+static const cyaml_schema_field_t run_fields[] = {
+    TEXT("directory", run_part, directory),
+    CYAML_FIELD_UINT("seed", NEEDED, run_part, seed),
+    CYAML_FIELD_INT("steps", NEEDED, run_part, steps),
+    TEXT("device", run_part, device),
+    WORD("precision", run_part, precision, precision_words),
+    CYAML_FIELD_INT("threads", NEEDED, run_part, threads),
+    CYAML_FIELD_INT("log", NEEDED, run_part, log),
+    CYAML_FIELD_FLOAT("deadline", NEEDED, run_part, deadline),
+    WORD("non_finite", run_part, non_finite, non_finite_words),
+    CYAML_FIELD_INT("failures", NEEDED, run_part, failures),
+    CYAML_FIELD_MAPPING("early_stopping", NEEDED, run_part, early_stopping, early_fields),
+    CYAML_FIELD_END};
 
 typedef PART(data) data_part_settings;
 static const cyaml_schema_field_t data_fields[] = {
@@ -101,6 +112,7 @@ static const cyaml_schema_field_t moe_fields[] = {
     CYAML_FIELD_INT("choose", NEEDED, moe_part, choose),
     CYAML_FIELD_INT("hidden", NEEDED, moe_part, hidden),
     WORD("gate", moe_part, gate, gate_words),
+    WORD("partition", moe_part, partition, partition_words),
     WORD("dispatch", moe_part, dispatch, dispatch_words),
     TEXT("capacity", moe_part, capacity),
     CYAML_FIELD_INT("group_samples", NEEDED, moe_part, group_samples),
@@ -124,6 +136,7 @@ static const cyaml_schema_field_t model_fields[] = {
     WORD("activation", model_part, activation, activation_words),
     CYAML_FIELD_FLOAT("norm_epsilon", NEEDED, model_part, norm_epsilon),
     CYAML_FIELD_FLOAT("rope_base", NEEDED, model_part, rope_base),
+    WORD("trunks", model_part, trunks, trunk_words),
     CORE_FIELD_BOOL("dense", model_part, dense),
     WORD("dense_match", model_part, dense_match, match_words),
     CORE_FIELD_BOOL("per_direction", model_part, per_direction),
@@ -190,13 +203,14 @@ static const cyaml_schema_field_t checkpoint_fields[] = {
     CYAML_FIELD_INT("level", NEEDED, checkpoint_part, level),
     CYAML_FIELD_INT("threads", NEEDED, checkpoint_part, threads),
     WORD("busy", checkpoint_part, busy, busy_words),
+    CORE_FIELD_BOOL("keep_best", checkpoint_part, keep_best),
     CYAML_FIELD_END};
 
 typedef PART(evaluate) evaluate_part;
 static const cyaml_schema_field_t evaluate_fields[] = {
     CYAML_FIELD_INT("interval", NEEDED, evaluate_part, interval),
     CYAML_FIELD_INT("batch", NEEDED, evaluate_part, batch), CORE_FIELD_BOOL("at_end", evaluate_part, at_end),
-    CYAML_FIELD_END};
+    TEXT("capacity", evaluate_part, capacity), CYAML_FIELD_END};
 
 static const cyaml_schema_field_t top_fields[] = {
     CYAML_FIELD_MAPPING("run", NEEDED, train_settings, run, run_fields),
@@ -217,15 +231,16 @@ static const cyaml_schema_value_t top_value = {
 static const char defaults[] =
     "run: {directory: run, seed: 1, steps: 1000, device: auto, precision: float32, threads: 0, log: 10, "
     "deadline: 600,"
-    " non_finite: stop, failures: 10}\n"
+    " non_finite: stop, failures: 10, early_stopping: {patience: 0, min_delta: 0}}\n"
     "data: {train: train, validation: validation, shuffle: 65536, non_finite: stop, threads: 1, queue: 2,"
     " cache: 256}\n"
     "model:\n  kind: tower\n  layers: 1\n  heads: 0\n"
     "  kv_heads: 0\n  head_width: 0\n  hidden: 0\n  embedding: 0\n  activation: swiglu\n"
-    "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  dense: false\n  dense_match: active\n"
+    "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  trunks: shared\n  dense: false\n  dense_match: active\n"
     "  per_direction: false\n  recompute: false\n"
-    "  moe: {layers: every 2, experts: 8, choose: 1, hidden: 0, gate: softmax, dispatch: dropless,"
-    " capacity: '1.05', group_samples: 8, priority: gate, bias: false, dropout: 0, noise: 1, buffer: 1.5}\n"
+    "  moe: {layers: every 2, experts: 8, choose: 1, hidden: 0, gate: softmax, partition: none,"
+    " dispatch: dropless, capacity: '1.05', group_samples: 8, priority: gate, bias: false, dropout: 0, "
+    "noise: 1, buffer: 1.5}\n"
     "objective: {pairs: [], scale: 10, largest_scale: 100, importance: 0.005, load: 0.005, z: 0.001,"
     " directions: [], alpha: 0.5, temperature: 0.03, regression: squared}\n"
     "schedule: {alternate: none, steps: [], gain: 1, least: 0, most: 1}\n"
@@ -233,8 +248,9 @@ static const char defaults[] =
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1,"
     " frozen: []}\n"
-    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay}\n"
-    "evaluate: {interval: 0, batch: 256, at_end: true}\n";
+    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay, keep_best: "
+    "false}\n"
+    "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none}\n";
 
 static const char modality_defaults[] =
     "{connector: linear, hidden: 0, positions: learned, length: 64, normalize: standard, local: 0, global: 0,"
@@ -274,11 +290,22 @@ bool train_settings_pair(const train_settings *settings, const char *text, int32
   return pair[0] >= 0 && pair[1] >= 0 && pair[0] != pair[1];
 }
 
-/* Walks a list "1,3,5"; *found tells whether l is in it. False if it is not such a list. */
 bool train_settings_direction(const train_settings *settings, unsigned d, int32_t pair[2]) {
   return train_settings_pair(settings, settings->objective.directions[d], pair);
 }
 
+bool train_settings_dense(const train_settings *settings) {
+  return settings->model.dense || settings->model.trunks == TRAIN_TRUNK_PER_MODALITY;
+}
+
+void train_settings_expert_share(const train_settings *settings, int32_t m, int64_t *first, int64_t *count) {
+  int64_t E = settings->model.moe.experts, M = (int64_t)settings->data.modalities_count;
+  bool divided = settings->model.moe.partition == TRAIN_PARTITION_MODALITY;
+  *first = divided ? m * E / M : 0;
+  *count = divided ? (m + 1) * E / M - *first : E;
+}
+
+/* Walks a list "1,3,5"; *found tells whether l is in it. False if it is not such a list. */
 static bool walk_list(const char *rule, int64_t layers, int64_t l, bool *found) {
   *found = false;
   while (*rule) {

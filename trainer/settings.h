@@ -23,6 +23,10 @@ typedef enum train_priority { TRAIN_PRIORITY_GATE, TRAIN_PRIORITY_ORDER } train_
 typedef enum train_placement { TRAIN_SHARED, TRAIN_PARTITIONED } train_placement;
 typedef enum train_rate_kind { TRAIN_RATE_CONSTANT, TRAIN_RATE_COSINE, TRAIN_RATE_RSQRT } train_rate_kind;
 typedef enum train_kind { TRAIN_KIND_TOWER, TRAIN_KIND_CONNECTOR } train_kind;
+/* Whose trunk a token passes: the one of all modalities, or its modality's own dense one. */
+typedef enum train_trunks { TRAIN_TRUNK_SHARED, TRAIN_TRUNK_PER_MODALITY } train_trunks;
+/* Which experts a token may choose: all, or those of its modality (train_settings_expert_share). */
+typedef enum train_partition { TRAIN_PARTITION_NONE, TRAIN_PARTITION_MODALITY } train_partition;
 typedef enum train_match { TRAIN_MATCH_ACTIVE, TRAIN_MATCH_TOTAL } train_match;
 typedef enum train_alternate {
   TRAIN_ALTERNATE_NONE,
@@ -45,7 +49,7 @@ typedef struct train_modality_settings {
   int normalize;  /* train_normalize: latents before the connector */
   double local;   /* weight of the local entropy loss */
   double global;  /* weight of the global entropy loss */
-  double experts; /* S_m, the soft minimum of experts; 0: no global loss */
+  double experts; /* S_m, the soft minimum of experts, at most those it may choose; 0: no global loss */
   int64_t ranks;  /* of each expert group, with placement partitioned; 0: by cost */
 } train_modality_settings;
 
@@ -61,6 +65,10 @@ typedef struct train_settings {
     double deadline;  /* seconds that a rank waits for another */
     int non_finite;   /* train_non_finite */
     int64_t failures; /* non-finite steps in a row that are skipped before the run stops */
+    struct {
+      int64_t patience; /* evaluations in a row without a rise before the run ends; 0: it never ends early */
+      double min_delta; /* how far mean R@1, in [0, 1], must rise above the last rise to be one */
+    } early_stopping;
   } run;
   struct {
     char *path; /* directory of the splits */
@@ -79,6 +87,7 @@ typedef struct train_settings {
     int64_t width, layers, heads, kv_heads, head_width, hidden, embedding;
     int activation; /* train_activation of every feed-forward */
     double norm_epsilon, rope_base;
+    int trunks;        /* train_trunks: per_modality is the baseline of one dense tower for each modality */
     int dense;         /* replace each MoE layer by a dense one of equal FLOPs per token */
     int dense_match;   /* train_match: the dense layer has the parameters of the chosen experts, or of all of
                           them */
@@ -89,6 +98,7 @@ typedef struct train_settings {
       int64_t experts, choose;
       int64_t hidden; /* of an expert; 0: as dense layers */
       int gate;       /* kern_gate */
+      int partition;  /* train_partition: modality is the baseline of experts divided among the modalities */
       int dispatch;   /* train_dispatch */
       char *capacity; /* factor, at most three decimals */
       int64_t group_samples;
@@ -137,11 +147,13 @@ typedef struct train_settings {
     int64_t interval, keep, keep_every, level, threads;
     int busy; /* train_busy: a save that falls due while the one before is still being written begins when
                  that is done (delay), or training waits for it (wait) */
+    int keep_best; /* keep the one of the largest mean recall so far too, under the name `best` */
   } checkpoint;
   struct {
     int64_t interval; /* steps between evaluations; 0: only at the end */
     int64_t batch;
     int at_end;
+    char *capacity; /* none: nothing is dropped; a factor, at most three decimals: for ablations */
   } evaluate;
 } train_settings;
 
@@ -153,6 +165,11 @@ CORE_NODISCARD core_status train_settings_check(const core_config *config, int32
 
 /* Decimal with at most three places -> thousandths ("1.05" -> 1050); -1 if it is not one. */
 int64_t train_settings_thousandths(const char *text);
+/* Whether the model has no mixture at all: every MoE layer is replaced by a dense one. */
+bool train_settings_dense(const train_settings *settings);
+/* The experts [first, first + count) that are modality m's under model.moe.partition: even, contiguous shares
+ * in the order of the modalities. Without a partition: all. */
+void train_settings_expert_share(const train_settings *settings, int32_t m, int64_t *first, int64_t *count);
 /* Whether layer l of `layers` is an MoE layer by the rule; the rule must be valid
  * (train_settings_rule_valid). */
 bool train_settings_moe_layer(const char *rule, int64_t layers, int64_t l);

@@ -35,6 +35,8 @@ static core_status check_sizes(const core_config *config, const train_settings *
       {"data.threads", (double)s->data.threads, 1, 256},
       {"data.queue", (double)s->data.queue, 1, 64},
       {"data.cache", (double)s->data.cache, 1, 1 << 20},
+      {"run.early_stopping.patience", (double)s->run.early_stopping.patience, 0, huge},
+      {"run.early_stopping.min_delta", s->run.early_stopping.min_delta, 0, 1},
       {"model.width", (double)s->model.width, 1, large},
       {"model.layers", (double)s->model.layers, 1, 4096},
       {"model.heads", (double)s->model.heads, s->model.kind == TRAIN_KIND_TOWER, 1024},
@@ -218,6 +220,29 @@ static core_status check_model(const core_config *config, const train_settings *
   return CORE_OK;
 }
 
+/* Baselines of a tower. */
+static core_status check_baselines(const core_config *config, const train_settings *s) {
+  bool own = s->model.trunks == TRAIN_TRUNK_PER_MODALITY;
+  bool divided = s->model.moe.partition == TRAIN_PARTITION_MODALITY;
+  if (own && s->model.kind == TRAIN_KIND_CONNECTOR)
+    return core_config_refuse(config, "model.trunks", "a connector has no trunk: expected shared");
+  if (!divided) return CORE_OK;
+  if (s->model.kind == TRAIN_KIND_CONNECTOR)
+    return core_config_refuse(config, "model.moe.partition",
+                              "a step of a connector has tokens of one modality: expected none");
+  for (unsigned m = 0; m < s->data.modalities_count; m++) {
+    int64_t first, count;
+    train_settings_expert_share(s, (int32_t)m, &first, &count);
+    if (count < s->model.moe.choose)
+      return core_config_refuse(
+          config, "model.moe.partition",
+          "'%s' gets %lld of the %lld experts, fewer than the %lld that a token chooses",
+          s->data.modalities[m].name, (long long)count, (long long)s->model.moe.experts,
+          (long long)s->model.moe.choose);
+  }
+  return CORE_OK;
+}
+
 static core_status check_pairs(const core_config *config, const train_settings *s) {
   for (unsigned i = 0; i < s->objective.pairs_count; i++) {
     int32_t pair[2];
@@ -238,7 +263,7 @@ static core_status check_parallel(const core_config *config, const train_setting
   if (e < 1 || ranks % e != 0)
     return core_config_refuse(config, "parallel.experts",
                               "the expert-parallel size %lld must divide the %d ranks", (long long)e, ranks);
-  if (!s->model.dense && s->model.moe.experts % e != 0)
+  if (!train_settings_dense(s) && s->model.moe.experts % e != 0)
     return core_config_refuse(config, "model.moe.experts",
                               "%lld experts cannot be spread evenly over %lld ranks",
                               (long long)s->model.moe.experts, (long long)e);
@@ -266,6 +291,34 @@ static core_status check_device(const core_config *config, const train_settings 
   return CORE_OK;
 }
 
+/* What hangs on evaluations, and how they route. */
+static core_status check_evaluate(const core_config *config, const train_settings *s, int32_t ranks) {
+  int64_t parts = s->parallel.placement == TRAIN_SHARED ? ranks : ranks / s->parallel.experts;
+  int64_t capacity = train_settings_thousandths(s->evaluate.capacity);
+  if (s->run.early_stopping.patience > 0 && s->evaluate.interval == 0)
+    return core_config_refuse(config, "evaluate.interval",
+                              "run.early_stopping follows the validation recall: expected at least 1");
+  if (s->checkpoint.keep_best && s->evaluate.interval == 0)
+    return core_config_refuse(config, "evaluate.interval",
+                              "checkpoint.keep_best follows the validation recall: expected at least 1");
+  if (strcmp(s->evaluate.capacity, "none") == 0) return CORE_OK;
+  if (capacity < 1 || capacity > 1000000)
+    return core_config_refuse(
+        config, "evaluate.capacity",
+        "expected none, or a number from 0.001 to 1000 with at most three decimals, got '%s'",
+        s->evaluate.capacity);
+  if (s->model.kind == TRAIN_KIND_CONNECTOR)
+    return core_config_refuse(config, "evaluate.capacity", "a connector drops nothing: expected none");
+  if (s->evaluate.batch % (parts * s->model.moe.group_samples) != 0)
+    return core_config_refuse(
+        config, "evaluate.batch",
+        "with evaluate.capacity routing groups of %lld samples must divide the batch of "
+        "%lld on each of %lld %s",
+        (long long)s->model.moe.group_samples, (long long)s->evaluate.batch, (long long)parts,
+        s->parallel.placement == TRAIN_SHARED ? "ranks" : "expert groups");
+  return CORE_OK;
+}
+
 core_status train_settings_check(const core_config *config, int32_t ranks) {
   const train_settings *s = core_config_data(config);
   TRY(check_sizes(config, s));
@@ -278,8 +331,10 @@ core_status train_settings_check(const core_config *config, int32_t ranks) {
                               (long long)s->parallel.experts);
   for (unsigned m = 0; m < s->data.modalities_count; m++) TRY(check_modality(config, s, m));
   TRY(check_model(config, s));
+  TRY(check_baselines(config, s));
   TRY(check_schedule(config, s));
   TRY(check_pairs(config, s));
   TRY(check_parallel(config, s, ranks));
+  TRY(check_evaluate(config, s, ranks));
   return CORE_OK;
 }

@@ -127,6 +127,23 @@ static void put_integer(cJSON *object, const char *name, int64_t value) {
   cJSON_AddStringToObject(object, name, text);
 }
 
+/* All digits: the number comes back bit for bit. */
+static void put_real(cJSON *object, const char *name, double value) {
+  char text[40];
+  snprintf(text, sizeof text, "%.17g", value);
+  cJSON_AddStringToObject(object, name, text);
+}
+
+static void put_stopping(cJSON *object, const train_early_stopping *s) {
+  cJSON *part = cJSON_AddObjectToObject(object, "early_stopping");
+  put_real(part, "best", s->best);
+  put_integer(part, "best_step", s->best_step);
+  put_real(part, "risen", s->risen);
+  put_integer(part, "risen_step", s->risen_step);
+  put_integer(part, "stale", s->stale);
+  put_integer(part, "seen", s->seen);
+}
+
 core_status train_state_meta_write(const train_state_meta *meta, char **json) {
   char text[32];
   cJSON *object = cJSON_CreateObject();
@@ -138,6 +155,7 @@ core_status train_state_meta_write(const train_state_meta *meta, char **json) {
   cJSON_AddStringToObject(object, "fingerprint", text);
   put_integer(object, "ranks", meta->ranks);
   put_integer(object, "expert_ranks", meta->expert_ranks);
+  put_stopping(object, &meta->stopping);
   cJSON_AddStringToObject(object, "config", meta->config);
   *json = cJSON_PrintUnformatted(object);
   cJSON_Delete(object);
@@ -153,6 +171,23 @@ static bool get_integer(const cJSON *object, const char *name, int64_t *out) {
   return *end == '\0';
 }
 
+static bool get_real(const cJSON *object, const char *name, double *out) {
+  const char *text = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, name));
+  char *end = NULL;
+  if (!text || !*text) return false;
+  *out = strtod(text, &end);
+  return *end == '\0';
+}
+
+static bool get_stopping(const cJSON *object, train_early_stopping *s) {
+  const cJSON *part = cJSON_GetObjectItemCaseSensitive(object, "early_stopping");
+  s->best_step = s->risen_step = s->seen = -1;
+  if (!part) return true;
+  return get_real(part, "best", &s->best) && get_integer(part, "best_step", &s->best_step) &&
+         get_real(part, "risen", &s->risen) && get_integer(part, "risen_step", &s->risen_step) &&
+         get_integer(part, "stale", &s->stale) && get_integer(part, "seen", &s->seen);
+}
+
 core_status train_state_meta_read(const char *json, train_state_meta *out) {
   memset(out, 0, sizeof *out);
   cJSON *object = cJSON_Parse(json);
@@ -163,7 +198,7 @@ core_status train_state_meta_read(const char *json, train_state_meta *out) {
               get_integer(object, "epoch", &out->position.epoch) &&
               get_integer(object, "consumed", &out->position.consumed) &&
               get_integer(object, "ranks", &out->ranks) &&
-              get_integer(object, "expert_ranks", &out->expert_ranks);
+              get_integer(object, "expert_ranks", &out->expert_ranks) && get_stopping(object, &out->stopping);
   if (good) {
     out->fingerprint = strtoull(print, NULL, 16);
     out->config = strdup(config);

@@ -7,6 +7,7 @@
 #include "data/data.h"
 #include "trainer/model/tower.h"
 #include "trainer/schedule/alternation.h"
+#include "trainer/schedule/early_stopping.h"
 
 typedef struct train_state_tensors {
   ckpt_tensor *list;
@@ -34,7 +35,8 @@ typedef struct train_state_meta {
   data_position position;
   uint64_t fingerprint; /* of the training shards */
   int64_t ranks, expert_ranks;
-  char *config; /* YAML, malloc'ed by train_state_meta_read */
+  train_early_stopping stopping; /* its state; as new where the checkpoint is older than the feature */
+  char *config;                  /* YAML, malloc'ed by train_state_meta_read */
 } train_state_meta;
 
 /* JSON text, malloc'ed. */

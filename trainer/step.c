@@ -37,7 +37,8 @@ core_status train_stepper_plan(train_stepper *stepper, const train_arenas *arena
                             : train_contrastive_plan(&stepper->contrastive, arenas));
   TRY(train_router_plan(&stepper->router, stepper->env, stepper->model->moe_layers, arenas));
   TRY(train_optimizer_plan(&stepper->optimizer, stepper->model, arenas));
-  stepper->reduced_count = loss_parts(stepper) + cells * train_moe_value_stride(sums);
+  stepper->reduced_count =
+      loss_parts(stepper) + cells * train_moe_value_stride(sums) + train_moe_gate_count(sums);
   stepper->counted_count = 2 * M + cells * train_moe_count_stride(sums);
   TRY(ARENA_TAKE(arenas->host, stepper->reduced_count, &stepper->reduced));
   TRY(ARENA_TAKE(arenas->host, stepper->counted_count, &stepper->counted));
@@ -112,14 +113,18 @@ static void put_losses(train_stepper *stepper) {
 static core_status reduce_sums(train_stepper *stepper) {
   train_moe_sums *sums = &stepper->model->sums;
   TRY(train_moe_sums_down(stepper->env, sums));
-  int64_t pairs = loss_parts(stepper), values = stepper->reduced_count - pairs;
+  int64_t pairs = loss_parts(stepper), gates = train_moe_gate_count(sums);
+  int64_t values = stepper->reduced_count - pairs - gates;
+  double *reduced_gates = stepper->reduced + pairs + values;
   int64_t M2 = 2 * stepper->env->layout.modalities, counts = stepper->counted_count - M2;
   put_losses(stepper);
   if (values > 0) memcpy(stepper->reduced + pairs, sums->value.host, (size_t)values * sizeof(double));
+  if (gates > 0) memcpy(reduced_gates, sums->gate_sum, (size_t)gates * sizeof(double));
   if (counts > 0) memcpy(stepper->counted + M2, sums->count.host, (size_t)counts * sizeof(int64_t));
   TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_FLOAT64, stepper->reduced, stepper->reduced_count));
   TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_INT64, stepper->counted, stepper->counted_count));
   if (values > 0) memcpy(sums->value.host, stepper->reduced + pairs, (size_t)values * sizeof(double));
+  if (gates > 0) memcpy(sums->gate_sum, reduced_gates, (size_t)gates * sizeof(double));
   if (counts > 0) memcpy(sums->count.host, stepper->counted + M2, (size_t)counts * sizeof(int64_t));
   return CORE_OK;
 }

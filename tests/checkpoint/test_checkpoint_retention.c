@@ -74,6 +74,31 @@ static void late_saves_are_kept_too(void **state) {
   run_close(&r);
 }
 
+/* The best one stays, under its name as well; a step that is to become it stays before it has the name. */
+static void the_best_is_kept(void **state) {
+  char best[2 * CKPT_PATH];
+  ckpt_reader *reader;
+  run r = run_open(*state, "best", 1, 0);
+  snprintf(best, sizeof best, "%s/" CKPT_BEST, r.directory);
+  EXPECT_OK(ckpt_mark_best(r.directory, 1)); /* not published: nothing happens */
+  assert_int_not_equal(access(best, F_OK), 0);
+  run_save(&r, 1);
+  EXPECT_OK(ckpt_mark_best(r.directory, 1));
+  for (int64_t step = 2; step <= 4; step++) run_save(&r, step);
+  expect_names(&r, CKPT_BEST " step-00000001 step-00000004");
+  EXPECT_OK(ckpt_reader_open(r.f->control, best, &reader));
+  assert_int_equal(ckpt_reader_step(reader), 1);
+  ckpt_reader_close(reader);
+  ckpt_writer_spare(r.writer, 4);
+  run_save(&r, 5);
+  expect_names(&r, CKPT_BEST " step-00000001 step-00000004 step-00000005");
+  EXPECT_OK(ckpt_mark_best(r.directory, 4));
+  run_save(&r, 6);
+  expect_names(&r, CKPT_BEST " step-00000004 step-00000006");
+  assert_int_equal(load_newest(r.f, r.directory, TINY, 6, 6), 6);
+  run_close(&r);
+}
+
 /* After going back past a damaged checkpoint, the damaged one must not push out the good one just written. */
 static void damaged_later_one_does_not_count(void **state) {
   run r = run_open(*state, "later", 1, 0);
@@ -236,6 +261,7 @@ int main(void) {
       cmocka_unit_test(newest_are_kept),
       cmocka_unit_test(every_so_many_are_kept),
       cmocka_unit_test(late_saves_are_kept_too),
+      cmocka_unit_test(the_best_is_kept),
       cmocka_unit_test(damaged_later_one_does_not_count),
       cmocka_unit_test(damaged_manifest_is_passed_over),
       cmocka_unit_test(leftovers_are_cleaned_and_others_left),

@@ -345,6 +345,39 @@ static void a_process_that_ends_in_a_replacement_leaves_a_whole_file(void **stat
   assert_content(path, "new");
 }
 
+/* A link is the old one or the new one, whenever the process dies; what a death left is no obstacle. */
+static void a_link_is_replaced_whole_or_not_at_all(void **state) {
+  (void)state;
+  char path[PATH_MAX], target[64];
+  snprintf(path, sizeof path, "%s", path_of("link"));
+  assert_ok(core_file_link("old", path));
+  core_file_inject(&(core_file_fault){0});
+  assert_ok(core_file_link("old", path));
+  int64_t operations = core_file_operations();
+  assert_true(operations >= 3); /* link, rename, sync */
+  for (int64_t at = 1; at <= operations + 1; at++) {
+    assert_ok(core_file_link("old", path));
+    pid_t child = fork();
+    if (child == 0) {
+      core_file_fault fault = {.at = at, .error = 0};
+      core_file_inject(&fault);
+      _exit(core_file_link("new", path) == CORE_OK ? 0 : 1);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    assert_int_equal(WEXITSTATUS(status), at <= operations ? 137 : 0);
+    ssize_t length = readlink(path, target, sizeof target - 1);
+    assert_int_equal(length, 3);
+    target[3] = '\0';
+    assert_string_equal(target, at <= 2 ? "old" : "new");
+  }
+  core_file_inject(&(core_file_fault){.at = 2, .error = 28});
+  assert_error(core_file_link("other", path), CORE_ERR_IO, "link.tmp");
+  core_file_inject(&(core_file_fault){0});
+  assert_false(core_file_exists(path_of("link.tmp")));
+  assert_int_equal(readlink(path, target, sizeof target), 3);
+}
+
 static void replacement_works_without_a_directory_and_refuses_long_names(void **state) {
   (void)state;
   char before[PATH_MAX], name[PATH_MAX + 10];
@@ -444,6 +477,7 @@ int main(int argc, char **argv) {
       TEST(faults_count_only_paths_that_contain_the_text),
       TEST(replacement_is_all_or_nothing),
       TEST(a_process_that_ends_in_a_replacement_leaves_a_whole_file),
+      TEST(a_link_is_replaced_whole_or_not_at_all),
       TEST(replacement_works_without_a_directory_and_refuses_long_names),
       TEST(faults_come_from_the_environment),
       TEST(an_observer_sees_what_succeeded_in_order),

@@ -175,6 +175,16 @@ def cases():
         data={"modalities": [modality("image"), modality("text", local=0.1, experts=4.0, **{"global": 0.2}),
                              modality("audio", local=0.1, experts=4.0, **{"global": 0.2})]},
         model={"moe": {"noise": 0.5, "choose": 2, "group_samples": 1}}, optimizer={"batch": 4})
+    yield "towers", 8, case(
+        data={"modalities": [modality("image"), modality("text", connector="mlp", hidden=9, positions="none"),
+                             modality("audio", positions="rope")]},
+        model={"trunks": "per_modality", "activation": "gelu", "kv_heads": 2,
+               "moe": {"layers": "second half", "choose": 2}})
+    yield "partition", 9, case(
+        data={"modalities": [modality("image", local=0.1, experts=6.0, **{"global": 0.4}),
+                             modality("text", local=0.2), modality("audio", experts=3.5, **{"global": 0.3})]},
+        model={"moe": {"partition": "modality", "experts": 12, "choose": 2, "noise": 1.0,
+                       "dispatch": "capacity", "capacity": "1.5"}})
     yield "dense", 6, case(model={"dense": True, "moe": {"choose": 2, "group_samples": 5}},
                            optimizer={"batch": 20, "warmup": 0.0})
 
@@ -246,9 +256,7 @@ def shapes(config):
     if config["model"].get("kind") == "connector":
         return connector_shapes(config)
     model, moe = config["model"], config["model"]["moe"]
-    C, H = model["width"], model["heads"]
-    G, A = model["kv_heads"] or H, model["head_width"] or C // H
-    gated = 2 if model["activation"] == "swiglu" else 1
+    C = model["width"]
     out = {"final_norm.weight": (C,), "log_scale": (1,)}
     for settings, (name, D, *_) in zip(config["data"]["modalities"], MODALITIES):
         connector = "connector.%s." % name
@@ -260,13 +268,28 @@ def shapes(config):
         if settings["positions"] == "learned":
             out[connector + "position"] = (settings["length"], C)
         out["head.%s.weight" % name] = (model["embedding"] or C, C)
+    if model.get("trunks") == "per_modality":
+        del out["final_norm.weight"]
+        for name, *_ in MODALITIES:
+            out["trunk.%s.final_norm.weight" % name] = (C,)
+            add_blocks(config, out, "trunk.%s." % name)
+    else:
+        add_blocks(config, out, "")
+    return out
+
+
+def add_blocks(config, out, trunk):
+    model, moe = config["model"], config["model"]["moe"]
+    C, H = model["width"], model["heads"]
+    G, A = model["kv_heads"] or H, model["head_width"] or C // H
+    gated = 2 if model["activation"] == "swiglu" else 1
     for layer in range(model["layers"]):
-        block = "blocks.%d." % layer
+        block = "%sblocks.%d." % (trunk, layer)
         out[block + "attention_norm.weight"] = out[block + "forward_norm.weight"] = (C,)
         out[block + "attention.qkv.weight"] = ((H + 2 * G) * A, C)
         out[block + "attention.out.weight"] = (C, H * A)
         mixture = reference.is_moe(moe["layers"], model["layers"], layer)
-        if mixture and not model["dense"]:
+        if mixture and not model["dense"] and not trunk:
             out[block + "router.weight"] = (moe["experts"], C)
             for e in range(moe["experts"]):
                 out[block + "experts.%d.in.weight" % e] = (moe["hidden"] * gated, C)
@@ -275,7 +298,6 @@ def shapes(config):
             F = moe["choose"] * moe["hidden"] if mixture else model["hidden"]
             out[block + "feed_forward.in.weight"] = (F * gated, C)
             out[block + "feed_forward.out.weight"] = (C, F)
-    return out
 
 
 def initial(config, draw):

@@ -130,13 +130,15 @@ class Tower:
         self.config, self.model, self.moe = config, config["model"], config["model"]["moe"]
         self.P, self.batch, self.step = P, batch, step
         self.modalities = config["data"]["modalities"]
+        self.own_trunks = self.model.get("trunks") == "per_modality"
         self.routers = []
         self.gaps = {"logit": math.inf, "priority": math.inf}
         x = torch.cat([self.connect(i, m) for i, m, _, _ in batch.items])
         for layer in range(self.model["layers"]):
             x = x + self.attention(layer, self.norm(x, "blocks.%d.attention_norm" % layer))
             h = self.norm(x, "blocks.%d.forward_norm" % layer)
-            if is_moe(self.moe["layers"], self.model["layers"], layer) and not self.model["dense"]:
+            dense = self.model["dense"] or self.own_trunks
+            if is_moe(self.moe["layers"], self.model["layers"], layer) and not dense:
                 x = x + self.mixture(layer, h)
             else:
                 x = x + self.feed_forward("blocks.%d.feed_forward" % layer, h)
@@ -146,8 +148,24 @@ class Tower:
             z = P["head.%s.weight" % self.modalities[m]["name"]] @ x[first:first + n].mean(0)
             self.z[m][i] = z / torch.clamp(z.norm(), min=1e-12)
 
+    def of_trunk(self, x, name, function):
+        """function(rows, parameter) with the parameter of the trunk that the rows pass."""
+        if not self.own_trunks:
+            return function(x, self.P[name])
+        out = None
+        for m, settings in enumerate(self.modalities):
+            rows = torch.nonzero(self.batch.modality == m)[:, 0]
+            y = function(x[rows], self.P["trunk.%s.%s" % (settings["name"], name)])
+            out = x.new_zeros(len(x), y.shape[1]) if out is None else out
+            out = out.index_copy(0, rows, y)
+        return out
+
+    def linear(self, x, name):
+        return self.of_trunk(x, name, lambda rows, weight: rows @ weight.T)
+
     def norm(self, x, name):
-        return rmsnorm(x, self.P[name + ".weight"], self.model["norm_epsilon"])
+        return self.of_trunk(x, name + ".weight",
+                             lambda rows, weight: rmsnorm(rows, weight, self.model["norm_epsilon"]))
 
     def connect(self, i, m):
         settings, P = self.modalities[m], self.P
@@ -171,7 +189,7 @@ class Tower:
         H, G = self.model["heads"], self.model["kv_heads"] or self.model["heads"]
         A = self.model["head_width"] or self.model["width"] // H
         name = "blocks.%d.attention." % layer
-        qkv = x @ self.P[name + "qkv.weight"].T
+        qkv = self.linear(x, name + "qkv.weight")
         out = []
         for _, m, first, n in self.batch.items:
             rows = qkv[first:first + n]
@@ -183,11 +201,11 @@ class Tower:
             k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
             score = torch.einsum("ihc,jhc->hij", q, k) / math.sqrt(A)
             out.append(torch.einsum("hij,jhc->ihc", score.softmax(-1), v).reshape(n, H * A))
-        return torch.cat(out) @ self.P[name + "out.weight"].T
+        return self.linear(torch.cat(out), name + "out.weight")
 
     def feed_forward(self, name, x):
-        return activate(self.model["activation"], x @ self.P[name + ".in.weight"].T) \
-            @ self.P[name + ".out.weight"].T
+        return self.linear(activate(self.model["activation"], self.linear(x, name + ".in.weight")),
+                           name + ".out.weight")
 
     # --- mixture of experts
 
@@ -202,6 +220,10 @@ class Tower:
     def mixture(self, layer, x):
         E, K = self.moe["experts"], self.moe["choose"]
         logits = x @ self.P["blocks.%d.router.weight" % layer].T
+        if self.moe.get("partition") == "modality":  # an expert of another modality is impossible
+            M = len(self.modalities)
+            owner = torch.tensor([next(m for m in range(M) if e < (m + 1) * E // M) for e in range(E)])
+            logits = logits.masked_fill(owner != self.batch.modality[:, None], -1e6)
         noisy = logits + self.noise(E) if self.moe["noise"] > 0 else logits
         prob, noisy_prob = logits.softmax(-1), noisy.softmax(-1)
         order = torch.sort(-noisy.detach(), dim=-1, stable=True)
@@ -316,7 +338,10 @@ class Tower:
                 mean = layer[m][3:3 + E] / tokens
                 losses["local"] += settings["local"] * layer[m][2] / tokens
                 if settings["experts"] > 0:
-                    hinge = math.log(settings["experts"]) + (mean * mean.log()).sum()
+                    mean = mean[mean > 0]
+                    M = len(self.modalities)
+                    own = (m + 1) * E // M - m * E // M if self.moe.get("partition") == "modality" else E
+                    hinge = math.log(min(settings["experts"], own)) + (mean * mean.log()).sum()
                     losses["global"] += settings["global"] * torch.clamp(hinge, min=0)
         return losses
 

@@ -366,9 +366,10 @@ static void agrees_with_pytorch(void **state) {
 /* test_golden [key=value] */
 int main(int argc, char **argv) {
   if (argc > 1) extra = argv[1];
-  const struct CMUnitTest tests[] = {CASE("dropless"),    CASE("priority"),  CASE("order"), CASE("entropy"),
-                                     CASE("noise"),       CASE("absent"),    CASE("dense"), CASE("joint"),
-                                     CASE("alternating"), CASE("connector"), CASE("mlp")};
+  const struct CMUnitTest tests[] = {
+      CASE("dropless"),    CASE("priority"),  CASE("order"),     CASE("entropy"), CASE("noise"),
+      CASE("absent"),      CASE("towers"),    CASE("partition"), CASE("dense"),   CASE("joint"),
+      CASE("alternating"), CASE("connector"), CASE("mlp")};
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;
   int failed = test_device_missing(extra, comm_local_rank(world));

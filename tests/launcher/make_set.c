@@ -1,12 +1,18 @@
 /* Makes latent sets for the tests of the command, sound ones and such that no writer of ours would make.
  *
  *   make_set directory=SPLIT [samples=48] [shards=2] [rows=4] [image=12] [text=9] [speech=0] [filter=none]
- *            [first=0] [absent=0] [shift=MODALITY] [nan=MODALITY] [nan_sample=0]
+ *            [first=0] [absent=0] [shift=MODALITY] [nan=MODALITY] [nan_sample=0] [keys=0]
+ *            [classes=0] [wrong=0] [unlabelled=0] [empty=-1] [unknown=0]
  *   make_set foreign=FILE     an HDF5 file that is not a shard
  *   make_set flip=FILE at=N   inverts the byte at N; negative: counted from the end
  *
  * image, text, speech: width, 0 for none. absent=k: every k-th sample lacks one modality in turn. shift: the
- * ids of that modality are one higher. nan: one value of that modality's sample is NaN. */
+ * ids of that modality are one higher. keys=1: sample i has the key "sample-<i>". nan: one value of that
+ * modality's sample is NaN.
+ *
+ * classes: sample s is of class s mod classes, which its label tells and near whose own point its latents
+ * lie. Of these, the first `wrong` carry the next class's label, every `unlabelled`-th has none, those of
+ * class `empty` have no rows, and the last `unknown` are labelled with a class that is not there. */
 #include <hdf5.h>
 #include <math.h>
 #include <stdio.h>
@@ -52,19 +58,34 @@ static int64_t rows_of(const options *o, int64_t sample, int32_t m) {
   return 1 + (sample * 7 + m * 3) % most;
 }
 
+static int32_t label_of(const options *o, int64_t sample) {
+  int64_t classes = number_of(o, "classes", 0), without = number_of(o, "unlabelled", 0);
+  if (classes == 0 || (without > 0 && sample % without == without - 1)) return -1;
+  if (sample >= number_of(o, "samples", 48) - number_of(o, "unknown", 0)) return 1000;
+  return (int32_t)((sample + (sample < number_of(o, "wrong", 0))) % classes);
+}
+
 static core_status add_sample(const options *o, data_writer *writer, int32_t m, int64_t s, int64_t width) {
-  int64_t rows = rows_of(o, s, m);
+  int64_t rows = rows_of(o, s, m), classes = number_of(o, "classes", 0);
+  if (classes > 0 && s % classes == number_of(o, "empty", -1)) rows = 0;
   float *latent = malloc((size_t)(rows * width + 1) * sizeof *latent);
   CHECK(latent, CORE_ERR_MEMORY, "no memory for a sample");
   uint64_t stream = core_random_stream(CORE_RANDOM_TEST, (uint64_t)m, (uint64_t)s);
   for (int64_t i = 0; i < rows * width; i++)
     latent[i] =
         (float)(3 * core_random_normal((uint64_t)number_of(o, "first", 0), stream, (uint64_t)i) + 0.5);
+  uint64_t point =
+      core_random_stream(CORE_RANDOM_TEST, 100 + (uint64_t)m, classes > 0 ? (uint64_t)(s % classes) : 0);
+  for (int64_t i = 0; i < rows * width && classes > 0; i++)
+    latent[i] = (float)(3 * core_random_normal(77, point, (uint64_t)(i % width))) + 0.03F * latent[i];
   if (names(o, "nan", m) && s == number_of(o, "nan_sample", 0)) latent[0] = marker;
+  char key[32];
+  snprintf(key, sizeof key, "sample-%lld", (long long)(number_of(o, "first", 0) + s));
   data_sample sample = {.id = (uint64_t)(number_of(o, "first", 0) + s + names(o, "shift", m)),
+                        .key = number_of(o, "keys", 0) ? key : NULL,
                         .latent = latent,
                         .rows = rows,
-                        .label = -1};
+                        .label = label_of(o, s)};
   core_status status = data_writer_add(writer, &sample);
   free(latent);
   return status;

@@ -60,6 +60,20 @@ run 1 train "$work/config.yaml" $sets --set run.precision=bfloat16 --set model.r
 expect_status 0
 expect_close 5e-2 "$work/run" "$work/pair"
 
+# Vectors of the device and of the CPU find the same
+for device in cuda cpu; do
+  what="embedding on $device"
+  for modality in image text; do
+    run 1 embed "$work/run" --key $modality --set run.device=$device -o "$work/$device-$modality.h5"
+    expect_status 0
+  done
+  run 1 search "$work/$device-text.h5" --query "$work/$device-image.h5" -k 1
+  expect_status 0
+  awk '{print $1, $3}' "$work/out" >"$work/$device-found"
+done
+expect_equal "lines" 22 "$(lines "$work/cpu-found")"
+expect_same_file "best matches" "$work/cpu-found" "$work/cuda-found"
+
 what="more than the device holds"
 run 1 train "$work/config.yaml" $sets --set model.hidden=16000000 --set run.directory="$work/none"
 expect_status 1

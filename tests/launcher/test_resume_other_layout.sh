@@ -42,6 +42,10 @@ original 2 --set parallel.experts=2 --set parallel.placement=partitioned
 continue_on "2 ranks to 1" 1
 continue_on "2 ranks, partitioned to shared" 2 --set parallel.experts=2
 continue_on "2 ranks to 4, experts over 4" 4 --set parallel.experts=4
+towers="--set model.trunks=per_modality"
+original 2 $towers --set parallel.experts=2 --set parallel.placement=partitioned
+continue_on "a tower for each modality, 2 ranks to 1" 1 $towers
+continue_on "a tower for each modality, partitioned to shared on 4" 4 $towers
 
 # A run directory that has seen three layouts still has every step once.
 what="three layouts in one run directory"

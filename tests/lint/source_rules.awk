@@ -21,7 +21,7 @@ BEGIN {
   third["dnnl.h"] = "kernels/cpu"
   third["mpi.h"] = "comm"
   third["nccl.h"] = "comm"
-  third["hdf5.h"] = "data"
+  third["hdf5.h"] = "data trainer"
   third["zlib.h"] = "data"
   third["zstd.h"] = "data checkpoint"
   third["initializer_list"] = "kernels/cuda" # C++

@@ -103,6 +103,23 @@ static const layout_case cases[] = {
     {base, "capacity with holes", "holes", {"model.moe.dispatch=capacity", NULL}, false},
     {base, "biases and dropout", "plain", {"model.moe.bias=true", "model.moe.dropout=0.2", NULL}, false},
     {base, "dense", "plain", {"model.dense=true", NULL}, false},
+    {base, "a trunk for each modality", "plain", {"model.trunks=per_modality", NULL}, false},
+    {base,
+     "a trunk for each modality, holes",
+     "holes",
+     {"model.trunks=per_modality", "model.moe.choose=2", "model.activation=gelu", NULL},
+     false},
+    {base,
+     "experts divided among modalities",
+     "plain",
+     {"model.moe.partition=modality", "model.moe.experts=12", "model.moe.choose=2", NULL},
+     false},
+    {base,
+     "experts divided among modalities, capacity, biases, holes",
+     "holes",
+     {"model.moe.partition=modality", "model.moe.experts=12", "model.moe.dispatch=capacity",
+      "model.moe.bias=true", NULL},
+     false},
     {connector_base, "connector, joint", "plain", {NULL}, false},
     {connector_base, "connector, alternating, holes", "holes", {"schedule.alternate=cyclic", NULL}, false},
     {connector_base,
@@ -184,10 +201,12 @@ static void count_near_ties(outcome *o) {
       int32_t kth = choice[t * K + K - 1];
       if (kth < 0 || kth >= E) break;
       double last = logits[t * E + kth], next = -INFINITY, low = INFINITY, high = -INFINITY;
+      const double forbidden = -1e8; /* experts of another modality */
       for (int64_t e = 0; e < E; e++) {
         double value = logits[t * E + e];
         bool chosen = false;
         for (int64_t k = 0; k < K; k++) chosen = chosen || choice[t * K + k] == e;
+        if (value < forbidden) continue;
         if (!chosen && value > next) next = value;
         low = fmin(low, value);
         high = fmax(high, value);

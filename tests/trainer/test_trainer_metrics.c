@@ -12,7 +12,7 @@
 #include "tests/support/test_unit.h"
 #include "trainer/metrics.h"
 
-enum { M = 2, E = 3, LAYERS = 2 };
+enum { M = 2, E = 3, K = 2, LAYERS = 2 };
 
 static train_modality_settings modalities[M];
 static train_settings settings;
@@ -36,7 +36,8 @@ static int set_up(void **state) {
   contrastive = calloc(1, sizeof *contrastive);
   if (!model || !contrastive) return -1;
   model->env = &env;
-  model->sums = (train_moe_sums){.layers = LAYERS, .modalities = M, .experts = E};
+  model->sums = (train_moe_sums){.layers = LAYERS, .modalities = M, .experts = E, .choices = K};
+  model->sums.gate_sum = calloc(LAYERS * M * K, sizeof(double));
   model->sums.value.host = calloc(LAYERS * M * (3 + 2 * E), sizeof(double));
   model->sums.count.host = calloc(LAYERS * M * (2 + 2 * E), sizeof(int64_t));
   contrastive->pairs = 1;
@@ -51,6 +52,7 @@ static int tear_down(void **state) {
   (void)state;
   free(model->sums.value.host);
   free(model->sums.count.host);
+  free(model->sums.gate_sum);
   free(model);
   free(contrastive);
   test_remove_tree(directory);
@@ -114,6 +116,8 @@ static void a_line_says_what_the_step_did(void **state) {
   static const double values[3 + E] = {8, 0, 4, 4, 4, 0};
   memcpy(count, counts, sizeof counts);
   memcpy(value, values, sizeof values);
+  train_moe_gates(&model->sums, 1, 0)[0] = 6;
+  train_moe_gates(&model->sums, 1, 0)[1] = 1;
   write_steps(1, 1, &report);
   cJSON *line = only_line();
   assert_true(get(line, "step")->valueint == 1 && get(line, "epoch")->valueint == 1 &&
@@ -127,8 +131,14 @@ static void a_line_says_what_the_step_did(void **state) {
   assert_int_equal(cJSON_GetArraySize(layers), LAYERS);
   assert_true(get(layer, "dead")->valueint == 1);
   assert_true(fabs(get(layer, "max_over_mean")->valuedouble - 4 * 3 / 7.0) < 1e-8);
+  assert_true(fabs(get(layer, "importance_cv2")->valuedouble - 0.5) < 1e-8); /* of 4, 4, 0 */
+  assert_true(get(layer, "load_cv2")->valuedouble == 0);
   const cJSON *image = get(get(layer, "modalities"), "image");
   assert_true(get(image, "success")->valuedouble == 7.0 / 8);
+  assert_true(get(image, "dropped")->valuedouble == 1.0 / 8);
+  assert_int_equal(cJSON_GetArraySize(get(image, "gate")), K);
+  assert_true(cJSON_GetArrayItem(get(image, "gate"), 0)->valuedouble == 0.75);
+  assert_true(cJSON_GetArrayItem(get(image, "gate"), 1)->valuedouble == 0.125);
   assert_true(fabs(get(image, "kept_choices")->valuedouble - 7.0 / 9) < 1e-8);
   assert_true(get(image, "entropy")->valuedouble == 0.5);
   assert_true(fabs(get(image, "effective_experts")->valuedouble - 2) < 1e-8);
@@ -146,6 +156,8 @@ static void numbers_that_json_lacks_become_null(void **state) {
                          .skipped = true};
   train_moe_values(&model->sums, 0, 1)[0] = 1;
   train_moe_values(&model->sums, 0, 1)[2] = (double)NAN;
+  train_moe_counts(&model->sums, 0, 1)[2 * E + 1] = 1;
+  train_moe_gates(&model->sums, 0, 1)[1] = (double)NAN;
   write_steps(1, 1, &report); /* wall = 0: tokens per second are 0 / 0 */
   cJSON *line = only_line();
   assert_true(cJSON_IsNull(get(line, "loss")) && cJSON_IsNull(get(line, "contrastive")));
@@ -154,7 +166,8 @@ static void numbers_that_json_lacks_become_null(void **state) {
   assert_true(cJSON_IsNull(get(get(line, "tokens_per_second"), "text")));
   assert_true(cJSON_IsTrue(get(line, "skipped")));
   const cJSON *layer = cJSON_GetArrayItem(get(line, "layers"), 0);
-  assert_true(cJSON_IsNull(get(get(get(layer, "modalities"), "text"), "entropy")));
+  const cJSON *text = get(get(layer, "modalities"), "text");
+  assert_true(cJSON_IsNull(get(text, "entropy")) && cJSON_IsNull(cJSON_GetArrayItem(get(text, "gate"), 1)));
   cJSON_Delete(line);
 }
 

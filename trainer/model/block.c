@@ -5,20 +5,30 @@
  * With model.recompute only the residual stream at the blocks' ends is kept for backward; everything inside
  * is computed again there, block by block, in memory that all blocks of a kind share (Chen et al. 2016). The
  * second pass gives the same bits: what is random in a block is keyed by the token's place. */
+#include <stdio.h>
+
 #include "trainer/model/tower.h"
 
-core_status train_block_declare(train_model *model, int32_t layer) {
-  train_block *block = &model->block[layer];
+static core_status declare_norm(train_model *model, train_block *block, const char *which, train_norm *norm) {
+  train_parameter weight = {.rank = 1, .shape = {model->C}, .init = TRAIN_INIT_ONE};
+  char name[CORE_NAME];
+  snprintf(name, sizeof name, "blocks.%d.%s.weight", block->layer, which);
+  TRY(train_trunk_declare_parameter(model, block->trunk, weight, &norm->weight, name));
+  return CORE_OK;
+}
+
+core_status train_block_declare(train_model *model, int32_t b) {
+  train_block *block = &model->block[b];
   const train_settings *settings = model->env->settings;
-  block->layer = layer;
-  bool moe = train_settings_moe_layer(settings->model.moe.layers, model->L, layer);
-  block->has_moe = moe && !settings->model.dense;
-  train_parameter norm = {.rank = 1, .shape = {model->C}, .init = TRAIN_INIT_ONE};
-  TRY(train_declare(model, norm, &block->attention_norm.weight, "blocks.%d.attention_norm.weight", layer));
+  block->trunk = (int32_t)(b / model->L);
+  block->layer = (int32_t)(b % model->L);
+  bool moe = train_settings_moe_layer(settings->model.moe.layers, model->L, block->layer);
+  block->has_moe = moe && !train_settings_dense(settings);
+  TRY(declare_norm(model, block, "attention_norm", &block->attention_norm));
   TRY(train_attention_declare(model, block));
-  TRY(train_declare(model, norm, &block->forward_norm.weight, "blocks.%d.forward_norm.weight", layer));
+  TRY(declare_norm(model, block, "forward_norm", &block->forward_norm));
   if (block->has_moe)
-    TRY(train_moe_declare(model, layer));
+    TRY(train_moe_declare(model, b));
   else
     TRY(train_feed_forward_declare(model, block));
   return CORE_OK;
@@ -34,10 +44,10 @@ static core_status plan_norm(const train_model *model, train_norm *norm, int64_t
 
 static core_status plan_inside(train_model *model, train_block *block, const train_arenas *arenas) {
   core_arena *arena = arenas->activations;
-  TRY(plan_norm(model, &block->attention_norm, model->T, model->C, arena));
+  TRY(plan_norm(model, &block->attention_norm, block->rows, model->C, arena));
   TRY(train_attention_plan(model, block, arena));
-  TRY(train_take_active(model, arena, model->T, model->C, &block->middle));
-  TRY(plan_norm(model, &block->forward_norm, model->T, model->C, arena));
+  TRY(train_take_active(model, arena, block->rows, model->C, &block->middle));
+  TRY(plan_norm(model, &block->forward_norm, block->rows, model->C, arena));
   if (block->has_moe)
     TRY(train_moe_plan(model, &block->moe, arenas));
   else
@@ -65,22 +75,22 @@ static void share_inside(train_block *block, const train_block *from) {
   block->moe.out_bias = own.moe.out_bias;
 }
 
-/* The first block that has the same kind and sizes. */
+/* The first block of the trunk that has the same kind and sizes. */
 static const train_block *first_alike(const train_model *model, const train_block *block) {
-  const train_block *first = model->block;
+  const train_block *first = &model->block[block->trunk * model->L];
   while (first->has_moe != block->has_moe || (!block->has_moe && first->dense.width != block->dense.width))
     first++;
   return first;
 }
 
-core_status train_block_plan(train_model *model, int32_t layer, const train_arenas *arenas) {
-  train_block *block = &model->block[layer];
+core_status train_block_plan(train_model *model, int32_t b, const train_arenas *arenas) {
+  train_block *block = &model->block[b];
   const train_block *alike = first_alike(model, block);
   if (model->recomputes && alike != block)
     share_inside(block, alike);
   else
     TRY(plan_inside(model, block, arenas));
-  TRY(train_take_active(model, arenas->activations, model->T, model->C, &block->output));
+  TRY(train_take_active(model, arenas->activations, block->rows, model->C, &block->output));
   return CORE_OK;
 }
 
@@ -108,8 +118,8 @@ static core_status copy(train_model *model, core_tensor from, core_tensor to) {
   return CORE_OK;
 }
 
-core_status train_block_forward(train_model *model, int32_t layer, core_tensor x, train_mode mode) {
-  train_block *block = &model->block[layer];
+core_status train_block_forward(train_model *model, int32_t b, core_tensor x, train_mode mode) {
+  train_block *block = &model->block[b];
   core_tensor normed, middle = train_rows(block->middle, x.shape[0]),
                       output = train_rows(block->output, x.shape[0]);
   TRY(norm_forward(model, &block->attention_norm, x, &normed));
@@ -124,9 +134,9 @@ core_status train_block_forward(train_model *model, int32_t layer, core_tensor x
   return CORE_OK;
 }
 
-core_status train_block_backward(train_model *model, int32_t layer, core_tensor x, core_tensor router,
+core_status train_block_backward(train_model *model, int32_t b, core_tensor x, core_tensor router,
                                  core_tensor dx) {
-  train_block *block = &model->block[layer];
+  train_block *block = &model->block[b];
   int64_t T = x.shape[0];
   core_tensor dn = train_rows(model->d_norm, T), middle = train_rows(block->middle, T);
   if (block->has_moe)

@@ -2,6 +2,7 @@
  * baseline of an MoE layer (model.dense) its hidden width is K times an expert's: equal FLOPs per token; or,
  * with model.dense_match total, E times: equal parameters. */
 #include <math.h>
+#include <stdio.h>
 
 #include "trainer/model/tower.h"
 
@@ -45,6 +46,14 @@ static int64_t hidden_width(const train_model *model, const train_block *block) 
   return train_dense_experts(s) * (s->model.moe.hidden ? s->model.moe.hidden : model->F);
 }
 
+static core_status declare_matrix(train_model *model, train_block *block, train_parameter matrix,
+                                  const char *which, int32_t *index) {
+  char name[CORE_NAME];
+  snprintf(name, sizeof name, "blocks.%d.feed_forward.%s.weight", block->layer, which);
+  TRY(train_trunk_declare_parameter(model, block->trunk, matrix, index, name));
+  return CORE_OK;
+}
+
 core_status train_feed_forward_declare(train_model *model, train_block *block) {
   int64_t F = hidden_width(model, block), C = model->C;
   block->dense.width = F;
@@ -58,15 +67,16 @@ core_status train_feed_forward_declare(train_model *model, train_block *block) {
                          .init = TRAIN_INIT_NORMAL,
                          .init_value = 1 / sqrt((double)F * 2 * (double)model->L),
                          .decay = true};
-  TRY(train_declare(model, in, &block->dense.in, "blocks.%d.feed_forward.in.weight", block->layer));
-  TRY(train_declare(model, out, &block->dense.out, "blocks.%d.feed_forward.out.weight", block->layer));
+  TRY(declare_matrix(model, block, in, "in", &block->dense.in));
+  TRY(declare_matrix(model, block, out, "out", &block->dense.out));
   return CORE_OK;
 }
 
 core_status train_feed_forward_plan(train_model *model, train_block *block, core_arena *arena) {
   int64_t F = hidden_width(model, block);
-  TRY(train_take_active(model, arena, model->T, F * train_activation_columns(model), &block->dense.hidden));
-  TRY(train_take_active(model, arena, model->T, F, &block->dense.active));
+  TRY(train_take_active(model, arena, block->rows, F * train_activation_columns(model),
+                        &block->dense.hidden));
+  TRY(train_take_active(model, arena, block->rows, F, &block->dense.active));
   return CORE_OK;
 }
 

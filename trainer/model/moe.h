@@ -10,11 +10,15 @@ struct train_items;
 /* Sums over tokens that losses and health figures are made of, per MoE layer and modality; additive over
  * ranks and micro-batches. value: float64 [layers][M][3 + 2E] as kern_router_sums_count says; count: int64
  * [layers][M][2E + 2] = choices per expert before drops [E], after drops [E], tokens with a kept choice,
- * tokens. Forward passes add on the device; the host side is what the functions below read. */
+ * tokens; gate: core_real [layers][M][K] = sum of the k-th choice's gate. Forward passes add on the device;
+ * the host side is what the functions below read. */
 typedef struct train_moe_sums {
   int32_t layers, modalities;
   int64_t experts;
+  int64_t choices;           /* K */
   train_mirror value, count; /* a cell is a row */
+  train_mirror gate;         /* what forward passes add to; */
+  double *gate_sum;          /* the same over all ranks, on the host */
 } train_moe_sums;
 static inline int64_t train_moe_value_stride(const train_moe_sums *sums) {
   return kern_router_sums_count(sums->experts);
@@ -27,6 +31,13 @@ static inline double *train_moe_values(const train_moe_sums *sums, int64_t layer
 }
 static inline int64_t *train_moe_counts(const train_moe_sums *sums, int64_t layer, int64_t m) {
   return (int64_t *)sums->count.host + (layer * sums->modalities + m) * train_moe_count_stride(sums);
+}
+
+static inline double *train_moe_gates(const train_moe_sums *sums, int64_t layer, int64_t m) {
+  return sums->gate_sum + (layer * sums->modalities + m) * sums->choices;
+}
+static inline int64_t train_moe_gate_count(const train_moe_sums *sums) {
+  return (int64_t)sums->layers * sums->modalities * sums->choices;
 }
 
 /* Sets all sums and counts to zero. */
@@ -52,13 +63,14 @@ typedef struct train_moe {
   core_tensor logits, prob;      /* [T, E] noise-free */
   core_tensor noisy, noisy_prob; /* the same tensors when noise is off */
   core_tensor choice, gate;      /* int32 [T, K], [T, K] */
-  core_tensor keep;              /* uint8 [T, K]; capacity only */
+  core_tensor keep;              /* uint8 [T, K]; where a pass may drop */
   core_tensor slot, index_rows;  /* int32 [T, K] row of each choice or -1; int32 [T K] token of each row */
   core_tensor returned;          /* [T K, C] expert outputs at the sender */
   core_tensor received;          /* [R, C] expert inputs of the last round */
   core_tensor hidden, active;    /* [R, 2F], [R, F] of the last round */
   train_dispatch_state dispatch;
   bool noise, drops; /* in the last forward pass */
+  int64_t capacity;  /* likewise: the factor, in thousandths */
   double dropout;    /* likewise: the rate */
 } train_moe;
 
@@ -69,6 +81,8 @@ typedef struct train_moe_scratch {
   core_tensor recv_y, recv_dx;          /* [R, C] */
   core_tensor d_hidden, d_active;       /* [R, 2F], [R, F] */
   core_tensor d_gate, d_logits;         /* [T, K], [T, E] */
+  train_mirror mask;                    /* core_real [M, E]: 0 for a modality's experts; partition only */
+  core_tensor masked_bias;              /* [M, E] a layer's bias added to it; with biases */
   comm_piece *send, *recv;              /* [E] */
   /* capacity: records of the tokens of one expert group */
   core_real *host_prob; /* [T, E], a layer's, where the host cannot read the device's memory */
@@ -82,6 +96,8 @@ typedef struct train_moe_scratch {
 core_status train_moe_declare(struct train_model *model, int32_t layer);
 core_status train_moe_plan(struct train_model *model, train_moe *moe, const train_arenas *arenas);
 core_status train_moe_scratch_plan(struct train_model *model, const train_arenas *arenas);
+/* Fills the mask of a partition. After the arenas are committed. */
+core_status train_moe_scratch_prepare(struct train_model *model);
 /* y += MoE(x). mode as train_mode. Collective over the expert group. */
 core_status train_moe_forward(struct train_model *model, train_moe *moe, core_tensor x, int mode,
                               core_tensor y);
@@ -100,6 +116,10 @@ core_status train_dispatch_send(struct train_model *model, train_moe *moe, int64
 core_status train_dispatch_return(struct train_model *model, train_moe *moe, int64_t round, core_tensor from,
                                   core_tensor to);
 
+/* The capacity factor in thousandths of a pass of this mode; -1: nothing is dropped. */
+int64_t train_capacity_factor(const train_settings *settings, int mode);
+/* Whether some pass of a session may drop. */
+bool train_capacity_planned(const train_settings *settings, bool training);
 core_status train_capacity_plan(struct train_model *model, const train_arenas *arenas);
 /* moe_capacity.c: fills moe->keep for the current items. Collective over the expert group when partitioned.
  */

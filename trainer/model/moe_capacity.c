@@ -1,7 +1,8 @@
 /* Capacity (METHODS section 1): per routing group of `group_samples` consecutive samples with S tokens each
- * expert keeps at most ceil(S K C / E) choices, in thousandths to stay exact. Buffers are filled by first
- * choices before second, and within a choice by the largest gate, descending, ties by the lower token (Batch
- * Priority Routing, Riquelme et al. 2021), or by token order alone.
+ * expert keeps at most ceil(S K C / E) choices, in thousandths to stay exact; E counts all experts, whatever
+ * a partition leaves of them to a token. An evaluation drops nothing unless evaluate.capacity says so.
+ * Buffers are filled by first choices before second, and within a choice by the largest gate, descending,
+ * ties by the lower token (Batch Priority Routing, Riquelme et al. 2021), or by token order alone.
  *
  * The order of tokens is sample, modality, position. When modalities are partitioned, a group's tokens lie on
  * several ranks of the expert group; all gather all records and each decides for the whole group, alike. The
@@ -20,11 +21,22 @@ typedef struct train_capacity_record {
   int32_t choice[CORE_MAX_CHOICES];
 } train_capacity_record;
 
+int64_t train_capacity_factor(const train_settings *settings, int mode) {
+  const char *factor = settings->model.moe.capacity;
+  if (mode == TRAIN_MODE_EVALUATE) return train_settings_thousandths(settings->evaluate.capacity);
+  return settings->model.moe.dispatch == TRAIN_CAPACITY ? train_settings_thousandths(factor) : -1;
+}
+
+bool train_capacity_planned(const train_settings *settings, bool training) {
+  return train_capacity_factor(settings, TRAIN_MODE_EVALUATE) > 0 ||
+         (training && train_capacity_factor(settings, TRAIN_MODE_TRAIN) > 0);
+}
+
 core_status train_capacity_plan(train_model *model, const train_arenas *arenas) {
   train_moe_scratch *s = &model->moe_scratch;
   core_arena *arena = arenas->host;
   const train_settings *settings = model->env->settings;
-  bool needed = settings->model.moe.dispatch == TRAIN_CAPACITY && model->limits.training;
+  bool needed = train_capacity_planned(settings, model->limits.training);
   int64_t own = needed ? model->T : 0, all = needed ? model->limits.group_tokens : 0;
   TRY(core_arena_take(arena, own, sizeof(train_capacity_record), (void **)&s->own));
   TRY(core_arena_take(arena, all, sizeof(train_capacity_record), (void **)&s->all));
@@ -128,8 +140,7 @@ static void fill_group(train_model *model, train_moe *moe, int64_t first, int64_
   const train_settings *settings = model->env->settings;
   train_moe_scratch *s = &model->moe_scratch;
   int64_t E = settings->model.moe.experts, K = settings->model.moe.choose, n = last - first;
-  int64_t factor = train_settings_thousandths(settings->model.moe.capacity);
-  int64_t capacity = (n * K * factor + 1000 * E - 1) / (1000 * E);
+  int64_t capacity = (n * K * moe->capacity + 1000 * E - 1) / (1000 * E);
   uint8_t *keep = s->host_keep ? s->host_keep : moe->keep.data;
   memcpy(s->ranked, s->order + first, (size_t)n * sizeof *s->order);
   if (settings->model.moe.priority == TRAIN_PRIORITY_GATE)

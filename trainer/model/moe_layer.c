@@ -1,9 +1,13 @@
 /* Mixture of experts (METHODS sections 0 and 1; Mustafa et al. 2022; Riquelme et al. 2021):
- *   l = W_g x, noise in training: l~ = l + N(0, noise / E);  chosen = the K largest l~;  gate = softmax(l~)
- * of the chosen (or renormalised over them);  y += sum over the chosen and kept of gate_e FFN_e(x)
- * with FFN_e(x) = act(x W1^T + b1) W2^T + b2, biases where configured, and dropout on it in training.
- * Forward: router -> keep -> plan -> gather -> all-to-all -> experts -> all-to-all -> combine. Backward
- * mirrors it.
+ *   l = W_g x (+ b), noise in training: l~ = l + N(0, noise / E);  chosen = the K largest l~;  gate =
+ * softmax(l~) of the chosen (or renormalised over them);  y += sum over the chosen and kept of gate_e
+ * FFN_e(x) with FFN_e(x) = act(x W1^T + b1) W2^T + b2, biases where configured, and dropout on it in
+ * training. Forward: router -> keep -> plan -> gather -> all-to-all -> experts -> all-to-all -> combine.
+ * Backward mirrors it.
+ *
+ * With model.moe.partition (a baseline: each modality has experts of its own, as in VLMo, Bao et al. 2022) b
+ * is so low for those of the others that their probability is exactly 0: they are not chosen, and no loss and
+ * no gradient of the token reaches them.
  *
  * Expert buffers have R rows. Where more arrive, the stream is taken in rounds; only the last round's
  * activations stay, the others are sent and computed again in backward. Imbalance costs time, never memory.
@@ -14,15 +18,23 @@
 #include "core/random.h"
 #include "trainer/model/tower.h"
 
+/* Far below any logit and far from the end of float32: exp(forbidden - l) is 0, and it may be squared and
+ * divided by a small sigma. */
+static const double forbidden = -1e9;
+
 core_status train_moe_sums_clear(const train_env *env, const train_moe_sums *sums) {
   TRY(train_mirror_clear(env, &sums->value));
   TRY(train_mirror_clear(env, &sums->count));
+  TRY(train_mirror_clear(env, &sums->gate));
   return CORE_OK;
 }
 
 core_status train_moe_sums_down(const train_env *env, const train_moe_sums *sums) {
   TRY(train_mirror_down(env, &sums->value, sums->value.device.shape[0]));
   TRY(train_mirror_down(env, &sums->count, sums->count.device.shape[0]));
+  TRY(train_mirror_down(env, &sums->gate, sums->gate.device.shape[0]));
+  const core_real *gate = sums->gate.host;
+  for (int64_t i = 0; i < train_moe_gate_count(sums); i++) sums->gate_sum[i] = (double)gate[i];
   return CORE_OK;
 }
 
@@ -106,7 +118,8 @@ core_status train_moe_plan(train_model *model, train_moe *moe, const train_arena
   TRY(train_take(arena, CORE_REAL_DTYPE, noise ? T : 0, E, &moe->noisy_prob));
   TRY(train_take(arena, CORE_INT32, T, K, &moe->choice));
   TRY(train_take(arena, CORE_REAL_DTYPE, T, K, &moe->gate));
-  TRY(train_take(arena, CORE_UINT8, s->model.moe.dispatch == TRAIN_CAPACITY ? T : 0, K, &moe->keep));
+  TRY(train_take(arena, CORE_UINT8, train_capacity_planned(s, model->limits.training) ? T : 0, K,
+                 &moe->keep));
   TRY(train_take(arena, CORE_INT32, T, K, &moe->slot));
   TRY(train_take(arena, CORE_INT32, T * K, 1, &moe->index_rows));
   moe->index_rows.rank = 1;
@@ -116,6 +129,31 @@ core_status train_moe_plan(train_model *model, train_moe *moe, const train_arena
   TRY(train_take_active(model, arena, R, F, &moe->active));
   TRY(ARENA_TAKE(arenas->host, E * model->env->layout.expert_ranks, &moe->dispatch.counts));
   TRY(ARENA_TAKE(arenas->host, local_experts(model) + 1, &moe->dispatch.group));
+  return CORE_OK;
+}
+
+static core_status plan_mask(train_model *model, const train_arenas *arenas) {
+  const train_settings *s = model->env->settings;
+  int64_t M = model->env->layout.modalities, E = s->model.moe.experts;
+  if (s->model.moe.partition == TRAIN_PARTITION_NONE) return CORE_OK;
+  train_moe_scratch *scratch = &model->moe_scratch;
+  TRY(train_mirror_plan(arenas, arenas->parameters, CORE_REAL_DTYPE, M, E, &scratch->mask));
+  if (s->model.moe.bias) TRY(train_take(arenas->parameters, CORE_REAL_DTYPE, M, E, &scratch->masked_bias));
+  return CORE_OK;
+}
+
+core_status train_moe_scratch_prepare(train_model *model) {
+  const train_settings *s = model->env->settings;
+  const train_mirror *mask = &model->moe_scratch.mask;
+  core_real *value = mask->host;
+  if (!value) return CORE_OK;
+  for (int32_t m = 0; m < model->env->layout.modalities; m++) {
+    int64_t first, count;
+    train_settings_expert_share(s, m, &first, &count);
+    for (int64_t e = 0; e < s->model.moe.experts; e++)
+      *value++ = e >= first && e < first + count ? 0 : (core_real)forbidden;
+  }
+  TRY(train_mirror_up(model->env, mask, mask->device.shape[0]));
   return CORE_OK;
 }
 
@@ -140,11 +178,51 @@ core_status train_moe_scratch_plan(train_model *model, const train_arenas *arena
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, E, &s->d_logits));
   TRY(ARENA_TAKE(arenas->host, E, &s->send));
   TRY(ARENA_TAKE(arenas->host, E, &s->recv));
+  TRY(plan_mask(model, arenas));
   TRY(train_capacity_plan(model, arenas));
   return CORE_OK;
 }
 
 /* ---- forward ---- */
+
+/* Rows of modality m in a tensor of all tokens. */
+static core_tensor of_modality(const train_model *model, int32_t m, core_tensor all) {
+  const int64_t *first = model->items.row_first;
+  return train_slice(all, first[m], first[m + 1] - first[m]);
+}
+
+/* Row `index` of a matrix, as a vector. */
+static core_tensor cell(core_tensor matrix, int64_t index) {
+  core_tensor row = train_slice(matrix, index, 1);
+  return core_tensor_1(row.data, row.dtype, row.shape[1]);
+}
+
+/* What is added to the logits of modality m's tokens under a partition: the mask, and the layer's bias. */
+static core_status mask_of(train_model *model, const train_moe *moe, int32_t m, core_tensor *out) {
+  train_env *env = model->env;
+  *out = cell(model->moe_scratch.mask.device, m);
+  if (moe->router_bias < 0) return CORE_OK;
+  core_tensor bias = train_parameter_value(&model->parameters, moe->router_bias), mask = *out;
+  *out = cell(model->moe_scratch.masked_bias, m);
+  TRY(env->ops->device->copy(out->data, bias.data, core_tensor_bytes(&bias), NULL));
+  KERN(env, axpy, 1, mask, *out);
+  return CORE_OK;
+}
+
+static core_status logits_of(train_model *model, train_moe *moe, core_tensor x, core_tensor logits) {
+  train_env *env = model->env;
+  core_tensor weight = train_parameter_value(&model->parameters, moe->router), bias = train_none();
+  if (env->settings->model.moe.partition == TRAIN_PARTITION_NONE) {
+    if (moe->router_bias >= 0) bias = train_parameter_value(&model->parameters, moe->router_bias);
+    KERN(env, router_logits, x, weight, bias, logits);
+    return CORE_OK;
+  }
+  for (int32_t m = 0; m < env->layout.modalities; m++) {
+    TRY(mask_of(model, moe, m, &bias));
+    KERN(env, router_logits, of_modality(model, m, x), weight, bias, of_modality(model, m, logits));
+  }
+  return CORE_OK;
+}
 
 static core_status route(train_model *model, train_moe *moe, core_tensor x, train_mode mode) {
   train_env *env = model->env;
@@ -152,9 +230,7 @@ static core_status route(train_model *model, train_moe *moe, core_tensor x, trai
   int64_t T = x.shape[0];
   core_tensor logits = train_rows(moe->logits, T), prob = train_rows(moe->prob, T);
   core_tensor noisy = logits, noisy_prob = prob;
-  core_tensor bias =
-      moe->router_bias < 0 ? train_none() : train_parameter_value(&model->parameters, moe->router_bias);
-  KERN(env, router_logits, x, train_parameter_value(&model->parameters, moe->router), bias, logits);
+  TRY(logits_of(model, moe, x, logits));
   moe->noise = s->model.moe.noise > 0 && mode != TRAIN_MODE_EVALUATE;
   if (moe->noise) {
     KERN(env, softmax_fwd, logits, prob);
@@ -182,18 +258,6 @@ static double noise_deviation(const train_model *model, const train_moe *moe) {
   return moe->noise ? s->model.moe.noise / (double)s->model.moe.experts : 0;
 }
 
-/* Rows of modality m in a tensor of all tokens. */
-static core_tensor of_modality(const train_model *model, int32_t m, core_tensor all) {
-  const int64_t *first = model->items.row_first;
-  return train_slice(all, first[m], first[m + 1] - first[m]);
-}
-
-/* Row `index` of a matrix, as a vector. */
-static core_tensor cell(core_tensor matrix, int64_t index) {
-  core_tensor row = train_slice(matrix, index, 1);
-  return core_tensor_1(row.data, row.dtype, row.shape[1]);
-}
-
 static core_status add_sums(train_model *model, train_moe *moe, core_tensor x) {
   train_env *env = model->env;
   const train_moe_sums *sums = &model->sums;
@@ -205,6 +269,7 @@ static core_status add_sums(train_model *model, train_moe *moe, core_tensor x) {
          noise_deviation(model, moe), cell(sums->value.device, at));
     KERN(env, router_count, of_modality(model, m, moe->choice), of_modality(model, m, moe->slot),
          cell(sums->count.device, at));
+    KERN(env, bias_bwd, of_modality(model, m, moe->gate), cell(sums->gate.device, at)); /* sums over rows */
   }
   return CORE_OK;
 }
@@ -276,7 +341,8 @@ core_status train_moe_forward(train_model *model, train_moe *moe, core_tensor x,
   const train_settings *s = env->settings;
   int64_t T = x.shape[0];
   TRY(route(model, moe, x, (train_mode)mode));
-  moe->drops = s->model.moe.dispatch == TRAIN_CAPACITY && mode != TRAIN_MODE_EVALUATE;
+  moe->capacity = train_capacity_factor(s, mode);
+  moe->drops = moe->capacity > 0;
   if (moe->drops) TRY(train_capacity_keep(model, moe));
   TRY(train_dispatch_make(model, moe, T));
   if (mode != TRAIN_MODE_AGAIN) TRY(add_sums(model, moe, x));

@@ -2,8 +2,17 @@
  * O^T. Matrices start at N(0, 1/sqrt(fan in)); O is divided by sqrt(2 L), so that the residual stream keeps
  * its size. */
 #include <math.h>
+#include <stdio.h>
 
 #include "trainer/model/tower.h"
+
+static core_status declare_matrix(train_model *model, train_block *block, train_parameter matrix,
+                                  const char *which, int32_t *index) {
+  char name[CORE_NAME];
+  snprintf(name, sizeof name, "blocks.%d.attention.%s.weight", block->layer, which);
+  TRY(train_trunk_declare_parameter(model, block->trunk, matrix, index, name));
+  return CORE_OK;
+}
 
 core_status train_attention_declare(train_model *model, train_block *block) {
   int64_t C = model->C, inner = model->H * model->A;
@@ -11,24 +20,31 @@ core_status train_attention_declare(train_model *model, train_block *block) {
   matrix.shape[0] = (model->H + 2 * model->G) * model->A;
   matrix.shape[1] = C;
   matrix.init_value = 1 / sqrt((double)C);
-  TRY(train_declare(model, matrix, &block->attention.qkv, "blocks.%d.attention.qkv.weight", block->layer));
+  TRY(declare_matrix(model, block, matrix, "qkv", &block->attention.qkv));
   matrix.shape[0] = C;
   matrix.shape[1] = inner;
   matrix.init_value = 1 / sqrt((double)inner * 2 * (double)model->L);
-  TRY(train_declare(model, matrix, &block->attention.out, "blocks.%d.attention.out.weight", block->layer));
+  TRY(declare_matrix(model, block, matrix, "out", &block->attention.out));
   return CORE_OK;
 }
 
 core_status train_attention_plan(train_model *model, train_block *block, core_arena *arena) {
   train_attention_layer *layer = &block->attention;
-  TRY(train_take_active(model, arena, model->T, (model->H + 2 * model->G) * model->A, &layer->qkv_rows));
-  TRY(train_take_active(model, arena, model->T, model->H * model->A, &layer->mixed));
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, model->H, &layer->lse));
+  int64_t T = block->rows;
+  TRY(train_take_active(model, arena, T, (model->H + 2 * model->G) * model->A, &layer->qkv_rows));
+  TRY(train_take_active(model, arena, T, model->H * model->A, &layer->mixed));
+  TRY(train_take(arena, CORE_REAL_DTYPE, T, model->H, &layer->lse));
   return CORE_OK;
 }
 
-static kern_attention describe(const train_model *model) {
-  return (kern_attention){.segments = train_segments(model),
+/* Of the rows that pass the block. */
+static core_tensor positions_of(const train_model *model, const train_block *block) {
+  train_span rows = train_trunk_rows(model, block->trunk);
+  return train_slice(model->items.position.device, rows.first, rows.count);
+}
+
+static kern_attention describe(const train_model *model, const train_block *block) {
+  return (kern_attention){.segments = train_trunk_segments(model, block->trunk),
                           .heads = (int32_t)model->H,
                           .kv_heads = (int32_t)model->G,
                           .head_width = (int32_t)model->A,
@@ -41,11 +57,11 @@ core_status train_attention_forward(train_model *model, train_block *block, core
   train_attention_layer *layer = &block->attention;
   train_parameters *p = &model->parameters;
   int64_t T = x.shape[0];
-  kern_attention attention = describe(model);
+  kern_attention attention = describe(model, block);
   core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
   KERN(env, gemm, KERN_NT, x, train_parameter_matrix(p, layer->qkv), KERN_SET, qkv);
   if (model->rotates)
-    KERN(env, rope, KERN_ROTATE, (int32_t)(model->H + model->G), train_rows(model->items.position.device, T),
+    KERN(env, rope, KERN_ROTATE, (int32_t)(model->H + model->G), positions_of(model, block),
          model->inverse_frequency.device, qkv);
   KERN(env, attention_fwd, &attention, qkv, mixed, train_rows(layer->lse, T));
   KERN(env, gemm, KERN_NT, mixed, train_parameter_matrix(p, layer->out), KERN_ADD, y);
@@ -58,15 +74,15 @@ core_status train_attention_backward(train_model *model, train_block *block, cor
   train_attention_layer *layer = &block->attention;
   train_parameters *p = &model->parameters;
   int64_t T = x.shape[0];
-  kern_attention attention = describe(model);
+  kern_attention attention = describe(model, block);
   core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
   core_tensor d_mixed = train_rows(model->d_mixed, T), d_qkv = train_rows(model->d_qkv, T);
   KERN(env, gemm, KERN_TN, dy, mixed, KERN_ADD, train_parameter_gradient(p, layer->out));
   KERN(env, gemm, KERN_NN, dy, train_parameter_matrix(p, layer->out), KERN_SET, d_mixed);
   KERN(env, attention_bwd, &attention, d_mixed, qkv, mixed, train_rows(layer->lse, T), d_qkv);
   if (model->rotates)
-    KERN(env, rope, KERN_ROTATE_BACK, (int32_t)(model->H + model->G),
-         train_rows(model->items.position.device, T), model->inverse_frequency.device, d_qkv);
+    KERN(env, rope, KERN_ROTATE_BACK, (int32_t)(model->H + model->G), positions_of(model, block),
+         model->inverse_frequency.device, d_qkv);
   KERN(env, gemm, KERN_TN, d_qkv, x, KERN_ADD, train_parameter_gradient(p, layer->qkv));
   KERN(env, gemm, KERN_NN, d_qkv, train_parameter_matrix(p, layer->qkv), KERN_SET, dx);
   return CORE_OK;

@@ -25,6 +25,8 @@ static void take_sizes(train_model *model) {
   model->G = s->model.kv_heads ? s->model.kv_heads : s->model.heads;
   if (s->model.kind == TRAIN_KIND_TOWER)
     model->A = s->model.head_width ? s->model.head_width : s->model.width / s->model.heads;
+  model->own_trunks = s->model.trunks == TRAIN_TRUNK_PER_MODALITY;
+  model->trunks = model->own_trunks ? model->env->layout.modalities : 1;
   model->Z = s->model.embedding ? s->model.embedding : s->model.width;
   int64_t gated = (model->C * 8 / 3 + 31) / 32 * 32; /* as many weights as an ungated layer of 4 C */
   model->F = s->model.hidden ? s->model.hidden : s->model.activation == TRAIN_SWIGLU ? gated : 4 * model->C;
@@ -34,9 +36,8 @@ static core_status declare_tower(train_model *model) {
   train_env *env = model->env;
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_connector_declare(model, m));
-  for (int32_t l = 0; l < model->L; l++) TRY(train_block_declare(model, l));
-  train_parameter norm = {.rank = 1, .shape = {model->C}, .init = TRAIN_INIT_ONE};
-  TRY(train_declare(model, norm, &model->final_norm.weight, "final_norm.weight"));
+  for (int32_t t = 0; t < model->trunks; t++)
+    if (train_trunk_held(model, t)) TRY(train_trunk_declare(model, t));
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_head_declare(model, m));
   train_parameter scale = {.rank = 1, .shape = {1}, .init = TRAIN_INIT_CONSTANT};
@@ -76,7 +77,7 @@ core_status train_model_create(train_env *env, const int64_t *width, train_model
   memcpy(model->limits.width, width, (size_t)env->layout.modalities * sizeof *width);
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (env->settings->data.modalities[m].positions == TRAIN_POSITIONS_ROPE) model->rotates = true;
-  model->block = calloc((size_t)model->L, sizeof *model->block);
+  model->block = calloc((size_t)model->L * (size_t)model->trunks, sizeof *model->block);
   core_status status = model->block ? declare(model) : CORE_ERR_MEMORY;
   if (status != CORE_OK) {
     train_model_destroy(model);
@@ -119,9 +120,9 @@ static core_status plan_gradients(train_model *model, core_arena *arena) {
   TRY(train_take_active(model, arena, T, model->H * model->A, &model->d_mixed));
   TRY(train_take_active(model, arena, T, (model->H + 2 * model->G) * model->A, &model->d_qkv));
   int64_t widest = 0; /* of the dense layers */
-  for (int32_t l = 0; l < model->L; l++)
-    if (!model->block[l].has_moe && model->block[l].dense.width > widest)
-      widest = model->block[l].dense.width;
+  for (int64_t b = 0; b < model->L * model->trunks; b++)
+    if (!model->block[b].has_moe && model->block[b].dense.width > widest)
+      widest = model->block[b].dense.width;
   TRY(train_take_active(model, arena, T, columns * widest, &model->d_hidden));
   TRY(train_take_active(model, arena, T, widest, &model->d_active));
   TRY(train_take_active(model, arena, model->S, C, &model->d_pooled));
@@ -133,10 +134,13 @@ static core_status plan_sums(train_model *model, const train_arenas *arenas) {
   sums->layers = model->moe_layers;
   sums->modalities = model->env->layout.modalities;
   sums->experts = model->env->settings->model.moe.experts;
+  sums->choices = model->env->settings->model.moe.choose;
   int64_t cells = (int64_t)sums->layers * sums->modalities;
   core_arena *arena = arenas->activations;
   TRY(train_mirror_plan(arenas, arena, CORE_FLOAT64, cells, train_moe_value_stride(sums), &sums->value));
   TRY(train_mirror_plan(arenas, arena, CORE_INT64, cells, train_moe_count_stride(sums), &sums->count));
+  TRY(train_mirror_plan(arenas, arena, CORE_REAL_DTYPE, cells, sums->choices, &sums->gate));
+  TRY(ARENA_TAKE(arenas->host, train_moe_gate_count(sums), &sums->gate_sum));
   return CORE_OK;
 }
 
@@ -148,9 +152,11 @@ static core_status plan_connector(train_model *model, const train_arenas *arenas
     TRY(train_mirror_plan(arenas, arenas->activations, CORE_REAL_DTYPE, layer->width, 1, &layer->shift));
     TRY(train_mirror_plan(arenas, arenas->activations, CORE_REAL_DTYPE, layer->width, 1, &layer->scale));
   }
-  for (int32_t p = 0; p < model->L; p++)
+  for (int32_t p = 0; p < model->L; p++) {
+    model->block[p].rows = model->T;
     TRY(model->block[p].has_moe ? train_moe_plan(model, &model->block[p].moe, arenas)
                                 : train_feed_forward_plan(model, &model->block[p], arenas->activations));
+  }
   TRY(plan_gradients(model, arenas->activations));
   if (model->moe_layers > 0) TRY(train_moe_scratch_plan(model, arenas));
   TRY(plan_sums(model, arenas));
@@ -168,10 +174,11 @@ static core_status plan_activations(train_model *model, const train_arenas *aren
       TRY(train_connector_plan(model, m, arenas));
       TRY(train_head_plan(model, m, arena));
     }
-  for (int32_t l = 0; l < model->L; l++) TRY(train_block_plan(model, l, arenas));
-  TRY(train_take_active(model, arena, model->T, model->C, &model->final_norm.out));
-  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, 1, &model->final_norm.inv));
-  model->final_norm.inv.rank = 1;
+  for (int32_t t = 0; t < model->trunks; t++)
+    if (train_trunk_held(model, t)) TRY(train_trunk_plan(model, t, arenas));
+  TRY(train_take_active(model, arena, model->T, model->C, &model->final_norm[0].out));
+  TRY(train_take(arena, CORE_REAL_DTYPE, model->T, 1, &model->final_norm[0].inv));
+  model->final_norm[0].inv.rank = 1;
   TRY(train_take_active(model, arena, model->S, model->C, &model->pooled));
   TRY(plan_gradients(model, arena));
   if (model->moe_layers > 0) TRY(train_moe_scratch_plan(model, arenas));
@@ -196,6 +203,7 @@ core_status train_model_prepare(train_model *model) {
   for (int64_t i = 0; i < model->A / 2; i++)
     frequency[i] = (core_real)pow(base, -2.0 * (double)i / (double)model->A);
   TRY(train_mirror_up(model->env, &model->inverse_frequency, model->A / 2));
+  TRY(train_moe_scratch_prepare(model));
   TRY(train_parameters_initialise(&model->parameters, model->env));
   return CORE_OK;
 }
@@ -288,17 +296,6 @@ kern_segments train_segments_of(const train_model *model, int32_t m) {
                          count};
 }
 
-static core_status pool(train_model *model, core_tensor x) {
-  train_env *env = model->env;
-  train_items *items = &model->items;
-  kern_segments segments = train_segments(model);
-  core_tensor out = train_rows(model->final_norm.out, items->tokens);
-  KERN(env, rmsnorm_fwd, x, train_parameter_value(&model->parameters, model->final_norm.weight),
-       env->settings->model.norm_epsilon, out, train_rows(model->final_norm.inv, items->tokens));
-  KERN(env, segment_mean_fwd, segments, out, train_rows(model->pooled, items->segments));
-  return CORE_OK;
-}
-
 core_status train_model_forward(train_model *model, train_mode mode) {
   if (is_connector(model)) return train_alignment_forward(model, (int)mode);
   train_env *env = model->env;
@@ -308,26 +305,15 @@ core_status train_model_forward(train_model *model, train_mode mode) {
     if (train_layout_holds(&env->layout, env->layout.rank, m))
       TRY(train_connector_forward(
           model, m, train_slice(x, items->row_first[m], items->row_first[m + 1] - items->row_first[m])));
-  for (int32_t l = 0; l < model->L; l++) {
-    comm_note(env->comm, env->step, l, "forward");
-    TRY(train_block_forward(model, l, x, mode));
-    x = train_rows(model->block[l].output, items->tokens);
-  }
+  for (int32_t t = 0; t < model->trunks; t++)
+    if (train_trunk_held(model, t)) TRY(train_trunk_forward(model, t, x, mode));
   comm_note(env->comm, env->step, -1, "heads");
-  TRY(pool(model, x));
+  kern_segments segments = train_segments(model);
+  KERN(env, segment_mean_fwd, segments, train_rows(model->final_norm[0].out, items->tokens),
+       train_rows(model->pooled, items->segments));
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_head_forward(model, m));
   return CORE_OK;
-}
-
-static core_tensor block_input(train_model *model, int32_t layer) {
-  return train_rows(layer == 0 ? model->input : model->block[layer - 1].output, model->items.tokens);
-}
-
-/* Derivatives by the sums of one layer. */
-static core_tensor router_of(const train_model *model, const train_block *block, core_tensor router) {
-  int64_t M = model->env->layout.modalities;
-  return block->has_moe ? train_slice(router, block->moe.index * M, M) : train_none();
 }
 
 core_status train_model_backward(train_model *model, core_tensor router) {
@@ -339,16 +325,8 @@ core_status train_model_backward(train_model *model, core_tensor router) {
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_head_backward(model, m));
   KERN(env, segment_mean_bwd, segments, train_rows(model->d_pooled, items->segments), KERN_SET, dn);
-  KERN(env, rmsnorm_bwd, dn, block_input(model, (int32_t)model->L),
-       train_parameter_value(&model->parameters, model->final_norm.weight),
-       train_rows(model->final_norm.inv, items->tokens), KERN_SET, dx,
-       train_parameter_gradient(&model->parameters, model->final_norm.weight));
-  for (int32_t l = (int32_t)model->L - 1; l >= 0; l--) {
-    comm_note(env->comm, env->step, l, "backward");
-    if (model->recomputes) TRY(train_block_forward(model, l, block_input(model, l), TRAIN_MODE_AGAIN));
-    TRY(train_block_backward(model, l, block_input(model, l), router_of(model, &model->block[l], router),
-                             dx));
-  }
+  for (int32_t t = 0; t < model->trunks; t++)
+    if (train_trunk_held(model, t)) TRY(train_trunk_backward(model, t, router, dn, dx));
   comm_note(env->comm, env->step, -1, "connectors backward");
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (train_layout_holds(&env->layout, env->layout.rank, m))

@@ -5,7 +5,10 @@
  *   latents_m -> standardize -> connector_m (+ positions) -> blocks -> RMSNorm -> mean over each item ->
  * head_m -> L2 norm
  *
- * Reading order: tower.c, connector.c, block.c, self_attention.c, feed_forward.c, moe_layer.c,
+ * A trunk is the blocks and the last norm. There is one for all modalities, or as a baseline
+ * (model.trunks per_modality) a dense one for each, of equal FLOPs per token, which only its rows pass.
+ *
+ * Reading order: tower.c, connector.c, trunk.c, block.c, self_attention.c, feed_forward.c, moe_layer.c,
  * moe_dispatch.c, moe_capacity.c, pooled_head.c. */
 #ifndef TRAIN_TOWER_H
 #define TRAIN_TOWER_H
@@ -48,6 +51,8 @@ typedef struct train_feed_forward {
 
 typedef struct train_block {
   int32_t layer;
+  int32_t trunk; /* number of its trunk: 0, or the modality whose it is */
+  int64_t rows;  /* most that pass it */
   bool has_moe;
   train_norm attention_norm, forward_norm;
   train_attention_layer attention;
@@ -87,10 +92,12 @@ typedef struct train_model {
   train_env *env;
   train_parameters parameters;
   train_model_limits limits;
-  int64_t C, L, H, G, A, F, Z, T, S; /* T, S: largest */
+  int64_t C, L, H, G, A, F, Z, T, S; /* L: blocks of a trunk; T, S: largest */
+  int32_t trunks;                    /* 1, or M where each modality has its own */
+  bool own_trunks;
   train_connector_layer connector[CORE_MAX_MODALITIES];
-  train_block *block; /* [L] */
-  train_norm final_norm;
+  train_block *block;                         /* [trunks][L] */
+  train_norm final_norm[CORE_MAX_MODALITIES]; /* of each trunk; one output for all rows */
   train_head head[CORE_MAX_MODALITIES];
   int32_t log_scale;              /* parameter: log of 1 / temperature; -1 where it is fixed */
   train_alignment alignment;      /* of model.kind connector */
@@ -148,12 +155,30 @@ core_status train_connector_plan(train_model *model, int32_t m, const train_aren
 core_status train_connector_forward(train_model *model, int32_t m, core_tensor x);
 core_status train_connector_backward(train_model *model, int32_t m, core_tensor dx);
 
-core_status train_block_declare(train_model *model, int32_t layer);
-core_status train_block_plan(train_model *model, int32_t layer, const train_arenas *arenas);
-core_status train_block_forward(train_model *model, int32_t layer, core_tensor x, train_mode mode);
+/* trunk.c: whether this rank holds trunk t; the rows of the current items that pass it; a parameter of it,
+ * which lies where the modality lies when the trunk is its own, and is then named "trunk.<modality>.<name>".
+ */
+bool train_trunk_held(const train_model *model, int32_t t);
+train_span train_trunk_rows(const train_model *model, int32_t t);
+kern_segments train_trunk_segments(const train_model *model, int32_t t);
+core_status train_trunk_declare_parameter(train_model *model, int32_t t, train_parameter parameter,
+                                          int32_t *index, const char *name);
+core_status train_trunk_declare(train_model *model, int32_t t);
+core_status train_trunk_plan(train_model *model, int32_t t, const train_arenas *arenas);
+/* x: all rows of the connectors' outputs; only those that pass the trunk are read. The last norm's rows of
+ * the trunk are set. */
+core_status train_trunk_forward(train_model *model, int32_t t, core_tensor x, train_mode mode);
+/* dn: gradient of the last norm's rows; dx: set to the gradient of x, in the rows that pass. */
+core_status train_trunk_backward(train_model *model, int32_t t, core_tensor router, core_tensor dn,
+                                 core_tensor dx);
+
+/* Blocks are numbered through all trunks: b = trunk L + layer. */
+core_status train_block_declare(train_model *model, int32_t b);
+core_status train_block_plan(train_model *model, int32_t b, const train_arenas *arenas);
+core_status train_block_forward(train_model *model, int32_t b, core_tensor x, train_mode mode);
 /* dx: gradient of the block's output on entry, of its input on return. x: the block's input. router: of this
  * layer, [M, 3 + 2 E]; absent for a dense one. */
-core_status train_block_backward(train_model *model, int32_t layer, core_tensor x, core_tensor router,
+core_status train_block_backward(train_model *model, int32_t b, core_tensor x, core_tensor router,
                                  core_tensor dx);
 
 core_status train_attention_declare(train_model *model, train_block *block);

@@ -75,5 +75,7 @@ CORE_NODISCARD core_status train_router_evaluate(train_router_objective *objecti
                                                  const train_moe_sums *sums, train_router_loss *out);
 /* H of a distribution given by unnormalised values; natural log. */
 double train_entropy(const double *values, int64_t count);
+/* CV^2 = population variance / mean^2; 0 where the mean is not positive. */
+double train_squared_variation(const double *values, int64_t count);
 
 #endif

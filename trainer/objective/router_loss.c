@@ -30,11 +30,22 @@ double train_entropy(const double *values, int64_t count) {
   return entropy;
 }
 
-/* CV^2 = population variance / mean^2 of x, and weight times its derivative added to gradient. */
-static double squared_variation(const double *x, int64_t n, double weight, double *gradient) {
-  double mean = 0, variance = 0;
+static double moments(const double *x, int64_t n, double *variance) {
+  double mean = 0;
+  *variance = 0;
   for (int64_t i = 0; i < n; i++) mean += x[i] / (double)n;
-  for (int64_t i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean) / (double)n;
+  for (int64_t i = 0; i < n; i++) *variance += (x[i] - mean) * (x[i] - mean) / (double)n;
+  return mean;
+}
+
+double train_squared_variation(const double *values, int64_t count) {
+  double variance, mean = moments(values, count, &variance);
+  return mean > 0 ? variance / (mean * mean) : 0;
+}
+
+/* CV^2 of x, and weight times its derivative added to gradient. */
+static double squared_variation(const double *x, int64_t n, double weight, double *gradient) {
+  double variance, mean = moments(x, n, &variance);
   if (mean <= 0) return 0;
   for (int64_t i = 0; i < n; i++)
     gradient[i] += weight * 2 / ((double)n * mean * mean) * (x[i] - mean - variance / mean);
@@ -80,7 +91,9 @@ static void entropy_losses(train_router_objective *objective, const train_moe_su
   out->local += s->local * value[2] / tokens;
   weights[2] = s->local / tokens;
   if (s->global <= 0) return;
-  double missing = log(s->experts) - train_entropy(value + 3, E);
+  int64_t first, own; /* a baseline that divides the experts is one key: S_m follows */
+  train_settings_expert_share(objective->env->settings, m, &first, &own);
+  double missing = log(fmin(s->experts, (double)own)) - train_entropy(value + 3, E);
   if (missing <= 0) return;
   out->global += s->global * missing;
   for (int64_t e = 0; e < E; e++) {

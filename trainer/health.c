@@ -1,0 +1,63 @@
+#include "trainer/health.h"
+
+#include <math.h>
+
+#include "trainer/objective/objective.h" /* train_entropy, train_squared_variation */
+
+train_health train_health_of(const train_moe_sums *sums, int32_t layer, int32_t m) {
+  const double *value = train_moe_values(sums, layer, m), *gate = train_moe_gates(sums, layer, m);
+  const int64_t *count = train_moe_counts(sums, layer, m);
+  int64_t E = sums->experts, chosen = 0, kept = 0;
+  double histogram[CORE_MAX_EXPERTS];
+  train_health h = {.tokens = count[2 * E + 1]};
+  for (int64_t e = 0; e < E; e++) {
+    chosen += count[e];
+    kept += count[E + e];
+    histogram[e] = (double)count[e];
+  }
+  h.success = h.tokens > 0 ? (double)count[2 * E] / (double)h.tokens : 1;
+  h.dropped = h.tokens > 0 ? (double)(h.tokens - count[2 * E]) / (double)h.tokens : 0;
+  h.kept_choices = chosen > 0 ? (double)kept / (double)chosen : 1;
+  h.entropy = value[0] > 0 ? value[2] / value[0] : 0;
+  h.entropy_of_mean = train_entropy(value + 3, E);
+  h.effective_experts = exp(h.entropy_of_mean);
+  h.entropy_of_choices = train_entropy(histogram, E);
+  for (int64_t k = 0; k < sums->choices; k++) h.gate[k] = h.tokens > 0 ? gate[k] / (double)h.tokens : 0;
+  return h;
+}
+
+train_layer_health train_health_of_layer(const train_moe_sums *sums, int32_t layer) {
+  int64_t E = sums->experts, count[CORE_MAX_EXPERTS] = {0}, most = 0, total = 0;
+  double prob[CORE_MAX_EXPERTS] = {0}, load[CORE_MAX_EXPERTS] = {0};
+  train_layer_health h = {0};
+  for (int32_t m = 0; m < sums->modalities; m++)
+    for (int64_t e = 0; e < E; e++) {
+      count[e] += train_moe_counts(sums, layer, m)[E + e];
+      prob[e] += train_moe_values(sums, layer, m)[3 + e];
+      load[e] += train_moe_values(sums, layer, m)[3 + E + e];
+    }
+  for (int64_t e = 0; e < E; e++) {
+    total += count[e];
+    h.dead += count[e] == 0;
+    if (count[e] > most) most = count[e];
+  }
+  h.max_over_mean = total > 0 ? (double)(most * E) / (double)total : 0;
+  h.importance = train_squared_variation(prob, E);
+  h.load = train_squared_variation(load, E);
+  return h;
+}
+
+void train_health_print(const train_moe_sums *sums, const train_settings *settings, FILE *out) {
+  if (sums->layers == 0) return;
+  fprintf(out, "%-24s %9s %9s %9s %9s %9s %9s\n", "mixture, modality", "tokens", "dropped", "H(p)",
+          "H(mean p)", "experts", "gate");
+  for (int32_t layer = 0; layer < sums->layers; layer++)
+    for (int32_t m = 0; m < sums->modalities; m++) {
+      char name[2 * CORE_NAME];
+      train_health h = train_health_of(sums, layer, m);
+      if (h.tokens == 0) continue;
+      snprintf(name, sizeof name, "%d, %s", layer + 1, settings->data.modalities[m].name);
+      fprintf(out, "%-24s %9lld %8.2f%% %9.3f %9.3f %9.2f %9.3f\n", name, (long long)h.tokens,
+              100 * h.dropped, h.entropy, h.entropy_of_mean, h.effective_experts, h.gate[0]);
+    }
+}
