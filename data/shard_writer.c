@@ -42,10 +42,13 @@ static core_status check_options(const data_writer_options *o) {
 
 static core_status create_file(data_writer *writer) {
   TRY(data_hdf5_enter_priv());
-  const hid_t access = H5Pcreate(H5P_FILE_ACCESS);
-  if (access >= 0 && H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_LATEST) >= 0)
-    writer->file = H5Fcreate(writer->temporary, H5F_ACC_TRUNC, H5P_DEFAULT, access);
+  const hid_t access = H5Pcreate(H5P_FILE_ACCESS), creation = H5Pcreate(H5P_FILE_CREATE);
+  /* without the times of its objects, so that equal samples make equal files */
+  if (access >= 0 && creation >= 0 && H5Pset_obj_track_times(creation, false) >= 0 &&
+      H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_LATEST) >= 0)
+    writer->file = H5Fcreate(writer->temporary, H5F_ACC_TRUNC, creation, access);
   if (access >= 0) (void)H5Pclose(access);
+  if (creation >= 0) (void)H5Pclose(creation);
   const data_hdf5_reason reason =
       writer->file < 0 ? data_hdf5_reason_priv() : (data_hdf5_reason){.code = CORE_OK};
   data_hdf5_leave_priv();
@@ -126,8 +129,8 @@ static bool create_latent(data_writer *writer, int64_t chunk_rows) {
   const hsize_t chunk[2] = {(hsize_t)chunk_rows, (hsize_t)writer->width};
   const hid_t space = H5Screate_simple(2, none, most), type = latent_type(writer->dtype);
   const hid_t creation = H5Pcreate(H5P_DATASET_CREATE);
-  if (space >= 0 && type >= 0 && creation >= 0 && H5Pset_chunk(creation, 2, chunk) >= 0 &&
-      add_filters(creation, writer) >= 0)
+  if (space >= 0 && type >= 0 && creation >= 0 && H5Pset_obj_track_times(creation, false) >= 0 &&
+      H5Pset_chunk(creation, 2, chunk) >= 0 && add_filters(creation, writer) >= 0)
     writer->latent = H5Dcreate2(writer->file, "latent", type, space, H5P_DEFAULT, creation, H5P_DEFAULT);
   if (space >= 0) (void)H5Sclose(space);
   if (type >= 0) (void)H5Tclose(type);

@@ -11,9 +11,10 @@ static hid_t column_creation(hid_t stored, int64_t count) {
   enum { MOST_CHUNK = 1 << 17 };
   const hsize_t chunk = (hsize_t)(count < MOST_CHUNK ? count : MOST_CHUNK);
   const hid_t creation = H5Pcreate(H5P_DATASET_CREATE);
-  if (creation < 0 || count == 0 || H5Tget_class(stored) != H5T_INTEGER) return creation;
-  if (H5Pset_chunk(creation, 1, &chunk) >= 0 && H5Pset_fletcher32(creation) >= 0) return creation;
-  (void)H5Pclose(creation);
+  const bool timeless = creation >= 0 && H5Pset_obj_track_times(creation, false) >= 0;
+  if (timeless && (count == 0 || H5Tget_class(stored) != H5T_INTEGER)) return creation;
+  if (timeless && H5Pset_chunk(creation, 1, &chunk) >= 0 && H5Pset_fletcher32(creation) >= 0) return creation;
+  if (creation >= 0) (void)H5Pclose(creation);
   return -1;
 }
 
