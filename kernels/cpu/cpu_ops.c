@@ -46,6 +46,7 @@ static const kern_ops cpu_ops = {
     .contrastive_bwd = kern_contrastive_bwd_cpu,
     .cross_entropy_fwd = kern_cross_entropy_fwd_cpu,
     .cross_entropy_bwd = kern_cross_entropy_bwd_cpu,
+    .embedding_bwd = kern_embedding_bwd_cpu,
     .standardize = kern_standardize_cpu,
     .adamw = kern_adamw_cpu,
     .sum_squares = kern_sum_squares_cpu,
