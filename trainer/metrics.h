@@ -3,6 +3,7 @@
 #define TRAIN_METRICS_H
 
 #include "data/data.h"
+#include "trainer/caption.h"
 #include "trainer/retrieval.h"
 #include "trainer/step.h"
 
@@ -18,6 +19,8 @@ CORE_NODISCARD core_status train_metrics_step(train_metrics *metrics, const trai
                                               const data_position *position);
 CORE_NODISCARD core_status train_metrics_evaluation(train_metrics *metrics, int64_t step,
                                                     const train_retrieval *result);
+CORE_NODISCARD core_status train_metrics_caption(train_metrics *metrics, int64_t step,
+                                                 const train_caption *result);
 void train_metrics_close(train_metrics *metrics);
 
 #endif

@@ -11,13 +11,16 @@
 
 /* ---- opening data ---- */
 
-static core_status open_set(train_session *session, const char *path, const char *split, data_set **out) {
+static core_status open_set(train_session *session, const train_session_options *options, const char *path,
+                            const char *split, data_set **out) {
   const train_settings *s = session->env.settings;
+  const data_text_options text = {s->model.vocabulary, !options->without_responses};
   const char *names[CORE_MAX_MODALITIES];
   int32_t M = (int32_t)s->data.modalities_count;
   for (int32_t m = 0; m < M; m++) names[m] = s->data.modalities[m].name;
   TRY(data_set_open(path, split, names, M, out));
   if (data_set_samples(*out) == 0) FAIL(CORE_ERR_FORMAT, "%s/%s holds no samples", path, split);
+  if (s->model.kind == TRAIN_KIND_DECODER) TRY(data_set_take_text(*out, &text));
   for (int32_t m = 0; m < M; m++) {
     const data_modality_info *info = data_set_modality(*out, m);
     char key[160];
@@ -47,9 +50,10 @@ static core_status open_data_local(train_session *session, const train_session_o
   const char *path = options->data_path ? options->data_path : s->data.path;
   TRY(kern_select(s->run.device, comm_local_rank(session->env.comm), &session->env.ops));
   session->env.active = s->run.precision == CORE_BFLOAT16 ? CORE_BFLOAT16 : CORE_REAL_DTYPE;
-  if (options->training_split) TRY(open_set(session, path, options->training_split, &session->training));
+  if (options->training_split)
+    TRY(open_set(session, options, path, options->training_split, &session->training));
   if (options->evaluation_split)
-    TRY(open_set(session, path, options->evaluation_split, &session->evaluation));
+    TRY(open_set(session, options, path, options->evaluation_split, &session->evaluation));
   TRY(check_widths(session));
   return CORE_OK;
 }
@@ -141,6 +145,31 @@ static void add_limits(const data_set *set, const train_layout *layout, int32_t 
   *group_rows = larger(*group_rows, rows);
 }
 
+/* Likewise the tokens of a decoder. */
+static void add_text(const data_set *set, const train_layout *layout, train_model_limits *limits,
+                     int64_t *group_text) {
+  if (!set) return;
+  int64_t own = train_layout_most_samples(layout, layout->rank, 0), text = 0;
+  for (int32_t slot = 0; slot < layout->expert_ranks; slot++)
+    text +=
+        data_set_most_text(set, DATA_TEXT_BOTH,
+                           train_layout_most_samples(layout, layout->group * layout->expert_ranks + slot, 0));
+  limits->text = larger(limits->text, data_set_most_text(set, DATA_TEXT_BOTH, own));
+  limits->predictions = larger(limits->predictions, data_set_most_text(set, DATA_TEXT_TARGET, own));
+  *group_text = larger(*group_text, text);
+}
+
+/* Rows of the longest sequence: of a modality, or of a decoder's sample. */
+static int64_t longest_sequence(const train_session *session, const data_set *set) {
+  bool decoder = session->env.settings->model.kind == TRAIN_KIND_DECODER;
+  int64_t longest = set && decoder ? data_set_longest_text(set, DATA_TEXT_BOTH) : 0;
+  for (int32_t m = 0; set && m < session->env.layout.modalities; m++) {
+    int64_t rows = data_set_modality(set, m)->longest;
+    longest = decoder ? longest + rows : larger(longest, rows);
+  }
+  return longest;
+}
+
 /* Bytes of a stored number of modality m, in the wider of the sets. */
 static size_t stored_bytes(const train_session *session, int32_t m) {
   size_t bytes = 0;
@@ -164,6 +193,10 @@ static train_model_limits find_limits(const train_session *session) {
     limits.width[m] = data_set_modality(any_set(session), m)->width;
     limits.latent_bytes[m] = stored_bytes(session, m);
     groups.tokens[m] = group_rows;
+  }
+  if (env->settings->model.kind == TRAIN_KIND_DECODER) {
+    add_text(session->training, &env->layout, &limits, &groups.text);
+    add_text(session->evaluation, &session->evaluation_layout, &limits, &groups.text);
   }
   int64_t own = 0, segments = 0;
   train_model_rows(env->settings, &limits, &own, &segments);
@@ -195,10 +228,9 @@ static kern_limits kernel_limits(const train_session *session, const train_model
   width = larger(width, larger(model->Z, s->evaluate.batch));
   for (int32_t m = 0; m < session->env.layout.modalities; m++) {
     width = larger(width, larger(limits->width[m], s->data.modalities[m].hidden));
-    const data_set *sets[2] = {session->training, session->evaluation};
-    for (int i = 0; i < 2; i++)
-      if (sets[i]) k.sequence = larger(k.sequence, data_set_modality(sets[i], m)->longest);
   }
+  k.sequence =
+      larger(longest_sequence(session, session->training), longest_sequence(session, session->evaluation));
   k.updates = model->parameters.count;
   train_model_rows(s, limits, &k.rows, &k.segments);
   k.segments = larger(k.segments + 1, session->env.layout.batch);
@@ -427,11 +459,17 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
   for (int64_t i = 0; i < cells; i++)
     range[i] =
         train_layout_range(layout, layout->rank, (int32_t)(i % layout->modalities), i / layout->modalities);
+  data_range *text = calloc((size_t)layout->micro_batches, sizeof *text);
+  if (!text) free(range);
+  CHECK(text, CORE_ERR_MEMORY, "no memory for %lld ranges", (long long)layout->micro_batches);
+  for (int64_t micro = 0; micro < layout->micro_batches; micro++)
+    text[micro] = range[micro * layout->modalities];
   data_stream_options options = {.order = {s->run.seed, training ? s->data.shuffle : 0},
                                  .start = *start,
                                  .batch = layout->batch,
                                  .micro_batches = (int32_t)layout->micro_batches,
                                  .range = range,
+                                 .text = s->model.kind == TRAIN_KIND_DECODER ? text : NULL,
                                  .queue = (int32_t)s->data.queue,
                                  .threads = (int32_t)s->data.threads,
                                  .cache_bytes = s->data.cache << 20,
@@ -440,6 +478,7 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
                                  .repeat = training};
   core_status status = data_stream_open(set, &options, out);
   free(range);
+  free(text);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
 }

@@ -14,6 +14,7 @@ typedef struct train_session_options {
   const char *data_path;        /* NULL: data.path of the configuration */
   const char *training_split;   /* NULL: none is opened */
   const char *evaluation_split; /* NULL: none */
+  bool without_responses;       /* a decoder's samples need none: it is to continue their prompts */
 } train_session_options;
 
 typedef struct train_session {

@@ -355,6 +355,7 @@ static void make_segments(bench *b) {
   const int32_t heads = (int32_t)(b->c / HEAD);
   b->attention = (kern_attention){segments, heads, heads, HEAD, KERN_BIDIRECTIONAL, 1 / sqrt(HEAD)};
   b->means = normals(b, b->active, count, b->c);
+  b->entry = integers(b, CORE_INT32, 1, count, itself);
   b->table = normals(b, CORE_FLOAT32, longest, b->c);
 }
 
@@ -387,7 +388,6 @@ static void make_real(bench *b) {
 
 static void make_integers(bench *b) {
   b->position = integers(b, CORE_INT32, 1, b->t, some_row);
-  b->entry = integers(b, CORE_INT32, 1, b->attention.segments.count, itself);
   b->target = integers(b, CORE_INT32, 1, b->t, some_column);
   b->choice = integers(b, CORE_INT32, b->t, CHOICES, some_expert);
   b->slot = integers(b, CORE_INT32, b->t, CHOICES, own_slot);

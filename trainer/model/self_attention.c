@@ -1,6 +1,6 @@
-/* Self-attention inside each item: [q | k | v] = x W^T, rotated where positions are RoPE, mixed, y += mixed
- * O^T. Matrices start at N(0, 1/sqrt(fan in)); O is divided by sqrt(2 L), so that the residual stream keeps
- * its size. */
+/* Self-attention inside each item, causal in a decoder: [q | k | v] = x W^T (+ b), rotated where positions
+ * are RoPE, mixed, y += mixed O^T. Matrices start at N(0, 1/sqrt(fan in)); O is divided by sqrt(2 L), so that
+ * the residual stream keeps its size. */
 #include <math.h>
 
 #include "trainer/model/tower.h"
@@ -12,6 +12,10 @@ core_status train_attention_declare(train_model *model, train_block *block) {
   matrix.shape[1] = C;
   matrix.init_value = 1 / sqrt((double)C);
   TRY(train_declare(model, matrix, &block->attention.qkv, "blocks.%d.attention.qkv.weight", block->layer));
+  train_parameter bias = {.rank = 1, .shape = {matrix.shape[0]}};
+  block->attention.qkv_bias = -1;
+  if (model->env->settings->model.qkv_bias)
+    TRY(train_declare(model, bias, &block->attention.qkv_bias, "blocks.%d.attention.qkv.bias", block->layer));
   matrix.shape[0] = C;
   matrix.shape[1] = inner;
   matrix.init_value = 1 / sqrt((double)inner * 2 * (double)model->L);
@@ -28,11 +32,12 @@ core_status train_attention_plan(train_model *model, train_block *block, core_ar
 }
 
 static kern_attention describe(const train_model *model) {
+  bool causal = model->env->settings->model.kind == TRAIN_KIND_DECODER;
   return (kern_attention){.segments = train_segments(model),
                           .heads = (int32_t)model->H,
                           .kv_heads = (int32_t)model->G,
                           .head_width = (int32_t)model->A,
-                          .mask = KERN_BIDIRECTIONAL,
+                          .mask = causal ? KERN_CAUSAL : KERN_BIDIRECTIONAL,
                           .scale = 1 / sqrt((double)model->A)};
 }
 
@@ -44,6 +49,7 @@ core_status train_attention_forward(train_model *model, train_block *block, core
   kern_attention attention = describe(model);
   core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
   KERN(env, gemm, KERN_NT, x, train_parameter_matrix(p, layer->qkv), KERN_SET, qkv);
+  if (layer->qkv_bias >= 0) KERN(env, bias_fwd, train_parameter_value(p, layer->qkv_bias), qkv);
   if (model->rotates)
     KERN(env, rope, KERN_ROTATE, (int32_t)(model->H + model->G), train_rows(model->items.position.device, T),
          model->inverse_frequency.device, qkv);
@@ -67,6 +73,7 @@ core_status train_attention_backward(train_model *model, train_block *block, cor
   if (model->rotates)
     KERN(env, rope, KERN_ROTATE_BACK, (int32_t)(model->H + model->G),
          train_rows(model->items.position.device, T), model->inverse_frequency.device, d_qkv);
+  if (layer->qkv_bias >= 0) KERN(env, bias_bwd, d_qkv, train_parameter_gradient(p, layer->qkv_bias));
   KERN(env, gemm, KERN_TN, d_qkv, x, KERN_ADD, train_parameter_gradient(p, layer->qkv));
   KERN(env, gemm, KERN_NN, d_qkv, train_parameter_matrix(p, layer->qkv), KERN_SET, dx);
   return CORE_OK;
