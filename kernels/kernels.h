@@ -166,6 +166,12 @@ typedef struct kern_ops {
   core_status (*attention_bwd)(kern_context *, const kern_attention *, core_tensor dout, core_tensor qkv,
                                core_tensor out, core_tensor lse, core_tensor dqkv);
 
+  /* One query a row against rows that are kept: q of qkv[n, (H + 2G) A] and the k and v of rows [first[i],
+   * first[i] + length[i]) of cache[R, (H + 2G) A], whose q is not read; int32 [n] both. out[n, H A]; 0 where
+   * nothing is kept. segments and mask are not read. All Active. */
+  core_status (*attention_cached)(kern_context *, const kern_attention *, core_tensor first,
+                                  core_tensor length, core_tensor qkv, core_tensor cache, core_tensor out);
+
   /* logits[T,E] = x[T,C] weight[E,C]^T + bias[E]: row by row in one fixed order, so that a row's logits
    * never depend on how many rows lie beside it. bias optional. x Active. */
   core_status (*router_logits)(kern_context *, core_tensor x, core_tensor weight, core_tensor bias,

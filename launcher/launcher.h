@@ -17,7 +17,8 @@ typedef struct launch_command {
 } launch_command;
 
 extern const launch_command launch_train_command, launch_eval_command, launch_inspect_command,
-    launch_check_command, launch_bench_command, launch_index_command, launch_pack_command;
+    launch_check_command, launch_bench_command, launch_index_command, launch_pack_command,
+    launch_import_command, launch_export_command;
 
 /* Arguments of a subcommand, parsed. */
 typedef struct launch_arguments {
@@ -26,6 +27,8 @@ typedef struct launch_arguments {
   const char *override[LAUNCH_MOST_OVERRIDES]; /* --set */
   int32_t override_count;
   const char *resume, *split, *from;
+  const char *config, *output, *dtype; /* --config, -o or --output, --dtype */
+  const char *generate, *temperature, *stop;
   bool help, json;
 } launch_arguments;
 

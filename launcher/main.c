@@ -9,25 +9,38 @@
 #include "trainer/settings.h"
 
 static const launch_command *const commands[] = {
-    &launch_train_command, &launch_eval_command,  &launch_inspect_command, &launch_check_command,
-    &launch_bench_command, &launch_index_command, &launch_pack_command};
+    &launch_train_command, &launch_eval_command,   &launch_inspect_command,
+    &launch_check_command, &launch_bench_command,  &launch_index_command,
+    &launch_pack_command,  &launch_import_command, &launch_export_command};
 enum { COMMANDS = sizeof commands / sizeof *commands };
+
+/* Where the value of an option goes; NULL: the word takes none. */
+static const char **place_of(const char *word, launch_arguments *out) {
+  const struct {
+    const char *word;
+    const char **place;
+  } list[] = {
+      {"--resume", &out->resume}, {"--split", &out->split},       {"--from", &out->from},
+      {"--config", &out->config}, {"--output", &out->output},     {"-o", &out->output},
+      {"--dtype", &out->dtype},   {"--generate", &out->generate}, {"--temperature", &out->temperature},
+      {"--stop", &out->stop}};
+  for (size_t i = 0; i < sizeof list / sizeof *list; i++)
+    if (strcmp(word, list[i].word) == 0) return list[i].place;
+  if (strcmp(word, "--set") == 0 && out->override_count < LAUNCH_MOST_OVERRIDES)
+    return &out->override[out->override_count];
+  return NULL;
+}
 
 core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out) {
   memset(out, 0, sizeof *out);
   for (int i = 1; i < argc; i++) {
-    const char *word = argv[i];
-    bool takes_value = strcmp(word, "--set") == 0 || strcmp(word, "--resume") == 0 ||
-                       strcmp(word, "--split") == 0 || strcmp(word, "--from") == 0;
-    if (takes_value) {
+    const char *word = argv[i], **place = place_of(word, out);
+    bool sets = strcmp(word, "--set") == 0;
+    CHECK(!sets || place, CORE_ERR_USAGE, "more than %d --set", LAUNCH_MOST_OVERRIDES);
+    if (place) {
       CHECK(i + 1 < argc, CORE_ERR_USAGE, "%s needs a value", word);
-      const char *value = argv[++i];
-      CHECK(word[2] != 's' || word[3] != 'e' || out->override_count < LAUNCH_MOST_OVERRIDES, CORE_ERR_USAGE,
-            "more than %d --set", LAUNCH_MOST_OVERRIDES);
-      if (strcmp(word, "--set") == 0) out->override[out->override_count++] = value;
-      if (strcmp(word, "--resume") == 0) out->resume = value;
-      if (strcmp(word, "--split") == 0) out->split = value;
-      if (strcmp(word, "--from") == 0) out->from = value;
+      *place = argv[++i];
+      out->override_count += sets;
     } else if (strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0) {
       out->help = true;
     } else if (strcmp(word, "--json") == 0) {

@@ -168,6 +168,9 @@ core_status kern_attention_fwd_cpu(kern_context *context, const kern_attention *
                                    core_tensor out, core_tensor lse);
 core_status kern_attention_bwd_cpu(kern_context *context, const kern_attention *attention, core_tensor dout,
                                    core_tensor qkv, core_tensor out, core_tensor lse, core_tensor dqkv);
+core_status kern_attention_cached_cpu(kern_context *context, const kern_attention *attention,
+                                      core_tensor first, core_tensor length, core_tensor qkv,
+                                      core_tensor cache, core_tensor out);
 core_status kern_router_logits_cpu(kern_context *context, core_tensor x, core_tensor weight, core_tensor bias,
                                    core_tensor logits);
 core_status kern_router_logits_bwd_cpu(kern_context *context, core_tensor dlogits, core_tensor x,

@@ -23,6 +23,7 @@ static const kern_ops cpu_ops = {
     .rope = kern_rope_cpu,
     .attention_fwd = kern_attention_fwd_cpu,
     .attention_bwd = kern_attention_bwd_cpu,
+    .attention_cached = kern_attention_cached_cpu,
     .router_logits = kern_router_logits_cpu,
     .router_logits_bwd = kern_router_logits_bwd_cpu,
     .router_noise = kern_router_noise_cpu,

@@ -129,6 +129,10 @@ static void bad_indices_are_reported_and_harmless(void **state) {
   expect_fault(cuda->segment_mean_fwd(c, (kern_segments){offset, line(at), 2}, x,
                                       core_tensor_2(four.data, CORE_FLOAT32, 2, 12)),
                "segment_mean_fwd", "is ");
+  const kern_attention one_head = {.heads = 1, .kv_heads = 1, .head_width = 4, .scale = 1};
+  expect_fault(cuda->attention_cached(c, &one_head, line(list), line(list), x, y,
+                                      core_tensor_2(four.data, CORE_FLOAT32, 8, 4)),
+               "attention_cached", "is ");
   expect_fault(cuda->dropout(c, 1, 2, 0.5, core_tensor_1(zeros.data, CORE_UINT64, 4), list, x), "dropout",
                "is ");
   int64_t count[4];

@@ -9,6 +9,7 @@
 #include "tests/support/test_session.h"
 #include "tests/support/test_set.h"
 #include "tests/support/test_unit.h"
+#include "trainer/generate.h"
 
 static comm_world *world;
 static char root[64];
@@ -319,6 +320,134 @@ static void it_learns(void **state) {
   test_session_close(&t);
 }
 
+/* ---- generation ---- */
+
+enum { NEW = 6, PROMPTS = 5 };
+
+typedef struct generated {
+  int64_t samples, count[PROMPTS];
+  int32_t token[PROMPTS][NEW];
+} generated;
+
+static core_status keep(void *context, uint64_t id, const int32_t *token, int64_t count) {
+  generated *g = context;
+  assert_int_equal(id, g->samples + 1); /* file order */
+  g->count[g->samples] = count;
+  memcpy(g->token[g->samples++], token, (size_t)count * sizeof *token);
+  return CORE_OK;
+}
+
+/* A session over the hand-made set that trains and evaluates, with the given values (NULL: its own). */
+static train_session *open_both(const char *const *set, int32_t count, core_config **own,
+                                const core_real *values) {
+  train_session *session = NULL;
+  assert_ok(core_config_load(train_settings_spec(), "the test", config, set, count, own));
+  train_session_options options = {.config = *own,
+                                   .comm = world,
+                                   .purpose = TRAIN_PURPOSE_TRAIN,
+                                   .data_path = root,
+                                   .training_split = "train",
+                                   .evaluation_split = "train",
+                                   .without_responses = values == NULL};
+  assert_ok(train_session_open(&options, &session));
+  assert_ok(train_session_standardise(session));
+  train_parameters *p = &session->model->parameters;
+  if (values) memcpy(p->value, values, (size_t)p->total * sizeof *values);
+  return session;
+}
+
+static generated generate(train_session *session, double temperature, int32_t stop) {
+  generated g = {0};
+  const train_generate_options options = {NEW, temperature, stop};
+  assert_ok(train_generate_run(session, &options, keep, &g));
+  assert_int_equal(g.samples, PROMPTS);
+  return g;
+}
+
+/* Prompt and response go through the model whole: the likeliest token after each row is the one generated. */
+static void expect_likeliest(const sample *prompts, const generated *g, const char *const *set, int32_t count,
+                             const core_real *values) {
+  sample list[PROMPTS];
+  core_config *own = NULL;
+  data_stream *stream = NULL;
+  data_batch *batch = NULL;
+  data_position start = {0, 0, 0};
+  memcpy(list, prompts, sizeof list);
+  for (int i = 0; i < PROMPTS; i++) {
+    list[i].targets = g->count[i] > 0 ? g->count[i] : 1;
+    memcpy(list[i].target, g->token[i], sizeof g->token[i]);
+  }
+  write_hand(list, PROMPTS);
+  train_session *session = open_both(set, count, &own, values);
+  train_model *model = session->model;
+  assert_ok(train_session_stream(session, session->evaluation, &session->evaluation_layout, &start, false,
+                                 &stream));
+  assert_ok(data_stream_get(stream, &batch));
+  assert_ok(train_model_take(model, batch, 0, -1));
+  assert_ok(train_model_forward(model, TRAIN_MODE_EVALUATE));
+  const train_decoder *d = &model->decoder;
+  assert_int_equal(d->predicted, (PROMPTS - 1) * NEW);
+  core_real logits[(PROMPTS - 1) * NEW * 50];
+  assert_ok(train_decoder_logits(model, train_rows(d->hidden, d->predicted),
+                                 core_tensor_2(logits, CORE_REAL_DTYPE, d->predicted, d->V)));
+  for (int64_t i = 0; i < d->predicted; i++) {
+    int64_t best = 0;
+    for (int64_t v = 1; v < d->V; v++)
+      if (logits[i * d->V + v] > logits[i * d->V + best]) best = v;
+    assert_int_equal(best, ((int32_t *)d->target.host)[i]);
+  }
+  data_stream_put(stream, batch);
+  data_stream_close(stream);
+  train_session_close(session);
+  core_config_destroy(own);
+}
+
+static const sample prompts[PROMPTS] = {{{2, 1}, {7, -2, 9}, {0}, 3, 0},
+                                        {{1, 2}, {-2, -1, 5}, {0}, 3, 0},
+                                        {{0, 0}, {0}, {0}, 0, 0}, /* nothing to continue */
+                                        {{0, 3}, {0}, {0}, 0, 0},
+                                        {{3, 0}, {8, 8, 8, 4, 1, 30, 2}, {0}, 7, 0}};
+
+/* Large random values: what follows depends on all that lies before. */
+static void with_cache_as_without(const char *const *set, int32_t count) {
+  core_config *own = NULL;
+  write_hand(prompts, PROMPTS);
+  train_session *session = open_both(set, count, &own, NULL);
+  train_parameters *p = &session->model->parameters;
+  for (int64_t i = 0; i < p->total; i++)
+    if (p->value[i] != 1) p->value[i] *= 3;
+  core_real *values = malloc((size_t)p->total * sizeof *values);
+  memcpy(values, p->value, (size_t)p->total * sizeof *values);
+  generated g = generate(session, 0, -1), again = generate(session, 1e-9, -1);
+  for (int i = 0; i < PROMPTS; i++) assert_int_equal(g.count[i], i == 2 ? 0 : NEW);
+  assert_memory_equal(&g, &again, sizeof g); /* cold sampling is greedy; a second run is as the first */
+  bool differ = false;
+  for (int i = 1; i < PROMPTS; i++)
+    differ = differ || (i != 2 && memcmp(g.token[0], g.token[i], sizeof g.token[0]));
+  assert_true(differ);
+  generated stopped = generate(session, 0, g.token[4][3]);
+  int64_t first = 0;
+  while (g.token[4][first] != g.token[4][3]) first++;
+  assert_int_equal(stopped.count[4], first);
+  generated drawn = generate(session, 2, -1), same = generate(session, 2, -1);
+  assert_memory_equal(&drawn, &same, sizeof drawn);
+  assert_true(memcmp(&drawn, &g, sizeof g) != 0);
+  train_session_close(session);
+  core_config_destroy(own);
+  expect_likeliest(prompts, &g, set, count, values);
+  free(values);
+}
+
+static void generation_is_the_same_with_kept_rows(void **state) {
+  (void)state;
+  static const char *const dense[] = {"model.layers=3", "model.qkv_bias=true", "model.kv_heads=1",
+                                      "evaluate.batch=5"};
+  static const char *const mixture[] = {"model.moe.layers=all", "model.moe.choose=2", "model.moe.experts=4",
+                                        "evaluate.batch=5", "model.recompute=true"};
+  with_cache_as_without(dense, 4);
+  with_cache_as_without(mixture, 5);
+}
+
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_root, remove_root)
   const struct CMUnitTest tests[] = {TEST(rows_lie_in_sequence),
@@ -326,7 +455,8 @@ int main(void) {
                                      TEST(a_set_without_tokens_is_refused),
                                      TEST(modalities_must_agree_on_tokens),
                                      TEST(parts_and_blocks_are_one_softmax),
-                                     TEST(it_learns)};
+                                     TEST(it_learns),
+                                     TEST(generation_is_the_same_with_kept_rows)};
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;
   int failed = cmocka_run_group_tests_name("trainer, decoder", tests, NULL, NULL);

@@ -156,8 +156,8 @@ static void list_lookups(train_decoder *d) {
   for (int64_t i = 0; i < d->texts; i++) numbers(&d->lookup_row)[tally[token[row[i]]]++] = row[i];
 }
 
-static int64_t text_rows(const data_text_part *text) {
-  int64_t n = text->hi - text->lo, rows = n > 0 ? text->target_offset[n] : 0;
+static int64_t text_rows(const train_decoder *d, const data_text_part *text) {
+  int64_t n = text->hi - text->lo, rows = n > 0 && !d->prompts_only ? text->target_offset[n] : 0;
   for (int64_t p = 0; n > 0 && p < text->prompt_offset[n]; p++) rows += text->prompt[p] >= 0;
   return rows;
 }
@@ -192,7 +192,7 @@ static core_status take_parts(train_model *model, const data_part *part, const d
     items->row_first[m + 1] = items->row_first[m] + items->latent[m].shape[0];
   }
   d->latents = items->row_first[M];
-  d->texts = text_rows(text);
+  d->texts = text_rows(d, text);
   items->row_first[M + 1] = items->tokens = d->latents + d->texts;
   items->segments = text->hi - text->lo;
   CHECK(items->tokens <= model->T && d->texts <= model->limits.text, CORE_ERR_INTERNAL,
@@ -245,12 +245,39 @@ core_status train_decoder_take(train_model *model, const data_batch *batch, int6
   for (int64_t i = 0; i < items->segments; i++) {
     int64_t begin = offset[i] = at.row;
     put_prompt(model, part, text, i, &at);
-    put_response(d, text, i, begin, &at);
+    if (!d->prompts_only) put_response(d, text, i, begin, &at);
     describe_rows(model, text->lo + i, begin, at.row);
   }
   offset[items->segments] = at.row;
   d->predicted = at.prediction;
   list_lookups(d);
+  TRY(send_items(model));
+  return CORE_OK;
+}
+
+/* ---- one new row a sequence ---- */
+
+void train_decoder_put_step(train_model *model, int64_t row, int32_t token, int64_t position) {
+  put_row(&model->decoder, row, token, row);
+  ((int32_t *)model->items.position.host)[row] = (int32_t)position;
+  ((uint64_t *)model->items.key.host)[row] = (uint64_t)row << 24;
+  ((int64_t *)model->items.offset.host)[row] = row;
+}
+
+core_status train_decoder_take_step(train_model *model, int64_t n) {
+  train_items *items = &model->items;
+  train_decoder *d = &model->decoder;
+  int32_t M = model->env->layout.modalities;
+  CHECK(n <= model->T && n <= model->S, CORE_ERR_INTERNAL, "%lld rows; %lld and %lld were planned",
+        (long long)n, (long long)model->T, (long long)model->S);
+  for (int32_t m = 0; m < M; m++) {
+    items->row_first[m] = items->part_count[m] = items->latent[m].shape[0] = 0;
+    ((int64_t *)items->part_offset[m].host)[0] = 0;
+  }
+  items->row_first[M] = 0;
+  items->row_first[M + 1] = items->tokens = items->segments = d->texts = n;
+  ((int64_t *)items->offset.host)[n] = n;
+  d->latents = d->predicted = d->lookups = 0;
   TRY(send_items(model));
   return CORE_OK;
 }

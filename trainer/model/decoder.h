@@ -44,9 +44,18 @@ typedef struct train_decoder {
   core_tensor logits, d_logits, d_part; /* [block, part] Real and active, [block, C] Real */
   train_mirror lse, positive;           /* Real [R] */
   /* the objective */
-  double loss;   /* sum over the predictions of forward passes since it was set to 0; this rank's */
-  double weight; /* 1 / n, for backward */
+  double loss;       /* sum over the predictions of forward passes since it was set to 0; this rank's */
+  double weight;     /* 1 / n, for backward */
+  bool prompts_only; /* sequences end where their responses begin */
 } train_decoder;
+
+/* Rows of attention that are kept while a decoder generates; owned by who generates. */
+typedef struct train_cache {
+  core_tensor *layer;        /* [L] of [rows, (H + 2G) A], active */
+  core_tensor slot;          /* int32 [T, 1] where each row of the items is kept */
+  core_tensor first, length; /* int32 [T] what each row attends to, when stepping */
+  bool stepping;             /* the items are one new row a sequence, not whole sequences */
+} train_cache;
 
 core_status train_decoder_declare(struct train_model *model);
 core_status train_decoder_plan(struct train_model *model, const train_arenas *arenas);
@@ -54,6 +63,9 @@ core_status train_decoder_plan(struct train_model *model, const train_arenas *ar
 int64_t train_decoder_predictions(const struct train_model *model, const struct data_batch *batch,
                                   int64_t micro);
 core_status train_decoder_take(struct train_model *model, const struct data_batch *batch, int64_t micro);
+/* Items of one token each: row's token and its place in its sequence, host; then all n of them. */
+void train_decoder_put_step(struct train_model *model, int64_t row, int32_t token, int64_t position);
+core_status train_decoder_take_step(struct train_model *model, int64_t n);
 
 /* decoder_pass.c. Items -> x [T, C]; and dx -> gradients of connectors and embedding. */
 core_status train_decoder_embed(struct train_model *model, core_tensor x);

@@ -41,6 +41,22 @@ static kern_attention describe(const train_model *model) {
                           .scale = 1 / sqrt((double)model->A)};
 }
 
+/* Keeps the rows; new ones attend to all that is kept of their sequences. Slots are distinct. */
+static core_status attend_cached(train_model *model, int32_t l, const kern_attention *attention,
+                                 core_tensor qkv, core_tensor mixed, core_tensor lse) {
+  train_env *env = model->env;
+  const train_cache *cache = model->cache;
+  int64_t T = qkv.shape[0];
+  KERN(env, combine_bwd, qkv, cache->layer[l], train_rows(cache->slot, T), train_none(), cache->layer[l],
+       train_none());
+  if (cache->stepping)
+    KERN(env, attention_cached, attention, train_rows(cache->first, T), train_rows(cache->length, T), qkv,
+         cache->layer[l], mixed);
+  else
+    KERN(env, attention_fwd, attention, qkv, mixed, lse);
+  return CORE_OK;
+}
+
 core_status train_attention_forward(train_model *model, train_block *block, core_tensor x, core_tensor y) {
   train_env *env = model->env;
   train_attention_layer *layer = &block->attention;
@@ -53,7 +69,10 @@ core_status train_attention_forward(train_model *model, train_block *block, core
   if (model->rotates)
     KERN(env, rope, KERN_ROTATE, (int32_t)(model->H + model->G), train_rows(model->items.position.device, T),
          model->inverse_frequency.device, qkv);
-  KERN(env, attention_fwd, &attention, qkv, mixed, train_rows(layer->lse, T));
+  if (model->cache)
+    TRY(attend_cached(model, block->layer, &attention, qkv, mixed, train_rows(layer->lse, T)));
+  else
+    KERN(env, attention_fwd, &attention, qkv, mixed, train_rows(layer->lse, T));
   KERN(env, gemm, KERN_NT, mixed, train_parameter_matrix(p, layer->out), KERN_ADD, y);
   return CORE_OK;
 }

@@ -98,6 +98,7 @@ typedef struct train_model {
   int32_t log_scale;              /* parameter: log of 1 / temperature; -1 where it is fixed */
   train_alignment alignment;      /* of model.kind connector */
   train_decoder decoder;          /* of model.kind decoder */
+  train_cache *cache;             /* while it generates; NULL */
   core_tensor input, pooled;      /* [T, C], [S, C] */
   train_mirror inverse_frequency; /* core_real [A / 2] */
   bool rotates;
