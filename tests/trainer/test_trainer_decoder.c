@@ -245,28 +245,26 @@ static double plain_softmax(const core_real *logits, int64_t V, int32_t target, 
   return most + log(sum) - (double)logits[target];
 }
 
-/* 20000 tokens are three parts, the last one short; 1000 predictions are two blocks, the last one short. */
-static void parts_and_blocks_are_one_softmax(void **state) {
-  (void)state;
-  enum { V = 20000, C = 16 };
-  static const char *const set[] = {"model.vocabulary=20000", "optimizer.batch=240", NULL};
+static void expect_one_softmax(const char *const *set, int64_t V, int64_t samples, int64_t blocks) {
+  enum { C = 16 };
   test_session t;
   data_batch *batch = NULL;
   train_report report = {0};
-  write_drawn(V, 240);
+  write_drawn((int32_t)V, samples);
   open_with(&t, &batch, set);
   train_model *model = t.session->model;
   train_decoder *d = &model->decoder;
   const core_device *device = t.session->env.ops->device;
   assert_ok(train_stepper_gradients(&t.session->stepper, batch, &report));
   int64_t R = d->predicted;
-  assert_true(d->logits.shape[1] < V && d->logits.shape[0] < R && R % d->logits.shape[0] != 0);
+  assert_true(d->logits.shape[1] < V && V % d->logits.shape[1] != 0); /* parts, the last one short */
+  assert_int_equal((R + d->logits.shape[0] - 1) / d->logits.shape[0], blocks);
   core_real *hidden = test_fetch(device, train_rows(d->hidden, R)),
             *d_hidden = test_fetch(device, train_rows(d->d_hidden, R));
   core_real *table = test_fetch(device, train_parameter_value(&model->parameters, d->output));
   core_real *d_table = test_fetch(device, train_parameter_gradient(&model->parameters, d->output));
-  double *expected = calloc((size_t)V * C, sizeof *expected), *gradient = calloc(V, sizeof *gradient);
-  core_real *logits = calloc(V, sizeof *logits);
+  double *expected = calloc((size_t)V * C, sizeof *expected), *gradient = calloc((size_t)V, sizeof *gradient);
+  core_real *logits = calloc((size_t)V, sizeof *logits);
   double loss = 0, off = 0, size = 0, off_hidden = 0, size_hidden = 0;
   for (int64_t i = 0; i < R; i++) {
     double own[C] = {0};
@@ -297,6 +295,15 @@ static void parts_and_blocks_are_one_softmax(void **state) {
   free(hidden), free(d_hidden), free(table), free(d_table), free(expected), free(gradient), free(logits);
   data_stream_put(t.stream, batch);
   test_session_close(&t);
+}
+
+static void parts_and_blocks_are_one_softmax(void **state) {
+  (void)state;
+  static const char *const wide[] = {"model.vocabulary=20000", "optimizer.batch=240", NULL};
+  static const char *const long_batch[] = {"model.vocabulary=700", "optimizer.batch=2200", NULL};
+  expect_one_softmax(wide, 20000, 240, 1);
+  remove_root(state), make_root(state);
+  expect_one_softmax(long_batch, 700, 2200, 2);
 }
 
 /* ---- learning ---- */

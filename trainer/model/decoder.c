@@ -29,8 +29,9 @@ core_status train_decoder_declare(train_model *model) {
 
 /* ---- memory ---- */
 
-/* Logits of a block of rows by a part of the vocabulary: 16 MiB of float32, in shapes that products like. */
-enum { LOGITS = 1 << 22, PART = 1 << 13, LEAST_BLOCK = 64 };
+/* Logits of a block of rows by a part of the vocabulary: 16 MiB of float32. All rows at once where a part can
+ * then still be this wide: the table and its gradient, the largest of all, pass through the caches once. */
+enum { LOGITS = 1 << 22, LEAST_PART = 1 << 9 };
 
 static int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -58,8 +59,7 @@ core_status train_decoder_plan(train_model *model, const train_arenas *arenas) {
   core_arena *arena = arenas->activations;
   bool training = model->limits.training;
   int64_t C = model->C, R = model->limits.predictions, latents = model->T - model->limits.text;
-  int64_t part = least(d->V, PART), block = LOGITS / part > LEAST_BLOCK ? LOGITS / part : LEAST_BLOCK;
-  block = least(block, R > 0 ? R : 1);
+  int64_t block = least(R > 0 ? R : 1, LOGITS / LEAST_PART), part = least(d->V, LOGITS / block);
   TRY(plan_items(model, arenas));
   TRY(train_take_active(model, arena, latents, C, &d->latent));
   TRY(train_take_active(model, arena, R, C, &d->hidden));
