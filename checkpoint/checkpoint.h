@@ -111,6 +111,11 @@ int64_t ckpt_reader_step(const ckpt_reader *reader);
 CORE_NODISCARD core_status ckpt_reader_load(ckpt_reader *reader, const ckpt_tensor *tensor, int32_t count);
 /* Looks a tensor up: its dtype and shape. ERR_NOT_FOUND. Local. */
 CORE_NODISCARD core_status ckpt_reader_find(const ckpt_reader *reader, const char *name, ckpt_tensor *out);
+/* Number of tensors, and tensor i, ordered by name, as ckpt_reader_find describes one; the name is lent.
+ * Local.
+ */
+int32_t ckpt_reader_count(const ckpt_reader *reader);
+void ckpt_reader_at(const ckpt_reader *reader, int32_t i, ckpt_tensor *out);
 /* Canonical hash over names, shapes and contents: equal whatever layout wrote it. */
 uint64_t ckpt_reader_content_hash(const ckpt_reader *reader);
 /* Threads of this rank that read, decompress and verify; 1 unless told. ERR_ARGUMENT. Local. */

@@ -226,11 +226,23 @@ static const ckpt_item *find_item(const ckpt_manifest *m, const char *name) {
   return bsearch(name, m->item, (size_t)m->items, sizeof *m->item, compare_name);
 }
 
+static void describe_item(const ckpt_item *item, ckpt_tensor *out) {
+  *out = (ckpt_tensor){.name = item->name, .dtype = item->dtype, .rank = item->rank, .count = item->count};
+  memcpy(out->shape, item->shape, sizeof out->shape);
+}
+
+int32_t ckpt_reader_count(const ckpt_reader *reader) {
+  return reader->manifest.items;
+}
+
+void ckpt_reader_at(const ckpt_reader *reader, int32_t i, ckpt_tensor *out) {
+  describe_item(&reader->manifest.item[i], out);
+}
+
 core_status ckpt_reader_find(const ckpt_reader *reader, const char *name, ckpt_tensor *out) {
   const ckpt_item *item = find_item(&reader->manifest, name);
   CHECK(item != NULL, CORE_ERR_NOT_FOUND, "checkpoint %s has no tensor %s", reader->path, name);
-  *out = (ckpt_tensor){.name = item->name, .dtype = item->dtype, .rank = item->rank, .count = item->count};
-  memcpy(out->shape, item->shape, sizeof out->shape);
+  describe_item(item, out);
   return CORE_OK;
 }
 

@@ -107,6 +107,27 @@ uint64_t data_set_fingerprint(const data_set *set);
 int64_t data_set_most_rows(const data_set *set, int32_t m, int64_t samples);
 bool data_set_has_labels(const data_set *set);
 
+/* ---- the tokens of a set ---- */
+
+/* A shard of any modality may carry the prompts and responses of its samples; where several do, they must
+ * agree. */
+typedef struct data_text_options {
+  int64_t vocabulary; /* a token lies in [0, vocabulary); of a prompt also -1 - m, once for each modality m */
+  bool responses;     /* every sample must have one */
+} data_text_options;
+
+/* Reads the tokens of all shards into memory, where they stay until the set is closed: 4 bytes a token and 16
+ * a sample. They then belong to the fingerprint. Errors name file and sample: ERR_FORMAT (no tokens, a sample
+ * without response), ERR_CORRUPT (a token outside the vocabulary, a mark of no modality or twice),
+ * ERR_MISMATCH (modalities that disagree), those of reading. */
+CORE_NODISCARD core_status data_set_take_text(data_set *set, const data_text_options *options);
+typedef enum data_text_kind { DATA_TEXT_PROMPT, DATA_TEXT_TARGET, DATA_TEXT_BOTH } data_text_kind;
+/* As data_set_most_rows, in tokens (marks count). After data_set_take_text. */
+int64_t data_set_most_text(const data_set *set, data_text_kind kind, int64_t samples);
+/* Tokens of all samples; most of one sample. */
+int64_t data_set_text_tokens(const data_set *set, data_text_kind kind);
+int64_t data_set_longest_text(const data_set *set, data_text_kind kind);
+
 /* Called now and then in a long operation; a failure ends it. */
 typedef core_status (*data_tick)(void *context);
 
@@ -182,6 +203,7 @@ typedef struct data_stream_options {
   int64_t batch;             /* B samples of a global batch; batches run on over the end of an epoch */
   int32_t micro_batches;     /* accumulation */
   const data_range *range;   /* [micro_batches][modalities]: which samples this rank wants, per modality */
+  const data_range *text;    /* [micro_batches]: whose tokens, after data_set_take_text; NULL: nobody's */
   int32_t queue;             /* batches read ahead; 0: 2 */
   int32_t threads;           /* that decompress; 0: 1 */
   int64_t cache_bytes;       /* decompressed chunks kept; 0: 256 MiB. Should hold the shuffle buffer */
@@ -199,6 +221,13 @@ typedef struct data_part {
   int64_t width;
 } data_part;
 
+/* Tokens of one micro-batch, in the order of its samples. */
+typedef struct data_text_part {
+  int64_t lo, hi;                         /* sample positions in the global batch */
+  int64_t *prompt_offset, *target_offset; /* [hi - lo + 1], from 0 */
+  int32_t *prompt, *target;
+} data_text_part;
+
 typedef struct data_batch {
   int64_t samples;             /* B, fewer only in a last batch without repeat */
   data_position before, after; /* before.consumed < N; after.consumed <= N, and is where to resume */
@@ -206,8 +235,9 @@ typedef struct data_batch {
   int32_t *label;              /* [samples] */
   uint8_t *present;            /* [modalities][samples] rows > 0 */
   int32_t micro_batches, modalities;
-  data_part *part; /* [micro_batches][modalities] */
-  int64_t skipped; /* places in `present` that DATA_NON_FINITE_SKIP cleared; the same on every rank */
+  data_part *part;      /* [micro_batches][modalities] */
+  data_text_part *text; /* [micro_batches]; NULL: not asked for */
+  int64_t skipped;      /* places in `present` that DATA_NON_FINITE_SKIP cleared; the same on every rank */
 } data_batch;
 
 CORE_NODISCARD core_status data_stream_open(data_set *set, const data_stream_options *options,

@@ -151,24 +151,29 @@ static core_status check_unique(const data_set *set) {
   return CORE_OK;
 }
 
+core_status data_runs_make_priv(uint64_t *length, int64_t count, data_length_run **run, int64_t *runs) {
+  int64_t distinct = 0;
+  qsort(length, (size_t)count, sizeof *length, compare_falling);
+  for (int64_t i = 0; i < count; ++i) distinct += i == 0 || length[i] != length[i - 1];
+  TRY(DATA_ALLOCATE(distinct, "runs of lengths", run));
+  for (int64_t i = 0, r = -1; i < count; ++i) {
+    if (i == 0 || length[i] != length[i - 1]) (*run)[++r].rows = (int64_t)length[i];
+    ++(*run)[r].samples;
+  }
+  *runs = distinct;
+  return CORE_OK;
+}
+
 static core_status build_runs(data_set *set, int32_t m) {
   uint64_t *rows = NULL;
-  int64_t at = 0, runs = 0;
-  core_status status = CORE_OK;
+  int64_t at = 0;
   TRY(DATA_ALLOCATE(set->samples, "lengths", &rows));
   for (int32_t k = 0; k < set->shards; ++k) {
     const data_column *column = data_set_column_priv(set, m, k);
     for (int64_t i = 0; i < column->samples; ++i)
       rows[at++] = (uint64_t)(column->offset[i + 1] - column->offset[i]);
   }
-  qsort(rows, (size_t)at, sizeof *rows, compare_falling);
-  for (int64_t i = 0; i < at; ++i) runs += i == 0 || rows[i] != rows[i - 1];
-  status = DATA_ALLOCATE(runs, "runs of lengths", &set->run[m]);
-  for (int64_t i = 0, r = -1; status == CORE_OK && i < at; ++i) {
-    if (i == 0 || rows[i] != rows[i - 1]) set->run[m][++r].rows = (int64_t)rows[i];
-    ++set->run[m][r].samples;
-  }
-  set->runs[m] = runs;
+  const core_status status = data_runs_make_priv(rows, at, &set->run[m], &set->runs[m]);
   free(rows);
   TRY(status);
   return CORE_OK;
@@ -306,6 +311,7 @@ void data_set_close(data_set *set) {
   free(set->column);
   free(set->info);
   data_index_close_priv(set->index);
+  data_text_free_priv(set->text);
   free(set->sample_base);
   free(set->id_hash);
   free(set->id);
@@ -337,16 +343,20 @@ bool data_set_has_labels(const data_set *set) {
   return set->has_labels;
 }
 
-int64_t data_set_most_rows(const data_set *set, int32_t m, int64_t samples) {
+int64_t data_runs_most_priv(const data_set *set, const data_length_run *run, int64_t runs, int64_t samples) {
   /* Consecutive positions of a stream touch at most this many epochs, each of which holds a sample once. */
   const int64_t epochs = samples > 0 ? 1 + (samples - 1 + set->samples - 1) / set->samples : 0;
   int64_t rows = 0;
-  for (int64_t r = 0; r < set->runs[m] && samples > 0; ++r) {
-    const int64_t all = set->run[m][r].samples * epochs, taken = all < samples ? all : samples;
-    rows += taken * set->run[m][r].rows;
+  for (int64_t r = 0; r < runs && samples > 0; ++r) {
+    const int64_t all = run[r].samples * epochs, taken = all < samples ? all : samples;
+    rows += taken * run[r].rows;
     samples -= taken;
   }
   return rows;
+}
+
+int64_t data_set_most_rows(const data_set *set, int32_t m, int64_t samples) {
+  return data_runs_most_priv(set, set->run[m], set->runs[m], samples);
 }
 
 int32_t data_set_shard_of_priv(const data_set *set, int64_t index) {
@@ -370,6 +380,8 @@ int64_t data_set_scratch_priv(const data_set *set) {
 core_status data_set_read_samples_priv(const data_set *set, int32_t k, int64_t first, int64_t count,
                                        uint8_t *scratch, const data_samples *out, int64_t at) {
   for (int64_t i = 0; i < count; ++i) out->shard[at + i] = k;
+  for (int64_t i = 0; out->sample != NULL && i < count; ++i)
+    out->sample[at + i] = set->sample_base[k] + first + i;
   if (set->index != NULL) {
     TRY(data_index_read_priv(set, k, first, count, scratch, out, at));
     return CORE_OK;

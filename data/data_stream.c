@@ -58,6 +58,12 @@ static core_status check_options(const data_stream *stream) {
     CHECK(o->range[i].lo >= 0 && o->range[i].lo <= o->range[i].hi && o->range[i].hi <= o->batch,
           CORE_ERR_ARGUMENT, "range [%lld, %lld) does not lie in a batch of %lld samples",
           (long long)o->range[i].lo, (long long)o->range[i].hi, (long long)o->batch);
+  for (int64_t i = 0; o->text != NULL && i < o->micro_batches; ++i)
+    CHECK(stream->set->text != NULL && o->text[i].lo >= 0 && o->text[i].lo <= o->text[i].hi &&
+              o->text[i].hi <= o->batch,
+          CORE_ERR_ARGUMENT, "tokens of [%lld, %lld) of a batch of %lld samples, of a set %s",
+          (long long)o->text[i].lo, (long long)o->text[i].hi, (long long)o->batch,
+          stream->set->text != NULL ? "with tokens" : "whose tokens were not taken");
   TRY(check_position(stream));
   TRY(check_policy(stream));
   return CORE_OK;
@@ -76,6 +82,11 @@ static core_status take_options(data_stream *stream, const data_stream_options *
   TRY(DATA_ALLOCATE(ranges, "ranges of a stream", &stream->range));
   memcpy(stream->range, o->range, (size_t)ranges * sizeof *stream->range);
   o->range = stream->range;
+  if (o->text != NULL) {
+    TRY(DATA_ALLOCATE(o->micro_batches, "ranges of tokens", &stream->text));
+    memcpy(stream->text, o->text, (size_t)o->micro_batches * sizeof *stream->text);
+    o->text = stream->text;
+  }
   stream->position = o->start;
   stream->window.order_epoch = -1;
   stream->direct = o->order.shuffle_samples == 0;
@@ -259,5 +270,6 @@ void data_stream_close(data_stream *stream) {
     (void)pthread_cond_destroy(conditions[i]);
   (void)pthread_mutex_destroy(&stream->lock);
   free(stream->range);
+  free(stream->text);
   free(stream);
 }

@@ -121,27 +121,44 @@ static core_status read_keys(const data_hdf5_file *file, data_extras *out) {
 
 /* ---- the shard ---- */
 
-static core_status read_file(const data_column *column, const data_hdf5_file *file, data_extras *out) {
+typedef core_status (*reading)(const data_column *column, const data_hdf5_file *file, data_extras *out);
+
+static core_status read_both(const data_column *column, const data_hdf5_file *file, data_extras *out) {
   data_file_identity now;
   TRY(data_hdf5_identity_priv(file, &now));
   CHECK(data_identity_equal_priv(&now, &column->identity), CORE_ERR_MISMATCH,
         "%s: was changed while it was in use", column->path);
   TRY(read_tokens(file, "prompt", out->samples, &out->prompted, &out->prompt, &out->prompt_offset));
   TRY(read_tokens(file, "target", out->samples, &out->targeted, &out->target, &out->target_offset));
+  return CORE_OK;
+}
+
+static core_status read_file(const data_column *column, const data_hdf5_file *file, data_extras *out) {
+  TRY(read_both(column, file, out));
   TRY(read_keys(file, out));
   return CORE_OK;
 }
 
-core_status data_extras_read_priv(const data_column *column, data_extras *out) {
+static core_status read_inside(const data_column *column, reading read, data_extras *out) {
   data_hdf5_file file;
   *out = (data_extras){.samples = column->samples};
   TRY(data_hdf5_enter_priv());
   core_status status = data_hdf5_open_priv(column->path, &file);
-  if (status == CORE_OK) status = read_file(column, &file, out);
+  if (status == CORE_OK) status = read(column, &file, out);
   data_hdf5_close_priv(&file);
   data_hdf5_leave_priv();
   if (status != CORE_OK) data_extras_release_priv(out);
   TRY(status);
+  return CORE_OK;
+}
+
+core_status data_extras_read_priv(const data_column *column, data_extras *out) {
+  TRY(read_inside(column, read_file, out));
+  return CORE_OK;
+}
+
+core_status data_tokens_read_priv(const data_column *column, data_extras *out) {
+  TRY(read_inside(column, read_both, out));
   return CORE_OK;
 }
 

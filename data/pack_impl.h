@@ -69,6 +69,8 @@ typedef struct data_extras {
 } data_extras;
 
 CORE_NODISCARD core_status data_extras_read_priv(const data_column *column, data_extras *out);
+/* The tokens alone. */
+CORE_NODISCARD core_status data_tokens_read_priv(const data_column *column, data_extras *out);
 void data_extras_release_priv(data_extras *extras);
 
 #endif

@@ -20,7 +20,16 @@ typedef struct data_samples {
   int32_t *label, *shard;
   int64_t *first[CORE_MAX_MODALITIES]; /* row of the shard at which the sample begins */
   int32_t *rows[CORE_MAX_MODALITIES];  /* 0: lacks the modality */
+  int64_t *sample;                     /* number in the set; NULL where nobody asks for tokens */
 } data_samples;
+
+/* Prompts and targets of all samples, in file order. */
+typedef struct data_text {
+  int32_t *token[2];       /* by data_text_kind */
+  int64_t *offset[2];      /* [samples + 1] */
+  data_length_run *run[3]; /* of lengths, by data_text_kind */
+  int64_t runs[3];
+} data_text;
 
 typedef struct data_index data_index; /* index_impl.h */
 
@@ -38,6 +47,7 @@ struct data_set {
   uint64_t *id;      /* [samples], NULL with an index */
   int32_t *label;    /* [samples], NULL with an index */
   data_index *index; /* NULL: none */
+  data_text *text;   /* NULL: not taken */
 };
 
 static inline const data_column *data_set_column_priv(const data_set *set, int32_t m, int32_t shard) {
@@ -53,6 +63,12 @@ CORE_NODISCARD core_status data_set_read_samples_priv(const data_set *set, int32
                                                       int64_t count, uint8_t *scratch,
                                                       const data_samples *out, int64_t at);
 int64_t data_set_scratch_priv(const data_set *set);
+/* Runs of `count` lengths, which are sorted on the way; freed by the caller. And the most that `samples`
+ * consecutive samples of a stream can have, who may reach over the end of an epoch. */
+CORE_NODISCARD core_status data_runs_make_priv(uint64_t *length, int64_t count, data_length_run **run,
+                                               int64_t *runs);
+int64_t data_runs_most_priv(const data_set *set, const data_length_run *run, int64_t runs, int64_t samples);
+void data_text_free_priv(data_text *text); /* NULL is allowed */
 /* Samples of about 4 MiB of latents: a batch for passing over a modality once. */
 int64_t data_set_moment_batch_priv(const data_set *set, int32_t m);
 

@@ -136,9 +136,32 @@ static core_status fill_latents(data_stream *stream, const data_plan *plan, int3
   return CORE_OK;
 }
 
+/* Tokens of one kind of the samples [lo, hi) of a batch. */
+static void copy_tokens(const data_stream *stream, const data_plan *plan, const data_text_part *part,
+                        data_text_kind kind, int64_t *offset, int32_t *token) {
+  const data_text *text = stream->set->text;
+  offset[0] = 0;
+  for (int64_t i = part->lo; i < part->hi; ++i) {
+    const int64_t *from = text->offset[kind] + plan->column.sample[i], count = from[1] - from[0];
+    int64_t *at = offset + (i - part->lo);
+    memcpy(token + at[0], text->token[kind] + from[0], (size_t)count * sizeof *token);
+    at[1] = at[0] + count;
+  }
+}
+
+static void fill_text(const data_stream *stream, const data_plan *plan, int32_t micro, data_text_part *part) {
+  const data_range *range = &stream->options.text[micro];
+  part->lo = range->lo < plan->samples ? range->lo : plan->samples;
+  part->hi = range->hi < plan->samples ? range->hi : plan->samples;
+  copy_tokens(stream, plan, part, DATA_TEXT_PROMPT, part->prompt_offset, part->prompt);
+  copy_tokens(stream, plan, part, DATA_TEXT_TARGET, part->target_offset, part->target);
+}
+
 static core_status fill_batch(data_stream *stream, const data_plan *plan, data_batch *batch, bool *going) {
   const int32_t modalities = stream->set->modalities;
   fill_columns(stream, plan, batch);
+  for (int32_t micro = 0; batch->text != NULL && micro < stream->options.micro_batches; ++micro)
+    fill_text(stream, plan, micro, &batch->text[micro]);
   for (int32_t micro = 0; micro < stream->options.micro_batches; ++micro)
     for (int32_t m = 0; m < modalities && *going; ++m) {
       const int32_t at = micro * modalities + m;

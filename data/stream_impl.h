@@ -129,7 +129,7 @@ typedef struct data_window {
 struct data_stream {
   const data_set *set;
   data_stream_options options; /* completed */
-  data_range *range;           /* copy of options.range */
+  data_range *range, *text;    /* copies of options.range and options.text */
   core_arena *arena, *latents; /* all else; the latents of batches, where a device can fetch them */
   int64_t bytes;
   bool direct; /* file order: the reader knows the batch of a plan */

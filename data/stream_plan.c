@@ -98,6 +98,26 @@ static void warn_small_cache(const data_stream *stream) {
 
 /* ---- memory ---- */
 
+static core_status take_text(data_stream *stream, const data_range *range, data_text_part *text) {
+  const int64_t asked = range->hi - range->lo;
+  data_text_part part = {0};
+  TRY(ARENA_TAKE(stream->arena, asked + 1, &part.prompt_offset));
+  TRY(ARENA_TAKE(stream->arena, asked + 1, &part.target_offset));
+  TRY(ARENA_TAKE(stream->arena, data_set_most_text(stream->set, DATA_TEXT_PROMPT, asked), &part.prompt));
+  TRY(ARENA_TAKE(stream->arena, data_set_most_text(stream->set, DATA_TEXT_TARGET, asked), &part.target));
+  if (!core_arena_is_dry(stream->arena)) *text = part;
+  return CORE_OK;
+}
+
+static core_status take_texts(data_stream *stream, data_batch *batch) {
+  const bool dry = core_arena_is_dry(stream->arena);
+  if (stream->options.text == NULL) return CORE_OK;
+  TRY(ARENA_TAKE(stream->arena, stream->options.micro_batches, &batch->text));
+  for (int32_t micro = 0; micro < stream->options.micro_batches; ++micro)
+    TRY(take_text(stream, &stream->options.text[micro], dry ? NULL : &batch->text[micro]));
+  return CORE_OK;
+}
+
 static core_status take_batch(data_stream *stream, data_batch *batch) {
   const data_set *set = stream->set;
   const int64_t samples = stream->options.batch,
@@ -118,6 +138,7 @@ static core_status take_batch(data_stream *stream, data_batch *batch) {
                         core_dtype_size(info->dtype), &part.latent));
     if (!dry) fresh.part[p] = part;
   }
+  TRY(take_texts(stream, &fresh));
   if (!dry) *batch = fresh;
   return CORE_OK;
 }
@@ -126,6 +147,7 @@ static core_status take_samples(data_stream *stream, int64_t count, data_samples
   TRY(ARENA_TAKE(stream->arena, count, &samples->id));
   TRY(ARENA_TAKE(stream->arena, count, &samples->label));
   TRY(ARENA_TAKE(stream->arena, count, &samples->shard));
+  if (stream->options.text != NULL) TRY(ARENA_TAKE(stream->arena, count, &samples->sample));
   for (int32_t m = 0; m < stream->set->modalities; ++m) {
     TRY(ARENA_TAKE(stream->arena, count, &samples->first[m]));
     TRY(ARENA_TAKE(stream->arena, count, &samples->rows[m]));

@@ -53,6 +53,7 @@ static void copy_sample(const data_samples *from, int64_t i, int32_t modalities,
   to->id[place] = from->id[i];
   to->label[place] = from->label[i];
   to->shard[place] = from->shard[i];
+  if (to->sample != NULL) to->sample[place] = from->sample[i];
   for (int32_t m = 0; m < modalities; ++m) {
     const int32_t rows = from->rows[m][i];
     to->first[m][place] = from->first[m][i];

@@ -166,6 +166,12 @@ typedef struct kern_ops {
   core_status (*attention_bwd)(kern_context *, const kern_attention *, core_tensor dout, core_tensor qkv,
                                core_tensor out, core_tensor lse, core_tensor dqkv);
 
+  /* One query a row against rows that are kept: q of qkv[n, (H + 2G) A] and the k and v of rows [first[i],
+   * first[i] + length[i]) of cache[R, (H + 2G) A], whose q is not read; int32 [n] both. out[n, H A]; 0 where
+   * nothing is kept. segments and mask are not read. All Active. */
+  core_status (*attention_cached)(kern_context *, const kern_attention *, core_tensor first,
+                                  core_tensor length, core_tensor qkv, core_tensor cache, core_tensor out);
+
   /* logits[T,E] = x[T,C] weight[E,C]^T + bias[E]: row by row in one fixed order, so that a row's logits
    * never depend on how many rows lie beside it. bias optional. x Active. */
   core_status (*router_logits)(kern_context *, core_tensor x, core_tensor weight, core_tensor bias,
@@ -204,7 +210,7 @@ typedef struct kern_ops {
    * where keep (uint8 [T,K], optional) is 0; index int32 [>= T K]: source token of each row. */
   core_status (*dispatch_plan)(kern_context *, core_tensor choice, core_tensor keep, int64_t experts,
                                int64_t *count, core_tensor slot, core_tensor index);
-  /* y[R,C] = rows of x[T,C] named by index int32 [R]. Active. */
+  /* y[R,C] = rows of x[T,C] named by index int32 [R]. Active, or both INT32. */
   core_status (*gather_rows)(kern_context *, core_tensor x, core_tensor index, core_tensor y);
   /* y[t] = sum over k of weight[t,k] x[slot[t,k]]; slot int32 [T,K] rows of x[R,C], -1 none; weight optional
    * (then 1), sum in order of k. This is the combine, and without weights the gradient of gather_rows. x, y
@@ -238,12 +244,20 @@ typedef struct kern_ops {
    * the ROW direction only (so that summing over all row blocks of both directions counts each term once). */
   core_status (*contrastive_bwd)(kern_context *, const kern_contrastive *, double weight, core_tensor lse_row,
                                  core_tensor lse_column, core_tensor cosine, core_tensor dscale);
-  /* Per row of logits[T,V]: loss[T] = lse - logit[target], lse[T]; target int32 [T], -1 = not counted (0). */
-  core_status (*cross_entropy_fwd)(kern_context *, core_tensor logits, core_tensor target, core_tensor lse,
-                                   core_tensor loss);
-  /* In place logits -> weight * (softmax - onehot); zero rows where target is -1. */
-  core_status (*cross_entropy_bwd)(kern_context *, double weight, core_tensor lse, core_tensor target,
-                                   core_tensor logits);
+  /* Columns [first, first + N) of logits over `all` of them, logits[T,N]; calls over all parts give, per row,
+   * lse[T] = log of the sum of all exponentials and positive[T] = logit of the target (int32 [T] in [0, all),
+   * or -1: none, positive stays). Before the first part lse is -infinity and positive 0: an online logsumexp
+   * (Milakov and Gimelshein 2018), so that logits exist a part at a time. */
+  core_status (*cross_entropy_fwd)(kern_context *, core_tensor logits, int64_t first, int64_t all,
+                                   core_tensor target, core_tensor lse, core_tensor positive);
+  /* dlogits[T,N] = weight (softmax - onehot) of the same columns, lse over all; zero rows where target is -1.
+   * dlogits Active; may be logits. */
+  core_status (*cross_entropy_bwd)(kern_context *, double weight, core_tensor lse, int64_t first, int64_t all,
+                                   core_tensor target, core_tensor logits, core_tensor dlogits);
+  /* Gradient of a table whose rows were looked up: dtable[entry[g]] += sum, in order, over i in segment g of
+   * dx[row[i]]. row int32 [N], the segments lie in it; entry int32 [segments], distinct. dx Active. */
+  core_status (*embedding_bwd)(kern_context *, kern_segments, core_tensor row, core_tensor entry,
+                               core_tensor dx, core_tensor dtable);
 
   /* y[T,D] = (x - shift[D]) * scale[D]; x float32, float16, bfloat16 or Real; y Active. */
   core_status (*standardize)(kern_context *, core_tensor x, core_tensor shift, core_tensor scale,

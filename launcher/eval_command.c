@@ -1,10 +1,13 @@
 /* antiphon eval */
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "launcher/eval_generate.h"
 #include "launcher/launcher.h"
+#include "trainer/caption.h"
 #include "trainer/health.h"
 #include "trainer/metrics.h"
 #include "trainer/retrieval.h"
@@ -59,6 +62,24 @@ static core_status retrieve(train_session *session, const evaluation *e) {
   if (status == CORE_OK && comm_rank(session->env.world) == 0) status = print_retrieval(session, e, result);
   free(result);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  return CORE_OK;
+}
+
+/* ---- a decoder ---- */
+
+static core_status measure_captions(train_session *session, const evaluation *e) {
+  train_caption result;
+  TRY(train_caption_run(session, &result));
+  if (comm_rank(session->env.world) != 0) return CORE_OK;
+  if (e->arguments->json)
+    printf("{\"step\":%" PRId64 ",\"evaluation\":{\"samples\":%" PRId64 ",\"predictions\":%" PRId64
+           ",\"next_token\":%.9g}}\n",
+           e->meta->step, result.samples, result.predictions, result.loss);
+  else
+    printf("%s, step %" PRId64 ", %" PRId64 " samples\n%" PRId64
+           " response tokens: loss %.4f, perplexity %.3f\n",
+           ckpt_reader_path(e->reader), e->meta->step, result.samples, result.predictions, result.loss,
+           exp(result.loss));
   return CORE_OK;
 }
 
@@ -125,6 +146,8 @@ static core_status find_classes(evaluation *e) {
 
 static core_status prepare_zero_shot(const train_settings *s, evaluation *e, train_session_options *options) {
   const launch_arguments *a = e->arguments;
+  CHECK(s->model.kind != TRAIN_KIND_DECODER, CORE_ERR_ARGUMENT,
+        "--zero-shot compares embeddings; a decoder has none");
   TRY(find_modality(s, "--items", launch_own(a, "--items") ? launch_own(a, "--items") : "image", &e->items));
   TRY(find_modality(s, "--prompts", launch_own(a, "--prompts") ? launch_own(a, "--prompts") : "text",
                     &e->prompts));
@@ -142,6 +165,18 @@ static core_status prepare_zero_shot(const train_settings *s, evaluation *e, tra
 
 /* ---- both ---- */
 
+static core_status measure(train_session *session, const evaluation *e) {
+  if (launch_own(e->arguments, "--generate"))
+    TRY(launch_eval_generate(session, e->arguments));
+  else if (launch_own(e->arguments, "--zero-shot"))
+    TRY(classify(session, e));
+  else if (session->env.settings->model.kind == TRAIN_KIND_DECODER)
+    TRY(measure_captions(session, e));
+  else
+    TRY(retrieve(session, e));
+  return CORE_OK;
+}
+
 static core_status open_and_run(comm_world *world, const core_config *config, evaluation *e) {
   train_session *session = NULL;
   const train_settings *s = core_config_data(config);
@@ -152,12 +187,13 @@ static core_status open_and_run(comm_world *world, const core_config *config, ev
                                    .comm = world,
                                    .purpose = TRAIN_PURPOSE_EVALUATE,
                                    .data_path = e->data,
-                                   .evaluation_split = e->split};
+                                   .evaluation_split = e->split,
+                                   .without_responses = launch_own(a, "--generate") != NULL};
   if (launch_own(a, "--zero-shot"))
     TRY(comm_agree(comm_control_group(world), prepare_zero_shot(s, e, &options)));
   core_status status = train_session_open(&options, &session);
   if (status == CORE_OK) status = load(session, e);
-  if (status == CORE_OK) status = launch_own(a, "--zero-shot") ? classify(session, e) : retrieve(session, e);
+  if (status == CORE_OK) status = measure(session, e);
   core_error saved;
   core_error_save(&saved);
   train_session_close(session);
@@ -198,15 +234,18 @@ static core_status eval(comm_world *world, launch_arguments *arguments, int *cod
 }
 
 static int run(const launch_command *command, int argc, char **argv) {
-  static const launch_option own[] = {
-      {"--zero-shot", true}, {"--items", true}, {"--prompts", true}, {"--capacity", true}, {NULL, false}};
+  static const launch_option own[] = {{"--zero-shot", true}, {"--items", true},    {"--prompts", true},
+                                      {"--capacity", true},  {"--generate", true}, {"--temperature", true},
+                                      {"--stop", true},      {NULL, false}};
   return launch_collective_own(command, own, argc, argv, 1, 2, eval);
 }
 
 const launch_command launch_eval_command = {
-    "eval", "retrieval of a checkpoint on held-out data, or zero-shot classification",
+    "eval",
+    "a checkpoint on held-out data: retrieval, zero-shot classification, a decoder's loss and responses",
     "usage: antiphon eval CHECKPOINT [DATA] [--split NAME] [--capacity C] [--json] [--set key=value]...\n"
-    "       antiphon eval CHECKPOINT [DATA] --zero-shot CLASSES [--items image] [--prompts text] [...]\n\n"
+    "       antiphon eval CHECKPOINT [DATA] --zero-shot CLASSES [--items image] [--prompts text] [...]\n"
+    "       antiphon eval CHECKPOINT [DATA] --generate N [--temperature T] [--stop TOKEN] [...]\n\n"
     "CHECKPOINT is a checkpoint (RUN/checkpoints/step-NNNNNNNN, or RUN/checkpoints/best of a run with\n"
     "checkpoint.keep_best) or a run directory (its newest sound checkpoint).\n"
     "DATA is a directory of splits; left out, the one the run was trained on.\n"
@@ -222,5 +261,10 @@ const launch_command launch_eval_command = {
     "intervals\n"
     "  --items MODALITY     what is classified, by its labels (image)\n"
     "  --prompts MODALITY   of the prompts (text)\n"
+    "  --generate N         of a decoder: continues every prompt by at most N tokens, a line of JSON a "
+    "sample; "
+    "on one rank\n"
+    "  --temperature T      draws tokens (by run.seed) instead of taking the likeliest\n"
+    "  --stop TOKEN         ends a response, and is not printed\n"
     "  --json               one JSON object instead\n",
     run};

@@ -25,7 +25,7 @@ static core_status draft_make(const train_settings *settings, const int64_t *wid
   for (int32_t m = 0; m < layout->modalities; m++) {
     layout->slot_count[m] = 1;
     assumed[m] = width[m] > 0 ? width[m] : 1;
-    CHECK(width[m] > 0 || settings->model.kind == TRAIN_KIND_TOWER, CORE_ERR_ARGUMENT,
+    CHECK(width[m] > 0 || settings->model.kind != TRAIN_KIND_CONNECTOR, CORE_ERR_ARGUMENT,
           "the width of '%s' is not known", settings->data.modalities[m].name);
   }
   TRY(train_model_create(&out->env, assumed, &out->model));
@@ -59,9 +59,9 @@ static void meet(const draft *d, const train_parameter *p, int64_t views, int64_
   int64_t E = d->env.settings->model.moe.experts, part = p->count * share_of(d, p);
   *parameters += part;
   if (p->rank != 2 || ends(p->name, ".position")) return; /* added or multiplied by element */
-  bool tower = d->env.settings->model.kind == TRAIN_KIND_TOWER;
+  bool connector = d->env.settings->model.kind == TRAIN_KIND_CONNECTOR;
   bool of_item =
-      tower ? begins(p->name, "head.") : !begins(p->name, "adapter.") && !begins(p->name, "blocks.");
+      !connector ? begins(p->name, "head.") : !begins(p->name, "adapter.") && !begins(p->name, "blocks.");
   double flops = 2 * (double)part / (double)E;
   if (of_item)
     path->item += flops;
@@ -70,7 +70,7 @@ static void meet(const draft *d, const train_parameter *p, int64_t views, int64_
 }
 
 /* Tokens of modality m through a tower: the shared trunk or its own. */
-static void follow_modality(const draft *d, int32_t m, train_path *path) {
+static void follow_modality(draft *d, int32_t m, train_path *path) {
   const train_model *model = d->model;
   int64_t units = 0;
   snprintf(path->name, sizeof path->name, "%s", d->env.settings->data.modalities[m].name);
@@ -79,6 +79,25 @@ static void follow_modality(const draft *d, int32_t m, train_path *path) {
   for (int32_t i = 0; i < model->parameters.count; i++) {
     const train_parameter *p = &model->parameters.list[i];
     if ((p->scope == TRAIN_SCOPE_MODALITY && p->modality != m) || is_unknown(d, p)) continue;
+    meet(d, p, 1, &units, path);
+  }
+  path->parameters = units / d->env.settings->model.moe.experts;
+}
+
+/* Class c of a decoder's tokens: the latents of a modality pass its connector, the tokens of the vocabulary
+ * are looked up, and each may have to be predicted. */
+static void follow_class(draft *d, int32_t c, train_path *path) {
+  const train_model *model = d->model;
+  bool vocabulary = c == d->env.layout.modalities;
+  int64_t units = 0;
+  snprintf(path->name, sizeof path->name, "%s", train_settings_class(d->env.settings, c));
+  path->tokens =
+      vocabulary ? 0 : d->tokens[c]; /* attention is over whole sequences, whose lengths are not known */
+  for (int32_t i = 0; i < model->parameters.count; i++) {
+    const train_parameter *p = &model->parameters.list[i];
+    bool table = i == model->decoder.embedding || i == model->decoder.output;
+    if (table && (!vocabulary || i != model->decoder.output)) continue;
+    if ((p->scope == TRAIN_SCOPE_MODALITY && p->modality != c) || is_unknown(d, p)) continue;
     meet(d, p, 1, &units, path);
   }
   path->parameters = units / d->env.settings->model.moe.experts;
@@ -100,8 +119,12 @@ static void follow_direction(draft *d, int32_t i, train_path *path) {
 
 static core_status count(draft *d, train_arithmetic *out) {
   const train_parameters *set = &d->model->parameters;
-  bool tower = d->env.settings->model.kind == TRAIN_KIND_TOWER;
-  out->paths = tower ? d->env.layout.modalities : d->model->alignment.directions;
+  int kind = d->env.settings->model.kind;
+  void (*const follow)(draft *, int32_t, train_path *) = kind == TRAIN_KIND_TOWER     ? follow_modality
+                                                         : kind == TRAIN_KIND_DECODER ? follow_class
+                                                                                      : follow_direction;
+  out->paths =
+      kind == TRAIN_KIND_CONNECTOR ? d->model->alignment.directions : train_settings_classes(d->env.settings);
   out->path = calloc((size_t)out->paths, sizeof *out->path);
   CHECK(out->path, CORE_ERR_MEMORY, "no memory for %d paths", out->paths);
   for (int32_t i = 0; i < set->count; i++) {
@@ -110,8 +133,7 @@ static core_status count(draft *d, train_arithmetic *out) {
     out->parameters += p->count;
     out->experts += p->scope == TRAIN_SCOPE_EXPERT ? p->count : 0;
   }
-  for (int32_t i = 0; i < out->paths; i++)
-    tower ? follow_modality(d, i, &out->path[i]) : follow_direction(d, i, &out->path[i]);
+  for (int32_t i = 0; i < out->paths; i++) follow(d, i, &out->path[i]);
   return CORE_OK;
 }
 

@@ -11,7 +11,8 @@
 #include "core/dims.h"
 #include "trainer/settings.h"
 
-/* A way through the model: the tokens of a modality through a tower, or one direction of a connector. */
+/* A way through the model: the tokens of a modality through a tower or a decoder, a decoder's own tokens
+ * ("vocabulary", with the product that predicts the next), or one direction of a connector. */
 typedef struct train_path {
   char name[2 * CORE_NAME]; /* "image", or "image:text" */
   int64_t parameters;       /* that one of its tokens or its item passes */

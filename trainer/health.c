@@ -56,7 +56,7 @@ void train_health_print(const train_moe_sums *sums, const train_settings *settin
       char name[2 * CORE_NAME];
       train_health h = train_health_of(sums, layer, m);
       if (h.tokens == 0) continue;
-      snprintf(name, sizeof name, "%d, %s", layer + 1, settings->data.modalities[m].name);
+      snprintf(name, sizeof name, "%d, %s", layer + 1, train_settings_class(settings, m));
       fprintf(out, "%-24s %9lld %8.2f%% %9.3f %9.3f %9.2f %9.3f\n", name, (long long)h.tokens,
               100 * h.dropped, h.entropy, h.entropy_of_mean, h.effective_experts, h.gate[0]);
     }

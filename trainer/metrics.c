@@ -70,7 +70,7 @@ static core_status plan_line(train_metrics *w) {
 }
 
 static const char *modality_name(const train_metrics *w, int32_t m) {
-  return w->model->env->settings->data.modalities[m].name;
+  return train_settings_class(w->model->env->settings, m);
 }
 
 /* ---- a step ---- */
@@ -91,6 +91,10 @@ static void put_directions(train_metrics *w, const train_report *r) {
 
 static void put_losses(train_metrics *w, const train_report *r, const train_contrastive *c) {
   put_number(w, "loss", r->loss);
+  if (w->model->env->settings->model.kind == TRAIN_KIND_DECODER) {
+    put_number(w, "next_token", r->next_token);
+    put(w, "\"predictions\":%" PRId64 ",", r->predictions);
+  }
   put_number(w, "contrastive", r->contrastive);
   put(w, "\"pairs\":{");
   for (int32_t p = 0; p < c->pairs; p++) {
@@ -115,7 +119,7 @@ static void put_losses(train_metrics *w, const train_report *r, const train_cont
 }
 
 static void put_speed(train_metrics *w, const train_report *r) {
-  int32_t M = w->model->env->layout.modalities;
+  int32_t M = train_settings_classes(w->model->env->settings);
   put(w, "\"tokens\":{");
   for (int32_t m = 0; m < M; m++) put(w, "\"%s\":%" PRId64 ",", modality_name(w, m), r->tokens[m]);
   close_with(w, '}');
@@ -237,6 +241,18 @@ core_status train_metrics_print(const train_model *model, int64_t step, const tr
   bool good = fwrite(w.line, 1, w.used, out) == w.used;
   free(w.line);
   CHECK(good, CORE_ERR_IO, "cannot write the evaluation: %s", strerror(errno));
+  return CORE_OK;
+}
+
+core_status train_metrics_caption(train_metrics *w, int64_t step, const train_caption *result) {
+  w->used = 0;
+  put(w, "{\"step\":%" PRId64 ",\"evaluation\":{\"samples\":%" PRId64 ",\"predictions\":%" PRId64 ",", step,
+      result->samples, result->predictions);
+  put_number(w, "next_token", result->loss);
+  put_number(w, "seconds", result->seconds);
+  put_layers(w);
+  close_with(w, '}');
+  TRY(finish_line(w));
   return CORE_OK;
 }
 

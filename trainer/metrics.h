@@ -3,6 +3,7 @@
 #define TRAIN_METRICS_H
 
 #include "data/data.h"
+#include "trainer/caption.h"
 #include "trainer/retrieval.h"
 #include "trainer/step.h"
 
@@ -21,6 +22,8 @@ CORE_NODISCARD core_status train_metrics_evaluation(train_metrics *metrics, int6
 /* The line of an evaluation on `out`, for who has no run directory. Local. */
 CORE_NODISCARD core_status train_metrics_print(const train_model *model, int64_t step,
                                                const train_retrieval *result, FILE *out);
+CORE_NODISCARD core_status train_metrics_caption(train_metrics *metrics, int64_t step,
+                                                 const train_caption *result);
 void train_metrics_close(train_metrics *metrics);
 
 #endif

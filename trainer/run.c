@@ -17,6 +17,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/stop.h"
+#include "trainer/caption.h"
 #include "trainer/health.h"
 #include "trainer/metrics.h"
 #include "trainer/session.h"
@@ -338,8 +339,20 @@ static bool stops_early(const run *r) {
   return train_early_stopping_due(&r->stopping);
 }
 
+static core_status evaluate_captions(run *r) {
+  train_caption result;
+  TRY(train_caption_run(r->session, &result));
+  r->evaluated = r->env->step;
+  LOG_INFO("step %lld: loss of %lld response tokens of %s %.4f (%.1f s)", (long long)r->env->step,
+           (long long)result.predictions, r->settings->data.validation, result.loss, result.seconds);
+  if (r->metrics && train_metrics_caption(r->metrics, r->env->step, &result) != CORE_OK)
+    LOG_WARNING("the evaluation is not in the metrics: %s", core_error_get()->message);
+  return CORE_OK;
+}
+
 /* table: print it, if the run prints one at its end and this is it. */
 static core_status evaluate(run *r, bool table) {
+  if (r->settings->model.kind == TRAIN_KIND_DECODER) return evaluate_captions(r);
   train_retrieval *result = malloc(sizeof *result);
   CHECK(result, CORE_ERR_MEMORY, "no memory for the evaluation");
   core_status status = train_retrieval_run(r->session, result);
@@ -386,7 +399,7 @@ static void show_progress(run *r, const train_report *report) {
   const train_settings *s = r->settings;
   int64_t tokens = 0, done = report->step - r->first_step;
   double now = core_clock_now(), elapsed = now - r->started;
-  for (int32_t m = 0; m < r->env->layout.modalities; m++) tokens += report->tokens[m];
+  for (int32_t c = 0; c < train_settings_classes(s); c++) tokens += report->tokens[c];
   r->rate_tokens = r->rate_tokens == 0 ? (double)tokens / report->wall
                                        : 0.9 * r->rate_tokens + 0.1 * (double)tokens / report->wall;
   double left = done > 0 ? elapsed / (double)done * (double)(s->run.steps - report->step) : 0;

@@ -12,13 +12,16 @@
 /* ---- opening data ---- */
 
 /* The modalities [first, first + count). */
-static core_status open_set(train_session *session, const char *path, const char *split, int32_t first,
-                            int32_t count, data_set **out) {
+static core_status open_set(train_session *session, const train_session_options *options, const char *path,
+                            const char *split, const train_span *modalities, data_set **out) {
   const train_settings *s = session->env.settings;
+  const data_text_options text = {s->model.vocabulary, !options->without_responses};
   const char *names[CORE_MAX_MODALITIES];
+  const int32_t first = (int32_t)modalities->first, count = (int32_t)modalities->count;
   for (int32_t m = 0; m < count; m++) names[m] = s->data.modalities[first + m].name;
   TRY(data_set_open(path, split, names, count, out));
   if (data_set_samples(*out) == 0) FAIL(CORE_ERR_FORMAT, "%s/%s holds no samples", path, split);
+  if (s->model.kind == TRAIN_KIND_DECODER) TRY(data_set_take_text(*out, &text));
   for (int32_t m = 0; m < count; m++) {
     const data_modality_info *info = data_set_modality(*out, m);
     char key[160];
@@ -50,7 +53,8 @@ static core_status open_part(train_session *session, const train_session_options
   part->path = wanted->path;
   part->split = wanted->split;
   part->modality = wanted->modality;
-  TRY(open_set(session, wanted->path, wanted->split, wanted->modality, 1, &part->set));
+  const train_span one = {wanted->modality, 1};
+  TRY(open_set(session, options, wanted->path, wanted->split, &one, &part->set));
   const data_modality_info *info = data_set_modality(part->set, 0);
   CHECK(!options->width || info->width == options->width[wanted->modality], CORE_ERR_MISMATCH,
         "'%s' in %s/%s is %lld wide, the model's is %lld", info->name, wanted->path, wanted->split,
@@ -63,11 +67,11 @@ static core_status open_data_local(train_session *session, const train_session_o
   const char *path = options->data_path ? options->data_path : s->data.path;
   TRY(kern_select(s->run.device, comm_local_rank(session->env.comm), &session->env.ops));
   session->env.active = s->run.precision == CORE_BFLOAT16 ? CORE_BFLOAT16 : CORE_REAL_DTYPE;
-  int32_t M = (int32_t)s->data.modalities_count;
+  const train_span all = {0, s->data.modalities_count};
   if (options->training_split)
-    TRY(open_set(session, path, options->training_split, 0, M, &session->training));
+    TRY(open_set(session, options, path, options->training_split, &all, &session->training));
   if (options->evaluation_split)
-    TRY(open_set(session, path, options->evaluation_split, 0, M, &session->evaluation));
+    TRY(open_set(session, options, path, options->evaluation_split, &all, &session->evaluation));
   TRY(check_widths(session));
   for (int32_t i = 0; i < options->part_count; i++) TRY(open_part(session, options, i));
   return CORE_OK;
@@ -179,6 +183,31 @@ static void add_limits(holder in, const train_layout *layout, int32_t m, train_m
   *group_rows = larger(*group_rows, rows);
 }
 
+/* Likewise the tokens of a decoder. */
+static void add_text(const data_set *set, const train_layout *layout, train_model_limits *limits,
+                     int64_t *group_text) {
+  if (!set) return;
+  int64_t own = train_layout_most_samples(layout, layout->rank, 0), text = 0;
+  for (int32_t slot = 0; slot < layout->expert_ranks; slot++)
+    text +=
+        data_set_most_text(set, DATA_TEXT_BOTH,
+                           train_layout_most_samples(layout, layout->group * layout->expert_ranks + slot, 0));
+  limits->text = larger(limits->text, data_set_most_text(set, DATA_TEXT_BOTH, own));
+  limits->predictions = larger(limits->predictions, data_set_most_text(set, DATA_TEXT_TARGET, own));
+  *group_text = larger(*group_text, text);
+}
+
+/* Rows of the longest sequence: of a modality, or of a decoder's sample. */
+static int64_t longest_sequence(const train_session *session, const data_set *set) {
+  bool decoder = session->env.settings->model.kind == TRAIN_KIND_DECODER;
+  int64_t longest = set && decoder ? data_set_longest_text(set, DATA_TEXT_BOTH) : 0;
+  for (int32_t m = 0; set && m < session->env.layout.modalities; m++) {
+    int64_t rows = data_set_modality(set, m)->longest;
+    longest = decoder ? longest + rows : larger(longest, rows);
+  }
+  return longest;
+}
+
 /* Bytes of a stored number of modality m, in the widest of the sets. */
 static size_t stored_bytes(const train_session *session, int32_t m) {
   size_t bytes = 1;
@@ -224,6 +253,10 @@ static train_model_limits find_limits(const train_session *session, const int64_
     limits.latent_bytes[m] = stored_bytes(session, m);
     groups.tokens[m] = group_rows;
   }
+  if (env->settings->model.kind == TRAIN_KIND_DECODER) {
+    add_text(session->training, &env->layout, &limits, &groups.text);
+    add_text(session->evaluation, &session->evaluation_layout, &limits, &groups.text);
+  }
   int64_t own = 0, segments = 0;
   train_model_rows(env->settings, &limits, &own, &segments);
   train_model_rows(env->settings, &groups, &limits.group_tokens, &segments);
@@ -254,12 +287,13 @@ static kern_limits kernel_limits(const train_session *session, const train_model
   width = larger(width, larger(model->Z, s->evaluate.batch));
   for (int32_t m = 0; m < session->env.layout.modalities; m++) {
     width = larger(width, larger(limits->width[m], s->data.modalities[m].hidden));
-    holder in[MOST_HOLDERS];
-    int32_t count = holders_of(session, m, in);
-    if (session->sizes) k.sequence = larger(k.sequence, session->sizes->longest[m]);
-    for (int32_t i = 0; i < count; i++)
-      k.sequence = larger(k.sequence, data_set_modality(in[i].set, in[i].place)->longest);
   }
+  k.sequence =
+      larger(longest_sequence(session, session->training), longest_sequence(session, session->evaluation));
+  for (int32_t m = 0; session->sizes && m < session->env.layout.modalities; m++)
+    k.sequence = larger(k.sequence, session->sizes->longest[m]);
+  for (int32_t i = 0; i < session->part_count; i++)
+    k.sequence = larger(k.sequence, data_set_modality(session->part[i].set, 0)->longest);
   k.updates = model->parameters.count;
   train_model_rows(s, limits, &k.rows, &k.segments);
   k.segments = larger(k.segments + 1, session->env.layout.batch);
@@ -490,11 +524,17 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
   for (int64_t i = 0; i < cells; i++)
     range[i] =
         train_layout_range(layout, layout->rank, (int32_t)(i % layout->modalities), i / layout->modalities);
+  data_range *text = calloc((size_t)layout->micro_batches, sizeof *text);
+  if (!text) free(range);
+  CHECK(text, CORE_ERR_MEMORY, "no memory for %lld ranges", (long long)layout->micro_batches);
+  for (int64_t micro = 0; micro < layout->micro_batches; micro++)
+    text[micro] = range[micro * layout->modalities];
   data_stream_options options = {.order = {s->run.seed, training ? s->data.shuffle : 0},
                                  .start = *start,
                                  .batch = layout->batch,
                                  .micro_batches = (int32_t)layout->micro_batches,
                                  .range = range,
+                                 .text = s->model.kind == TRAIN_KIND_DECODER ? text : NULL,
                                  .queue = (int32_t)s->data.queue,
                                  .threads = (int32_t)s->data.threads,
                                  .cache_bytes = s->data.cache << 20,
@@ -503,6 +543,7 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
                                  .repeat = training};
   core_status status = data_stream_open(set, &options, out);
   free(range);
+  free(text);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
 }

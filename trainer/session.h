@@ -36,6 +36,7 @@ typedef struct train_session_options {
   const int64_t *width; /* [M] of the latents that no split tells; NULL: a split with all modalities is
                            opened */
   const train_session_sizes *sizes; /* with no split: borrowed until the session is closed */
+  bool without_responses;           /* a decoder's samples need none: it is to continue their prompts */
 } train_session_options;
 
 typedef struct train_part {

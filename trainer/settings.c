@@ -38,7 +38,10 @@ static const cyaml_strval_t non_finite_words[] = {{"stop", TRAIN_NON_FINITE_STOP
                                                   {"skip", TRAIN_NON_FINITE_SKIP}};
 static const cyaml_strval_t busy_words[] = {{"delay", TRAIN_BUSY_DELAY}, {"wait", TRAIN_BUSY_WAIT}};
 
-static const cyaml_strval_t kind_words[] = {{"tower", TRAIN_KIND_TOWER}, {"connector", TRAIN_KIND_CONNECTOR}};
+static const cyaml_strval_t kind_words[] = {
+    {"tower", TRAIN_KIND_TOWER}, {"connector", TRAIN_KIND_CONNECTOR}, {"decoder", TRAIN_KIND_DECODER}};
+static const cyaml_strval_t scaling_words[] = {
+    {"none", TRAIN_ROPE_PLAIN}, {"linear", TRAIN_ROPE_LINEAR}, {"llama3", TRAIN_ROPE_LLAMA3}};
 static const cyaml_strval_t match_words[] = {{"active", TRAIN_MATCH_ACTIVE}, {"total", TRAIN_MATCH_TOTAL}};
 static const cyaml_strval_t trunk_words[] = {{"shared", TRAIN_TRUNK_SHARED},
                                              {"per_modality", TRAIN_TRUNK_PER_MODALITY}};
@@ -123,6 +126,15 @@ static const cyaml_schema_field_t moe_fields[] = {
     CYAML_FIELD_FLOAT("buffer", NEEDED, moe_part, buffer),
     CYAML_FIELD_END};
 
+typedef PART(model.rope_scaling) scaling_part;
+static const cyaml_schema_field_t scaling_fields[] = {
+    WORD("kind", scaling_part, kind, scaling_words),
+    CYAML_FIELD_FLOAT("factor", NEEDED, scaling_part, factor),
+    CYAML_FIELD_FLOAT("low", NEEDED, scaling_part, low),
+    CYAML_FIELD_FLOAT("high", NEEDED, scaling_part, high),
+    CYAML_FIELD_INT("length", NEEDED, scaling_part, length),
+    CYAML_FIELD_END};
+
 typedef PART(model) model_part;
 static const cyaml_schema_field_t model_fields[] = {
     WORD("kind", model_part, kind, kind_words),
@@ -140,6 +152,10 @@ static const cyaml_schema_field_t model_fields[] = {
     CORE_FIELD_BOOL("dense", model_part, dense),
     WORD("dense_match", model_part, dense_match, match_words),
     CORE_FIELD_BOOL("per_direction", model_part, per_direction),
+    CYAML_FIELD_INT("vocabulary", NEEDED, model_part, vocabulary),
+    CORE_FIELD_BOOL("tied", model_part, tied),
+    CORE_FIELD_BOOL("qkv_bias", model_part, qkv_bias),
+    CYAML_FIELD_MAPPING("rope_scaling", NEEDED, model_part, rope_scaling, scaling_fields),
     CORE_FIELD_BOOL("recompute", model_part, recompute),
     CYAML_FIELD_MAPPING("moe", NEEDED, model_part, moe, moe_fields),
     CYAML_FIELD_END};
@@ -237,7 +253,8 @@ static const char defaults[] =
     "model:\n  kind: tower\n  layers: 1\n  heads: 0\n"
     "  kv_heads: 0\n  head_width: 0\n  hidden: 0\n  embedding: 0\n  activation: swiglu\n"
     "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  trunks: shared\n  dense: false\n  dense_match: active\n"
-    "  per_direction: false\n  recompute: false\n"
+    "  per_direction: false\n  recompute: false\n  vocabulary: 0\n  tied: false\n"
+    "  qkv_bias: false\n  rope_scaling: {kind: none, factor: 1, low: 1, high: 4, length: 8192}\n"
     "  moe: {layers: every 2, experts: 8, choose: 1, hidden: 0, gate: softmax, partition: none,"
     " dispatch: dropless, capacity: '1.05', group_samples: 8, priority: gate, bias: false, dropout: 0, "
     "noise: 1, buffer: 1.5}\n"
@@ -278,6 +295,21 @@ int32_t train_settings_modality(const train_settings *settings, const char *name
   for (unsigned m = 0; m < settings->data.modalities_count; m++)
     if (strcmp(settings->data.modalities[m].name, name) == 0) return (int32_t)m;
   return -1;
+}
+
+int32_t train_settings_classes(const train_settings *settings) {
+  return (int32_t)settings->data.modalities_count + (settings->model.kind == TRAIN_KIND_DECODER);
+}
+
+const char *train_settings_class(const train_settings *settings, int32_t c) {
+  return c < (int32_t)settings->data.modalities_count ? settings->data.modalities[c].name : "vocabulary";
+}
+
+bool train_settings_router_losses(const train_settings *settings) {
+  bool any = settings->objective.importance > 0 || settings->objective.load > 0 || settings->objective.z > 0;
+  for (unsigned m = 0; m < settings->data.modalities_count; m++)
+    any = any || settings->data.modalities[m].local > 0 || settings->data.modalities[m].global > 0;
+  return any;
 }
 
 bool train_settings_pair(const train_settings *settings, const char *text, int32_t pair[2]) {

@@ -4,6 +4,7 @@
 #define TRAIN_SETTINGS_H
 
 #include "core/config.h"
+#include "core/dims.h"
 #include "core/status.h"
 
 typedef enum train_connector { TRAIN_CONNECTOR_LINEAR, TRAIN_CONNECTOR_MLP } train_connector;
@@ -22,11 +23,16 @@ typedef enum train_dispatch { TRAIN_DROPLESS, TRAIN_CAPACITY } train_dispatch;
 typedef enum train_priority { TRAIN_PRIORITY_GATE, TRAIN_PRIORITY_ORDER } train_priority;
 typedef enum train_placement { TRAIN_SHARED, TRAIN_PARTITIONED } train_placement;
 typedef enum train_rate_kind { TRAIN_RATE_CONSTANT, TRAIN_RATE_COSINE, TRAIN_RATE_RSQRT } train_rate_kind;
-typedef enum train_kind { TRAIN_KIND_TOWER, TRAIN_KIND_CONNECTOR } train_kind;
+typedef enum train_kind { TRAIN_KIND_TOWER, TRAIN_KIND_CONNECTOR, TRAIN_KIND_DECODER } train_kind;
 /* Whose trunk a token passes: the one of all modalities, or its modality's own dense one. */
 typedef enum train_trunks { TRAIN_TRUNK_SHARED, TRAIN_TRUNK_PER_MODALITY } train_trunks;
 /* Which experts a token may choose: all, or those of its modality (train_settings_expert_share). */
 typedef enum train_partition { TRAIN_PARTITION_NONE, TRAIN_PARTITION_MODALITY } train_partition;
+typedef enum train_rope_scaling {
+  TRAIN_ROPE_PLAIN,
+  TRAIN_ROPE_LINEAR, /* Chen et al. 2023: frequencies divided by the factor */
+  TRAIN_ROPE_LLAMA3  /* Dubey et al. 2024: slow ones divided, fast ones kept, in between blended */
+} train_rope_scaling;
 typedef enum train_match { TRAIN_MATCH_ACTIVE, TRAIN_MATCH_TOTAL } train_match;
 typedef enum train_alternate {
   TRAIN_ALTERNATE_NONE,
@@ -83,16 +89,27 @@ typedef struct train_settings {
     unsigned modalities_count;
   } data;
   struct {
-    int kind; /* train_kind: one tower with attention, or one connector between latent spaces (Alt-MoE) */
+    int kind; /* train_kind: one tower with attention, one connector between latent spaces (Alt-MoE), or a
+                 causal decoder in which latents are spliced (Uni-MoE) */
     int64_t width, layers, heads, kv_heads, head_width, hidden, embedding;
     int activation; /* train_activation of every feed-forward */
     double norm_epsilon, rope_base;
-    int trunks;        /* train_trunks: per_modality is the baseline of one dense tower for each modality */
-    int dense;         /* replace each MoE layer by a dense one of equal FLOPs per token */
-    int dense_match;   /* train_match: the dense layer has the parameters of the chosen experts, or of all of
-                          them */
-    int per_direction; /* a connector of its own for each direction instead of a shared one */
-    int recompute;     /* keep only the blocks' outputs for backward and compute the rest again */
+    int trunks;         /* train_trunks: per_modality is the baseline of one dense tower for each modality */
+    int dense;          /* replace each MoE layer by a dense one of equal FLOPs per token */
+    int dense_match;    /* train_match: the dense layer has the parameters of the chosen experts, or of all of
+                           them */
+    int per_direction;  /* a connector of its own for each direction instead of a shared one */
+    int64_t vocabulary; /* tokens of a decoder */
+    int tied;           /* its head is its embedding */
+    int qkv_bias;       /* attention's q, k and v have biases */
+    struct {
+      int kind; /* train_rope_scaling */
+      double factor;
+      double low, high; /* llama3: turns in `length` positions below which a frequency is slow, above which it
+                           is fast */
+      int64_t length;   /* llama3: positions that the model was first trained on */
+    } rope_scaling;
+    int recompute; /* keep only the blocks' outputs for backward and compute the rest again */
     struct {
       char *layers; /* none, all, every 2, first half, second half, or a list "1,3" */
       int64_t experts, choose;
@@ -178,6 +195,13 @@ bool train_settings_rule_valid(const char *rule, int64_t layers);
 bool train_settings_pair(const train_settings *settings, const char *text, int32_t pair[2]);
 /* The directions of a connector: from and toward. */
 bool train_settings_direction(const train_settings *settings, unsigned d, int32_t pair[2]);
+/* Classes of tokens that are counted apart: the modalities, and for a decoder the tokens of its vocabulary,
+ * last. And what a class is called. */
+enum { TRAIN_MAX_CLASSES = CORE_MAX_MODALITIES + 1 };
+int32_t train_settings_classes(const train_settings *settings);
+const char *train_settings_class(const train_settings *settings, int32_t c);
+/* Whether any loss hangs on the router's sums. */
+bool train_settings_router_losses(const train_settings *settings);
 /* Index of a modality by name, -1 if there is none. */
 int32_t train_settings_modality(const train_settings *settings, const char *name);
 

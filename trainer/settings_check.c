@@ -39,13 +39,18 @@ static core_status check_sizes(const core_config *config, const train_settings *
       {"run.early_stopping.min_delta", s->run.early_stopping.min_delta, 0, 1},
       {"model.width", (double)s->model.width, 1, large},
       {"model.layers", (double)s->model.layers, 1, 4096},
-      {"model.heads", (double)s->model.heads, s->model.kind == TRAIN_KIND_TOWER, 1024},
+      {"model.heads", (double)s->model.heads, s->model.kind != TRAIN_KIND_CONNECTOR, 1024},
       {"model.kv_heads", (double)s->model.kv_heads, 0, (double)s->model.heads},
       {"model.head_width", (double)s->model.head_width, 0, 4096},
       {"model.hidden", (double)s->model.hidden, 0, large},
       {"model.embedding", (double)s->model.embedding, 0, large},
       {"model.norm_epsilon", s->model.norm_epsilon, 0, 1},
       {"model.rope_base", s->model.rope_base, 1, 1e12},
+      {"model.vocabulary", (double)s->model.vocabulary, s->model.kind == TRAIN_KIND_DECODER ? 2 : 0, large},
+      {"model.rope_scaling.factor", s->model.rope_scaling.factor, 1, 1e6},
+      {"model.rope_scaling.low", s->model.rope_scaling.low, 1e-6, 1e6},
+      {"model.rope_scaling.high", s->model.rope_scaling.high, s->model.rope_scaling.low, 1e6},
+      {"model.rope_scaling.length", (double)s->model.rope_scaling.length, 1, huge},
       {"model.moe.experts", (double)s->model.moe.experts, 1, CORE_MAX_EXPERTS},
       {"model.moe.choose", (double)s->model.moe.choose, 1,
        (double)(s->model.moe.experts < CORE_MAX_CHOICES ? s->model.moe.experts : CORE_MAX_CHOICES)},
@@ -167,14 +172,53 @@ static core_status check_connector(const core_config *config, const train_settin
   return CORE_OK;
 }
 
+/* A decoder has no pairs, no directions, no heads of its modalities; whole samples belong to one rank. */
+static core_status check_decoder(const core_config *config, const train_settings *s) {
+  char key[160];
+  if (s->objective.pairs_count > 0)
+    return core_config_refuse(config, "objective.pairs", "a decoder predicts tokens: it has no pairs");
+  if (s->model.embedding > 0)
+    return core_config_refuse(config, "model.embedding", "a decoder has no common embedding: expected 0");
+  if (s->model.moe.dispatch != TRAIN_DROPLESS)
+    return core_config_refuse(config, "model.moe.dispatch", "a decoder drops nothing: expected dropless");
+  if (s->model.trunks != TRAIN_TRUNK_SHARED)
+    return core_config_refuse(config, "model.trunks",
+                              "a decoder's sequence holds all modalities: expected shared");
+  if (s->model.moe.partition != TRAIN_PARTITION_NONE)
+    return core_config_refuse(config, "model.moe.partition",
+                              "a decoder's tokens have no modality: expected none");
+  if (s->run.early_stopping.patience > 0 || s->checkpoint.keep_best)
+    return core_config_refuse(config, s->checkpoint.keep_best ? "checkpoint.keep_best" : "run.early_stopping",
+                              "follows the mean recall, and a decoder has none");
+  if (s->parallel.placement != TRAIN_SHARED)
+    return core_config_refuse(config, "parallel.placement",
+                              "a decoder's sequence holds all modalities of a sample: expected shared");
+  if (s->model.rope_scaling.kind == TRAIN_ROPE_LLAMA3 &&
+      !(s->model.rope_scaling.high > s->model.rope_scaling.low))
+    return core_config_refuse(config, "model.rope_scaling.high", "expected more than model.rope_scaling.low");
+  for (unsigned m = 0; m < s->data.modalities_count; m++) {
+    snprintf(key, sizeof key, "data.modalities.%.96s.positions", s->data.modalities[m].name);
+    if (s->data.modalities[m].positions == TRAIN_POSITIONS_ROPE)
+      return core_config_refuse(
+          config, key, "a decoder rotates every row by its place in the sequence: expected none or learned");
+    if (strcmp(s->data.modalities[m].name, train_settings_class(s, (int32_t)s->data.modalities_count)) == 0)
+      return core_config_refuse(config, "data.modalities", "'%s' is what a decoder's own tokens are called",
+                                s->data.modalities[m].name);
+  }
+  return CORE_OK;
+}
+
 static core_status check_schedule(const core_config *config, const train_settings *s) {
   unsigned D = s->objective.directions_count;
-  if (s->model.kind == TRAIN_KIND_TOWER) {
-    if (D > 0) return core_config_refuse(config, "objective.directions", "a tower has pairs, no directions");
+  if (s->model.kind != TRAIN_KIND_CONNECTOR) {
+    const char *what = s->model.kind == TRAIN_KIND_TOWER ? "tower" : "decoder";
+    if (D > 0)
+      return core_config_refuse(config, "objective.directions", "a %s has %s, no directions", what,
+                                s->model.kind == TRAIN_KIND_TOWER ? "pairs" : "responses");
     if (s->schedule.alternate != TRAIN_ALTERNATE_NONE)
-      return core_config_refuse(config, "schedule.alternate", "a tower has no directions to alternate");
+      return core_config_refuse(config, "schedule.alternate", "a %s has no directions to alternate", what);
     if (s->model.per_direction)
-      return core_config_refuse(config, "model.per_direction", "a tower has no directions");
+      return core_config_refuse(config, "model.per_direction", "a %s has no directions", what);
     return CORE_OK;
   }
   if (s->schedule.alternate == TRAIN_ALTERNATE_BLOCK && s->schedule.steps_count != D)
@@ -197,6 +241,10 @@ static core_status check_model(const core_config *config, const train_settings *
     TRY(check_connector(config, s));
     return check_capacity(config, s);
   }
+  bool decoder = s->model.kind == TRAIN_KIND_DECODER;
+  if (decoder) TRY(check_decoder(config, s));
+  if (!decoder && s->model.vocabulary > 0)
+    return core_config_refuse(config, "model.vocabulary", "only a decoder has one: expected 0");
   int64_t head_width = s->model.head_width ? s->model.head_width : s->model.width / s->model.heads;
   int64_t kv_heads = s->model.kv_heads ? s->model.kv_heads : s->model.heads;
   if (!s->model.head_width && s->model.width % s->model.heads != 0)
@@ -207,7 +255,7 @@ static core_status check_model(const core_config *config, const train_settings *
     return core_config_refuse(config, "model.kv_heads", "%lld must divide the %lld heads",
                               (long long)kv_heads, (long long)s->model.heads);
   for (unsigned m = 0; m < s->data.modalities_count; m++)
-    if (s->data.modalities[m].positions == TRAIN_POSITIONS_ROPE && head_width % 2 != 0)
+    if ((decoder || s->data.modalities[m].positions == TRAIN_POSITIONS_ROPE) && head_width % 2 != 0)
       return core_config_refuse(config, "model.head_width", "RoPE needs an even head width, got %lld",
                                 (long long)head_width);
   if (!train_settings_rule_valid(s->model.moe.layers, s->model.layers))
@@ -253,7 +301,7 @@ static core_status check_pairs(const core_config *config, const train_settings *
                                 "expected two different modalities of this configuration as a:b, got '%s'",
                                 s->objective.pairs[i]);
   }
-  if (s->objective.pairs_count == 0 && s->data.modalities_count < 2)
+  if (s->model.kind != TRAIN_KIND_DECODER && s->objective.pairs_count == 0 && s->data.modalities_count < 2)
     return core_config_refuse(config, "data.modalities", "a contrastive objective needs two modalities");
   return CORE_OK;
 }

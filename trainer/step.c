@@ -11,13 +11,23 @@
 #include "core/clock.h"
 #include "trainer/schedule/rate.h"
 
+static bool is_decoder(const train_stepper *stepper) {
+  return stepper->env->settings->model.kind == TRAIN_KIND_DECODER;
+}
+
 static bool is_connector(const train_stepper *stepper) {
   return stepper->env->settings->model.kind == TRAIN_KIND_CONNECTOR;
 }
 
-/* Sums of a step's losses: of each pair, or the contrastive and the regression part of each direction. */
+/* Sums of a step's losses: of each pair, or the contrastive and the regression part of each direction, or the
+ * one of a decoder. */
 static int64_t loss_parts(const train_stepper *stepper) {
+  if (is_decoder(stepper)) return 1;
   return is_connector(stepper) ? 2 * stepper->model->alignment.directions : stepper->contrastive.pairs;
+}
+
+static int32_t classes(const train_stepper *stepper) {
+  return train_settings_classes(stepper->env->settings);
 }
 
 core_status train_stepper_make(train_env *env, train_model *model, train_stepper *out) {
@@ -25,6 +35,7 @@ core_status train_stepper_make(train_env *env, train_model *model, train_stepper
   out->env = env;
   out->model = model;
   train_alternation_make(env->settings, &out->alternation);
+  if (is_decoder(out)) return CORE_OK;
   TRY(is_connector(out) ? train_alignment_loss_make(env, model, &out->alignment)
                         : train_contrastive_make(env, model->Z, &out->contrastive));
   return CORE_OK;
@@ -32,9 +43,10 @@ core_status train_stepper_make(train_env *env, train_model *model, train_stepper
 
 core_status train_stepper_plan(train_stepper *stepper, const train_arenas *arenas) {
   const train_moe_sums *sums = &stepper->model->sums;
-  int64_t cells = (int64_t)sums->layers * sums->modalities, M = stepper->env->layout.modalities;
-  TRY(is_connector(stepper) ? train_alignment_loss_plan(&stepper->alignment, stepper->model, arenas)
-                            : train_contrastive_plan(&stepper->contrastive, arenas));
+  int64_t cells = (int64_t)sums->layers * sums->modalities, M = classes(stepper);
+  if (!is_decoder(stepper))
+    TRY(is_connector(stepper) ? train_alignment_loss_plan(&stepper->alignment, stepper->model, arenas)
+                              : train_contrastive_plan(&stepper->contrastive, arenas));
   TRY(train_router_plan(&stepper->router, stepper->env, stepper->model->moe_layers, arenas));
   TRY(train_optimizer_plan(&stepper->optimizer, stepper->model, arenas));
   stepper->reduced_count =
@@ -100,6 +112,10 @@ static core_status backward_pass(train_stepper *stepper, const data_batch *batch
 
 static void put_losses(train_stepper *stepper) {
   const train_alignment_loss *alignment = &stepper->alignment;
+  if (is_decoder(stepper)) {
+    stepper->reduced[0] = stepper->model->decoder.loss;
+    return;
+  }
   if (!is_connector(stepper)) {
     memcpy(stepper->reduced, stepper->contrastive.loss, (size_t)loss_parts(stepper) * sizeof(double));
     return;
@@ -116,7 +132,7 @@ static core_status reduce_sums(train_stepper *stepper) {
   int64_t pairs = loss_parts(stepper), gates = train_moe_gate_count(sums);
   int64_t values = stepper->reduced_count - pairs - gates;
   double *reduced_gates = stepper->reduced + pairs + values;
-  int64_t M2 = 2 * stepper->env->layout.modalities, counts = stepper->counted_count - M2;
+  int64_t M2 = 2 * classes(stepper), counts = stepper->counted_count - M2;
   put_losses(stepper);
   if (values > 0) memcpy(stepper->reduced + pairs, sums->value.host, (size_t)values * sizeof(double));
   if (gates > 0) memcpy(reduced_gates, sums->gate_sum, (size_t)gates * sizeof(double));
@@ -130,9 +146,9 @@ static core_status reduce_sums(train_stepper *stepper) {
 }
 
 static void fill_counts(train_stepper *stepper, train_report *report) {
-  for (int32_t m = 0; m < stepper->env->layout.modalities; m++) {
-    report->tokens[m] = stepper->counted[m];
-    report->items[m] = stepper->counted[stepper->env->layout.modalities + m];
+  for (int32_t c = 0; c < classes(stepper); c++) {
+    report->tokens[c] = stepper->counted[c];
+    report->items[c] = stepper->counted[classes(stepper) + c];
   }
 }
 
@@ -179,6 +195,79 @@ static core_status tower_gradients(train_stepper *stepper, const data_batch *bat
   charge(env, TRAIN_PHASE_LOSS, mark, exchanged);
   TRY(backward_pass(stepper, batch, mark, exchanged));
   TRY(write_scale_gradient(stepper, report->scale));
+  return CORE_OK;
+}
+
+/* ---- a decoder ---- */
+
+/* Rows of each class, and samples that have any. */
+static void count_rows(train_stepper *stepper, const data_batch *batch, int64_t micro) {
+  const train_items *items = &stepper->model->items;
+  int32_t M = stepper->env->layout.modalities, C = classes(stepper);
+  const data_text_part *text = &batch->text[micro];
+  for (int32_t c = 0; c < C; c++) stepper->counted[c] += items->row_first[c + 1] - items->row_first[c];
+  for (int32_t m = 0; m < M; m++) {
+    const int64_t *offset = items->part_offset[m].host;
+    for (int64_t i = 0; i < items->part_count[m]; i++) stepper->counted[C + m] += offset[i + 1] > offset[i];
+  }
+  for (int64_t i = 0; i < text->hi - text->lo; i++)
+    stepper->counted[C + M] += text->target_offset[i + 1] > text->target_offset[i];
+}
+
+static core_status count_predictions(train_stepper *stepper, const data_batch *batch, int64_t *count) {
+  *count = 0;
+  for (int64_t micro = 0; micro < stepper->env->layout.micro_batches; micro++)
+    *count += train_decoder_predictions(stepper->model, batch, micro);
+  TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_INT64, count, 1));
+  return CORE_OK;
+}
+
+/* Forward, or both passes of every micro-batch one after the other. */
+static core_status decoder_passes(train_stepper *stepper, const data_batch *batch, train_mode mode,
+                                  bool forward, bool backward, double *mark, double *exchanged) {
+  train_env *env = stepper->env;
+  core_tensor router =
+      train_settings_router_losses(env->settings) ? stepper->router.weights.device : train_none();
+  for (int64_t micro = 0; micro < env->layout.micro_batches; micro++) {
+    if (forward) {
+      TRY(train_model_take(stepper->model, batch, micro, -1));
+      TRY(train_model_forward(stepper->model, mode));
+      if (mode == TRAIN_MODE_TRAIN) count_rows(stepper, batch, micro);
+      charge(env, TRAIN_PHASE_FORWARD, mark, exchanged);
+    }
+    if (backward) TRY(train_model_backward(stepper->model, router));
+    charge(env, TRAIN_PHASE_BACKWARD, mark, exchanged);
+  }
+  return CORE_OK;
+}
+
+static core_status fill_decoder_losses(train_stepper *stepper, train_report *report) {
+  double count = report->predictions > 0 ? (double)report->predictions : 1;
+  TRY(reduce_sums(stepper));
+  TRY(train_router_evaluate(&stepper->router, &stepper->model->sums, &report->router));
+  const train_router_loss *r = &report->router;
+  report->next_token = stepper->reduced[0] / count;
+  report->loss = report->next_token + r->importance + r->load + r->z + r->local + r->global;
+  fill_counts(stepper, report);
+  return CORE_OK;
+}
+
+/* A token's loss needs nothing of other samples, only the losses on the router's sums need all of them:
+ * without such losses each micro-batch goes forward and back at once, otherwise as a tower's. */
+static core_status decoder_gradients(train_stepper *stepper, const data_batch *batch, train_report *report,
+                                     double *mark, double *exchanged) {
+  train_env *env = stepper->env;
+  bool waits = train_settings_router_losses(env->settings), several = env->layout.micro_batches > 1;
+  TRY(train_moe_sums_clear(env, &stepper->model->sums));
+  memset(stepper->counted, 0, (size_t)stepper->counted_count * sizeof *stepper->counted);
+  stepper->model->decoder.loss = 0;
+  TRY(count_predictions(stepper, batch, &report->predictions));
+  stepper->model->decoder.weight = report->predictions > 0 ? 1 / (double)report->predictions : 0;
+  TRY(decoder_passes(stepper, batch, TRAIN_MODE_TRAIN, true, !waits, mark, exchanged));
+  comm_note(env->comm, env->step, -1, "objective");
+  TRY(fill_decoder_losses(stepper, report));
+  charge(env, TRAIN_PHASE_LOSS, mark, exchanged);
+  if (waits) TRY(decoder_passes(stepper, batch, TRAIN_MODE_AGAIN, several, true, mark, exchanged));
   return CORE_OK;
 }
 
@@ -251,7 +340,7 @@ static core_status connector_gradients(train_stepper *stepper, const data_batch 
   return CORE_OK;
 }
 
-/* ---- both ---- */
+/* ---- all ---- */
 
 core_status train_stepper_gradients(train_stepper *stepper, const data_batch *batch, train_report *report) {
   train_env *env = stepper->env;
@@ -260,6 +349,7 @@ core_status train_stepper_gradients(train_stepper *stepper, const data_batch *ba
   train_model_activate(stepper->model, report->direction);
   TRY(train_optimizer_clear(stepper->model));
   TRY(is_connector(stepper) ? connector_gradients(stepper, batch, report, &mark, &exchanged)
+      : is_decoder(stepper) ? decoder_gradients(stepper, batch, report, &mark, &exchanged)
                             : tower_gradients(stepper, batch, report, &mark, &exchanged));
   comm_note(env->comm, env->step, -1, "gradient reduction");
   TRY(train_optimizer_reduce(stepper->model));

@@ -17,12 +17,14 @@ typedef struct train_report {
   double loss;                               /* what was differentiated: contrastive + router losses */
   double contrastive, pair[TRAIN_MAX_PAIRS]; /* mean over pairs; of each pair (or direction of a connector) */
   double regression[TRAIN_MAX_DIRECTIONS];   /* of each direction of a connector, not weighted */
+  double next_token;                         /* of a decoder: mean over `predictions` */
+  int64_t predictions;                       /* response tokens of the global batch */
   int32_t direction;                         /* that was trained; -1: all, or a tower */
   train_router_loss router;
-  double scale;                                                    /* 1 / temperature used */
-  double rate, norm, clip;                                         /* clip: factor on gradients, 1 = none */
-  bool skipped;                                                    /* non-finite: nothing was updated */
-  int64_t tokens[CORE_MAX_MODALITIES], items[CORE_MAX_MODALITIES]; /* global */
+  double scale;                                                /* 1 / temperature used */
+  double rate, norm, clip;                                     /* clip: factor on gradients, 1 = none */
+  bool skipped;                                                /* non-finite: nothing was updated */
+  int64_t tokens[TRAIN_MAX_CLASSES], items[TRAIN_MAX_CLASSES]; /* global, by class */
   double seconds[TRAIN_PHASE_COUNT], wall;
 } train_report;
 
@@ -36,7 +38,7 @@ typedef struct train_stepper {
   train_optimizer optimizer;
   double *reduced; /* [pairs + sums] */
   int64_t reduced_count;
-  int64_t *counted; /* [sums + 2 M] */
+  int64_t *counted; /* [sums + 2 classes] */
   int64_t counted_count;
 } train_stepper;
 

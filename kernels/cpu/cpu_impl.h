@@ -128,6 +128,8 @@ CORE_NODISCARD core_status kern_check_index_priv(const char *op, const char *nam
 /* offset[0] = 0, ascending, offset[count] = rows. */
 CORE_NODISCARD core_status kern_check_offset_priv(const char *op, const char *name, const int64_t *offset,
                                                   int64_t count, int64_t rows);
+/* Columns [first, first + n) of `all`. */
+CORE_NODISCARD core_status kern_check_columns_priv(const char *op, int64_t first, int64_t n, int64_t all);
 /* A size against the limit that the context was made for. */
 CORE_NODISCARD core_status kern_check_limit_priv(const char *op, const char *name, int64_t size,
                                                  int64_t limit);
@@ -166,6 +168,9 @@ core_status kern_attention_fwd_cpu(kern_context *context, const kern_attention *
                                    core_tensor out, core_tensor lse);
 core_status kern_attention_bwd_cpu(kern_context *context, const kern_attention *attention, core_tensor dout,
                                    core_tensor qkv, core_tensor out, core_tensor lse, core_tensor dqkv);
+core_status kern_attention_cached_cpu(kern_context *context, const kern_attention *attention,
+                                      core_tensor first, core_tensor length, core_tensor qkv,
+                                      core_tensor cache, core_tensor out);
 core_status kern_router_logits_cpu(kern_context *context, core_tensor x, core_tensor weight, core_tensor bias,
                                    core_tensor logits);
 core_status kern_router_logits_bwd_cpu(kern_context *context, core_tensor dlogits, core_tensor x,
@@ -209,10 +214,13 @@ core_status kern_contrastive_fwd_cpu(kern_context *context, const kern_contrasti
 core_status kern_contrastive_bwd_cpu(kern_context *context, const kern_contrastive *rows, double weight,
                                      core_tensor lse_row, core_tensor lse_column, core_tensor cosine,
                                      core_tensor dscale);
-core_status kern_cross_entropy_fwd_cpu(kern_context *context, core_tensor logits, core_tensor target,
-                                       core_tensor lse, core_tensor loss);
-core_status kern_cross_entropy_bwd_cpu(kern_context *context, double weight, core_tensor lse,
-                                       core_tensor target, core_tensor logits);
+core_status kern_cross_entropy_fwd_cpu(kern_context *context, core_tensor logits, int64_t first, int64_t all,
+                                       core_tensor target, core_tensor lse, core_tensor positive);
+core_status kern_cross_entropy_bwd_cpu(kern_context *context, double weight, core_tensor lse, int64_t first,
+                                       int64_t all, core_tensor target, core_tensor logits,
+                                       core_tensor dlogits);
+core_status kern_embedding_bwd_cpu(kern_context *context, kern_segments segments, core_tensor row,
+                                   core_tensor entry, core_tensor dx, core_tensor dtable);
 core_status kern_standardize_cpu(kern_context *context, core_tensor x, core_tensor shift, core_tensor scale,
                                  core_tensor y);
 core_status kern_adamw_cpu(kern_context *context, const kern_adamw *list, int64_t n, core_tensor gradient,

@@ -85,3 +85,9 @@ core_status kern_check_limit_cuda_priv(const char *op, const char *name, int64_t
         name, (long long)size, (long long)limit);
   return CORE_OK;
 }
+
+core_status kern_check_columns_cuda_priv(const char *op, int64_t first, int64_t n, int64_t all) {
+  CHECK(first >= 0 && n >= 0 && all <= INT32_MAX && first <= all - n, CORE_ERR_ARGUMENT,
+        "%s: columns %lld to %lld of %lld", op, (long long)first, (long long)(first + n), (long long)all);
+  return CORE_OK;
+}

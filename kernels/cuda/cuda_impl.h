@@ -39,11 +39,11 @@ enum {
 #define KERN_CUDA_OPS(X)                                                                                   \
   X(gemm) X(gemm_grouped) X(bias_fwd) X(bias_bwd) X(gelu_fwd) X(gelu_bwd) X(swiglu_fwd) X(swiglu_bwd)      \
   X(rmsnorm_fwd) X(rmsnorm_bwd) X(layernorm_fwd) X(layernorm_bwd) X(rope)                                  \
-  X(attention_fwd) X(attention_bwd) X(router_logits) X(router_logits_bwd) X(router_noise) X(softmax_fwd)   \
+  X(attention_fwd) X(attention_bwd) X(attention_cached) X(router_logits) X(router_logits_bwd) X(router_noise) X(softmax_fwd)   \
   X(router_choose) X(router_gate_bwd) X(router_sums) X(router_sums_bwd) X(router_count) X(dispatch_plan)   \
   X(gather_rows) X(combine_fwd) X(combine_bwd) X(segment_mean_fwd) X(segment_mean_bwd)                     \
   X(position_fwd) X(position_bwd) X(l2norm_fwd) X(l2norm_bwd) X(contrastive_fwd) X(contrastive_bwd)        \
-  X(cross_entropy_fwd) X(cross_entropy_bwd) X(standardize) X(adamw) X(sum_squares) X(cast) X(axpy)         \
+  X(cross_entropy_fwd) X(cross_entropy_bwd) X(embedding_bwd) X(standardize) X(adamw) X(sum_squares) X(cast) X(axpy)         \
   X(scale) X(fill) X(bias_grouped_fwd) X(bias_grouped_bwd) X(dropout) X(regression)
 #define KERN_CUDA_MANAGEMENT(X) X(context_create) X(context_destroy) X(context_bytes) X(context_threads)
 // clang-format on
@@ -157,6 +157,8 @@ CORE_NODISCARD core_status kern_check_segments_cuda_priv(const char *op, const k
                                                          int64_t rows, int64_t longest);
 CORE_NODISCARD core_status kern_check_offset_cuda_priv(const char *op, const char *name,
                                                        const int64_t *offset, int64_t count, int64_t rows);
+CORE_NODISCARD core_status kern_check_columns_cuda_priv(const char *op, int64_t first, int64_t n,
+                                                        int64_t all);
 CORE_NODISCARD core_status kern_check_limit_cuda_priv(const char *op, const char *name, int64_t size,
                                                       int64_t limit);
 #define KERN_CHECK(tensor, dtype, ...) \

@@ -109,8 +109,8 @@ def rmsnorm(x, weight, epsilon):
 
 
 def is_moe(rule, layers, layer):
-    if rule == "all":
-        return True
+    if rule in ("all", "none"):
+        return rule == "all"
     if rule == "second half":
         return layer >= layers - layers // 2
     if rule.startswith("every "):
@@ -362,7 +362,7 @@ def rate(optimizer, t, steps):
 def decays(name):
     """Weight decay is for matrices: not for norms, biases, embeddings, routers, the temperature."""
     return not (name.endswith("norm.weight") or name.endswith(".bias") or name.endswith(".position")
-                or name.endswith("router.weight") or name == "log_scale")
+                or name.endswith("router.weight") or name in ("log_scale", "embedding.weight"))
 
 
 class Optimizer:
@@ -386,7 +386,8 @@ class Optimizer:
             group["lr"] = lr
         self.adamw.step()
         with torch.no_grad():
-            self.P["log_scale"].clamp_(max=math.log(self.config["objective"]["largest_scale"]))
+            if "log_scale" in self.P:
+                self.P["log_scale"].clamp_(max=math.log(self.config["objective"]["largest_scale"]))
         self.t += 1
         return norm, factor, lr
 

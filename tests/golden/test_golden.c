@@ -50,6 +50,12 @@ static const variant variants[] = {
     {4, {"parallel.experts=4", "parallel.placement=partitioned", "model.moe.buffer=0.5"}},
 };
 
+static bool is_partitioned(const variant *v) {
+  for (int i = 0; i < 4 && v->set[i]; i++)
+    if (strstr(v->set[i], "partitioned")) return true;
+  return false;
+}
+
 static comm_world *world;
 static const char *extra; /* one more override, for all variants */
 
@@ -201,6 +207,10 @@ static bool is_connector(const train_model *model) {
   return model->env->settings->model.kind == TRAIN_KIND_CONNECTOR;
 }
 
+static bool is_decoder(const train_model *model) {
+  return model->env->settings->model.kind == TRAIN_KIND_DECODER;
+}
+
 static void compare_report(check *c, const train_report *report, const train_stepper *stepper) {
   const golden_scalars *want = &c->golden->scalar;
   const train_router_loss *router = &report->router;
@@ -213,6 +223,10 @@ static void compare_report(check *c, const train_report *report, const train_ste
   compare_number(c, "global loss", router->global, want->global);
   compare_number(c, "scale", report->scale, want->scale);
   compare_number(c, "norm", report->norm, want->norm);
+  if (is_decoder(stepper->model)) {
+    compare_number(c, "next-token loss", report->next_token, c->golden->pair[0]);
+    return;
+  }
   const train_contrastive *contrastive =
       is_connector(stepper->model) ? &stepper->alignment.contrastive : &stepper->contrastive;
   if (contrastive->pairs != c->golden->pair_count)
@@ -270,9 +284,40 @@ static void compare_embeddings(check *c, const train_model *model, int64_t batch
     compare_vectors(c, model, m, model->head[m].z, items->sample_first[m], items->part_count[m], batch);
 }
 
+/* The loss of each token of each response, in the order of the samples that this rank has. */
+static void compare_tokens(check *c, const train_model *model, const data_text_part *text, int64_t batch) {
+  const train_decoder *d = &model->decoder;
+  const int64_t *offset = model->items.offset.host, most = c->golden->embedding_count / batch;
+  core_real *lse = test_fetch(model->env->ops->device, train_rows(d->lse.device, d->predicted));
+  core_real *positive = test_fetch(model->env->ops->device, train_rows(d->positive.device, d->predicted));
+  int64_t next = 0;
+  for (int64_t i = 0; i < text->hi - text->lo; i++) {
+    int64_t targets = text->target_offset[i + 1] - text->target_offset[i];
+    bool given = offset[i + 1] - offset[i] == targets; /* nothing before: the first token is not predicted */
+    const double *want = c->golden->embedding + (text->lo + i) * most;
+    for (int64_t t = 0; t < targets; t++) {
+      char name[64];
+      snprintf(name, sizeof name, "token %lld of sample %lld", (long long)t, (long long)(text->lo + i));
+      bool first = given && t == 0;
+      compare_scaled(c, name, first ? 0 : (double)lse[next] - (double)positive[next], want[t], 1);
+      next += !first;
+    }
+  }
+  if (next != d->predicted)
+    WRONG(c, "%lld predictions, expected %lld", (long long)d->predicted, (long long)next);
+  free(lse);
+  free(positive);
+}
+
 static void compare_evaluation(check *c, train_session *session, const data_batch *batch) {
   train_model *model = session->model;
   int64_t M = session->env.layout.modalities;
+  for (int64_t micro = 0; is_decoder(model) && micro < session->env.layout.micro_batches; micro++) {
+    must(train_model_take(model, batch, micro, -1));
+    must(train_model_forward(model, TRAIN_MODE_EVALUATE));
+    compare_tokens(c, model, &batch->text[micro], batch->samples);
+  }
+  if (is_decoder(model)) return;
   if (c->golden->embedding_count != M * batch->samples * model->Z || model->Z > 256) {
     WRONG(c, "embeddings are %lld wide", (long long)model->Z);
     return;
@@ -306,6 +351,10 @@ static void compare_step(check *c, train_session *session, const data_batch *bat
   compare_number(c, "loss after the step", report.loss, c->golden->scalar.loss_after);
 }
 
+static bool is_of_decoder(const golden_case *golden) {
+  return strstr(golden->config, "\"kind\": \"decoder\"") != NULL;
+}
+
 static void run_variant(check *c, const variant *v) {
   core_config *config = NULL;
   train_session *session = NULL;
@@ -323,7 +372,7 @@ static void run_variant(check *c, const variant *v) {
   train_session_options options = {.config = config,
                                    .comm = world,
                                    .purpose = TRAIN_PURPOSE_TRAIN,
-                                   .data_path = FOLDER,
+                                   .data_path = is_of_decoder(c->golden) ? FOLDER "/decoder" : FOLDER,
                                    .training_split = "train"};
   must(train_session_open(&options, &session));
   must(train_session_standardise(session));
@@ -336,15 +385,14 @@ static void run_variant(check *c, const variant *v) {
   core_config_destroy(config);
 }
 
-/* *state: name of the case. */
-static void agrees_with_pytorch(void **state) {
-  const char *name = *state;
-  golden_case *golden = golden_read(FOLDER "/golden.h5", name);
+/* name of the case; file: where it lies. */
+static void agree(const char *file, const char *name) {
+  golden_case *golden = golden_read(file, name);
   comm_group *all = comm_world_group(world);
   int64_t failures = 0;
   for (size_t i = 0; i < sizeof variants / sizeof *variants; i++) {
     const variant *v = &variants[i];
-    if (v->ranks != comm_size(all)) continue;
+    if (v->ranks != comm_size(all) || (is_of_decoder(golden) && is_partitioned(v))) continue;
     check c = {.golden = golden};
     int length = snprintf(c.title, sizeof c.title, "%s", name);
     for (int32_t s = 0; s < 4 && v->set[s]; s++)
@@ -360,6 +408,17 @@ static void agrees_with_pytorch(void **state) {
   assert_int_equal(failures, 0);
 }
 
+/* *state: name of the case. */
+static void agrees_with_pytorch(void **state) {
+  agree(FOLDER "/golden.h5", *state);
+}
+
+static void decoder_agrees_with_pytorch(void **state) {
+  agree(FOLDER "/decoder.h5", *state);
+}
+
+#define DECODER(name) \
+  { name, decoder_agrees_with_pytorch, NULL, NULL, name }
 #define CASE(name) \
   { name, agrees_with_pytorch, NULL, NULL, name }
 
@@ -367,9 +426,10 @@ static void agrees_with_pytorch(void **state) {
 int main(int argc, char **argv) {
   if (argc > 1) extra = argv[1];
   const struct CMUnitTest tests[] = {
-      CASE("dropless"),    CASE("priority"),  CASE("order"),     CASE("entropy"), CASE("noise"),
-      CASE("absent"),      CASE("towers"),    CASE("partition"), CASE("dense"),   CASE("joint"),
-      CASE("alternating"), CASE("connector"), CASE("mlp")};
+      CASE("dropless"),    CASE("priority"),  CASE("order"),     CASE("entropy"),    CASE("noise"),
+      CASE("absent"),      CASE("towers"),    CASE("partition"), CASE("dense"),      CASE("joint"),
+      CASE("alternating"), CASE("connector"), CASE("mlp"),       DECODER("spliced"), DECODER("tied"),
+      DECODER("noisy"),    DECODER("plain")};
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;
   int failed = test_device_missing(extra, comm_local_rank(world));

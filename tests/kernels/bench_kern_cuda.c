@@ -36,7 +36,7 @@ typedef struct bench {
   core_tensor real, other, m, v, cosine, one_row, other_row, inv, stat, loss, lse, weight, bias, dweight,
       dbias, frequency, table;
   core_tensor logits, prob, noisy, gate, dgate, w_router, dw_router, dx_router;
-  core_tensor copy, position, target, choice, slot, key, sums, one, count, valid;
+  core_tensor copy, position, entry, target, choice, slot, key, sums, one, count, valid;
   /* of products */
   kern_form form;
   core_tensor a, b, result;
@@ -146,8 +146,12 @@ static double seconds(bench *b, core_status (*run)(bench *b)) {
   X(l2norm_fwd, 0, 2, 0, 0, (b->context, b->real, b->other, line(b->inv)))                                 \
   X(l2norm_bwd, 1, 2, 0, 0, (b->context, b->real, b->other, line(b->inv), KERN_SET, b->dx))                \
   X(contrastive_fwd, 0, 1, 0, 0, (b->context, &b->contrastive, b->cosine, b->one_row, b->other_row))       \
-  X(cross_entropy_fwd, 0, 1, 0, 0, (b->context, b->real, line(b->target), line(b->inv), line(b->loss)))    \
-  X(cross_entropy_bwd, 0, 2, 0, 0, (b->context, 1e-3, line(b->inv), line(b->target), b->other))            \
+  X(cross_entropy_fwd, 0, 1, 0, 0,                                                                         \
+    (b->context, b->real, 0, b->c, line(b->target), line(b->inv), line(b->loss)))                          \
+  X(cross_entropy_bwd, 0, 2, 0, 0,                                                                         \
+    (b->context, 1e-3, line(b->inv), 0, b->c, line(b->target), b->other, b->other))                        \
+  X(embedding_bwd, 1, 1, 0, 0,                                                                             \
+    (b->context, b->attention.segments, line(b->position), line(b->entry), b->dx, b->other))               \
   X(standardize, 1, 1, 0, 0, (b->context, b->real, line(b->weight), line(b->bias), b->y))                  \
   X(adamw, 0, 7.5, 0, 0, (b->context, b->list, RANGES, b->real, b->other, b->m, b->v, b->copy))            \
   X(sum_squares, 0, 1, 0, 0, (b->context, b->real, line(b->one)))                                          \
@@ -351,6 +355,7 @@ static void make_segments(bench *b) {
   const int32_t heads = (int32_t)(b->c / HEAD);
   b->attention = (kern_attention){segments, heads, heads, HEAD, KERN_BIDIRECTIONAL, 1 / sqrt(HEAD)};
   b->means = normals(b, b->active, count, b->c);
+  b->entry = integers(b, CORE_INT32, 1, count, itself);
   b->table = normals(b, CORE_FLOAT32, longest, b->c);
 }
 

@@ -72,25 +72,93 @@ static void case_contrastive_bwd(battery *b) {
   }
 }
 
+/* Columns [from, to) of the logits, as a tensor of their own that the battery does not judge. */
+static core_tensor copy_columns(battery *b, const item *logits, int64_t from, int64_t to) {
+  const int64_t rows = logits->tensor.shape[0], all = logits->tensor.shape[1], n = to - from;
+  core_tensor part = core_tensor_2(NULL, CORE_REAL_DTYPE, rows, n);
+  core_real *host = malloc((size_t)(rows * n) * sizeof *host + 1);
+  for (int64_t i = 0; i < rows * n; i++) host[i] = (core_real)logits->ref[i / n * all + from + i % n];
+  battery_expect_ok(b, b->ops->device->allocate(core_tensor_bytes(&part) + 1, &part.data));
+  battery_expect_ok(b, b->ops->device->copy(part.data, host, core_tensor_bytes(&part), NULL));
+  free(host);
+  return part;
+}
+
+/* lse begins at -infinity, positive at 0. */
+static void begin_rows(battery *b, const item *lse, const item *positive) {
+  battery_expect_ok(b, b->ops->fill(b->context, -INFINITY, lse->tensor));
+  battery_expect_ok(b, b->ops->fill(b->context, 0, positive->tensor));
+}
+
+/* Whole rows, then (variant 1) in three parts, of which one is empty. The gradient is Active. */
 static void case_cross_entropy(battery *b) {
-  const int64_t t = b->s.t, v = b->s.c * 7;
-  item *logits = ADD(b, "logits", TOL_SUM, 3, t, v), *target = ADD_INT(b, "target", t);
-  item *lse = ADD(b, "lse", TOL_SUM, 1, t), *loss = ADD(b, "loss", TOL_SUM, 1, t);
+  const int64_t t = b->s.t, v = b->s.c * 7, cut[4] = {0, v / 3, v / 3, v};
+  item *logits = ADD(b, "logits", TOL_EXACT, 3, t, v), *target = ADD_INT(b, "target", t);
+  item *lse = ADD(b, "lse", TOL_SUM, 1, t), *positive = ADD(b, "positive", TOL_EXACT, 1, t);
+  item *dlogits = ADD_ACTIVE(b, "dlogits", TOL_SUM, 1, t, v);
   for (int64_t i = 0; i < t; i++) target->ref[i] = i % 4 == 1 ? -1 : (double)battery_pick(b, v);
   battery_upload(b, target);
-  battery_expect_ok(
-      b, b->ops->cross_entropy_fwd(b->context, logits->tensor, target->tensor, lse->tensor, loss->tensor));
-  battery_expect_ok(b,
-                    b->ops->cross_entropy_bwd(b->context, 0.25, lse->tensor, target->tensor, logits->tensor));
+  begin_rows(b, lse, positive);
+  if (b->s.variant == 0)
+    battery_expect_ok(b, b->ops->cross_entropy_fwd(b->context, logits->tensor, 0, v, target->tensor,
+                                                   lse->tensor, positive->tensor));
+  for (int part = 0; part < 3 && b->s.variant == 1; part++) {
+    core_tensor some = copy_columns(b, logits, cut[part], cut[part + 1]);
+    battery_expect_ok(b, b->ops->cross_entropy_fwd(b->context, some, cut[part], v, target->tensor,
+                                                   lse->tensor, positive->tensor));
+    battery_expect_ok(b, b->ops->device->stream_wait(NULL));
+    b->ops->device->release(some.data);
+  }
+  battery_expect_ok(b, b->ops->cross_entropy_bwd(b->context, 0.25, lse->tensor, 0, v, target->tensor,
+                                                 logits->tensor, dlogits->tensor));
   for (int64_t i = 0; i < t; i++) {
+    const int64_t own = (int64_t)target->ref[i];
     double sum = 0;
     for (int64_t j = 0; j < v; j++) sum += exp(logits->ref[i * v + j]);
-    lse->ref[i] = log(sum);
-    loss->ref[i] = target->ref[i] < 0 ? 0 : log(sum) - logits->ref[i * v + (int64_t)target->ref[i]];
-    for (int64_t j = 0; j < v; j++) {
-      const double p = exp(logits->ref[i * v + j]) / sum;
-      logits->ref[i * v + j] = target->ref[i] < 0 ? 0 : 0.25 * (p - (j == (int64_t)target->ref[i]));
-    }
+    lse->ref[i] = v > 0 ? log(sum) : -INFINITY;
+    positive->ref[i] = own < 0 ? 0 : logits->ref[i * v + own];
+    for (int64_t j = 0; j < v; j++)
+      dlogits->ref[i * v + j] = own < 0 ? 0 : 0.25 * (exp(logits->ref[i * v + j]) / sum - (j == own));
+  }
+}
+
+/* In place, the last columns only: the target of a row may lie before them. */
+static void case_cross_entropy_part(battery *b) {
+  const int64_t t = b->s.t, n = b->s.c * 3, first = 5, all = first + n;
+  item *logits = ADD(b, "logits", TOL_SUM, 2, t, n), *target = ADD_INT(b, "target", t);
+  item *lse = ADD(b, "lse", TOL_EXACT, 1, t);
+  for (int64_t i = 0; i < t; i++) {
+    target->ref[i] = i % 4 == 1 ? -1 : (double)battery_pick(b, all);
+    lse->ref[i] = (double)(core_real)(6 + lse->ref[i]);
+  }
+  battery_upload(b, target), battery_upload(b, lse);
+  battery_expect_ok(b, b->ops->cross_entropy_bwd(b->context, 0.5, lse->tensor, first, all, target->tensor,
+                                                 logits->tensor, logits->tensor));
+  for (int64_t i = 0; i < t * n; i++) {
+    const double own = target->ref[i / n], p = exp(logits->ref[i] - lse->ref[i / n]);
+    logits->ref[i] = own < 0 ? 0 : 0.5 * (p - (own == (double)(first + i % n)));
+  }
+}
+
+/* Entries that nobody looked up stay; one looked up without rows too. */
+static void case_embedding(battery *b) {
+  const int64_t t = b->s.t, c = b->s.c;
+  int64_t offset[1024];
+  const kern_segments segments = battery_segments(b, t, offset);
+  item *dx = ADD_ACTIVE(b, "dx", TOL_EXACT, 1, t + 2, c), *row = ADD_INT(b, "row", t);
+  item *entry = ADD_INT(b, "entry", segments.count);
+  item *dtable = ADD(b, "dtable", TOL_SUM, 1, segments.count + 3, c);
+  for (int64_t i = 0; i < t; i++) row->ref[i] = (double)battery_pick(b, t + 2);
+  for (int64_t s = 0; s < segments.count; s++) /* distinct, not in order */
+    entry->ref[s] = (double)(segments.count - 1 - s + 2);
+  battery_upload(b, row), battery_upload(b, entry);
+  for (int time = 0; time < 2; time++) {
+    battery_expect_ok(b, b->ops->embedding_bwd(b->context, segments, row->tensor, entry->tensor, dx->tensor,
+                                               dtable->tensor));
+    for (int64_t s = 0; s < segments.count; s++)
+      for (int64_t i = offset[s]; i < offset[s + 1]; i++)
+        for (int64_t j = 0; j < c; j++)
+          dtable->ref[(int64_t)entry->ref[s] * c + j] += dx->ref[(int64_t)row->ref[i] * c + j];
   }
 }
 
@@ -118,7 +186,9 @@ static void case_regression(battery *b) {
 const battery_case battery_loss[] = {
     {"contrastive_fwd", case_contrastive_fwd, 1, 2},
     {"contrastive_bwd", case_contrastive_bwd, 1, 2},
-    {"cross_entropy", case_cross_entropy, 1, 1},
+    {"cross_entropy", case_cross_entropy, 1, 2},
+    {"cross_entropy_part", case_cross_entropy_part, 1, 1},
+    {"embedding", case_embedding, 1, 1},
     {"regression", case_regression, 1, 4},
 };
 const int battery_loss_count = sizeof battery_loss / sizeof *battery_loss;

@@ -132,6 +132,40 @@ static void case_attention(battery *b) {
   free(a);
 }
 
+/* Rows of any place and length in a cache; one keeps nothing. Variant 1: grouped heads. */
+static void case_attention_cached(battery *b) {
+  const int64_t n = b->s.t, A = b->s.c, group = b->s.variant ? 3 : 1, H = 2 * group, R = 2 * n + 5;
+  const int64_t row = (H + 4) * A;
+  const kern_attention attention = {
+      .heads = (int32_t)H, .kv_heads = 2, .head_width = (int32_t)A, .scale = 1 / sqrt((double)A)};
+  item *qkv = ADD_ACTIVE(b, "qkv", TOL_EXACT, 1, n, row),
+       *cache = ADD_ACTIVE(b, "cache", TOL_EXACT, 1, R, row);
+  item *first = ADD_INT(b, "first", n), *length = ADD_INT(b, "length", n),
+       *out = ADD_ACTIVE(b, "out", TOL_SUM, 1, n, H * A);
+  for (int64_t i = 0; i < n; i++) {
+    length->ref[i] = i % 5 == 3 ? 0 : (double)(1 + battery_pick(b, R < 40 ? R : 40));
+    first->ref[i] = (double)battery_pick(b, R - (int64_t)length->ref[i] + 1);
+  }
+  battery_upload(b, first), battery_upload(b, length);
+  battery_expect_ok(b, b->ops->attention_cached(b->context, &attention, first->tensor, length->tensor,
+                                                qkv->tensor, cache->tensor, out->tensor));
+  for (int64_t i = 0; i < n * H; i++) {
+    const int64_t h = i % H, k = (H + h / group) * A, v = k + 2 * A, from = (int64_t)first->ref[i / H];
+    const double *q = qkv->ref + i / H * row + h * A;
+    double p[64], sum = 0;
+    for (int64_t j = 0; j < (int64_t)length->ref[i / H]; j++) {
+      double dot = 0;
+      for (int64_t a = 0; a < A; a++) dot += q[a] * cache->ref[(from + j) * row + k + a];
+      sum += p[j] = exp(attention.scale * dot);
+    }
+    for (int64_t a = 0; a < A; a++) {
+      out->ref[i * A + a] = 0;
+      for (int64_t j = 0; j < (int64_t)length->ref[i / H]; j++)
+        out->ref[i * A + a] += p[j] / sum * cache->ref[(from + j) * row + v + a];
+    }
+  }
+}
+
 static void case_segment_mean(battery *b) {
   const int64_t t = b->s.t, c = b->s.c;
   int64_t offset[1024];
@@ -173,6 +207,7 @@ static void case_position(battery *b) {
 const battery_case battery_sequence[] = {
     {"rope", case_rope, 1, 2},
     {"attention", case_attention, 1, 4},
+    {"attention_cached", case_attention_cached, 1, 2},
     {"segment_mean", case_segment_mean, 2, 1},
     {"position", case_position, 1, 1},
 };

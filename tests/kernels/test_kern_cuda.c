@@ -107,31 +107,39 @@ static void bad_indices_are_reported_and_harmless(void **state) {
   (void)state;
   kern_context *c = new_context();
   const int32_t bad[] = {0, 1, 2, 77, -9, 1, 0, 3};
-  const int64_t offset[] = {0, 4, 8}, astray[] = {0, 4000, 8};
+  const int64_t offset[] = {0, 4, 8}, astray[] = {0, 4000, 8}, whole[] = {0, 8};
   core_tensor x = on_device(CORE_FLOAT32, 8, 12, NULL), y = on_device(CORE_FLOAT32, 8, 12, NULL);
   core_tensor list = on_device(CORE_INT32, 4, 2, bad), gate = on_device(CORE_FLOAT32, 4, 2, NULL);
   core_tensor four = on_device(CORE_FLOAT32, 4, 12, NULL), row = on_device(CORE_FLOAT32, 1, 8, NULL);
   core_tensor at = on_device(CORE_INT64, 1, 3, astray), slot = on_device(CORE_INT32, 4, 2, bad);
-  core_tensor zeros = on_device(CORE_INT64, 1, 32, NULL);
+  core_tensor zeros = on_device(CORE_INT64, 1, 32, NULL), whole_at = on_device(CORE_INT64, 1, 2, whole);
   expect_fault(cuda->gather_rows(c, x, line(list), y), "gather_rows", "is ");
   expect_fault(cuda->combine_fwd(c, x, list, none, KERN_SET, four), "combine_fwd", "is ");
   expect_fault(cuda->combine_bwd(c, four, x, list, none, y, gate), "combine_bwd", "is ");
   expect_fault(cuda->router_gate_bwd(c, KERN_GATE_SOFTMAX, gate, four, list, gate, KERN_SET, four),
                "router_gate_bwd", "is ");
-  expect_fault(cuda->cross_entropy_fwd(c, x, line(list), line(row), line(row)), "cross_entropy_fwd", "is ");
-  expect_fault(cuda->cross_entropy_bwd(c, 1, line(row), line(list), x), "cross_entropy_bwd", "is ");
+  expect_fault(cuda->cross_entropy_fwd(c, x, 0, 12, line(list), line(row), line(row)), "cross_entropy_fwd",
+               "is ");
+  expect_fault(cuda->cross_entropy_bwd(c, 1, line(row), 0, 12, line(list), x, x), "cross_entropy_bwd", "is ");
+  expect_fault(cuda->embedding_bwd(c, (kern_segments){whole, line(whole_at), 1}, line(list),
+                                   core_tensor_1(slot.data, CORE_INT32, 1), x, y),
+               "embedding_bwd", "is ");
   expect_fault(cuda->router_count(c, list, list, core_tensor_1(zeros.data, CORE_INT64, 26)), "router_count",
                "is ");
   expect_fault(cuda->segment_mean_fwd(c, (kern_segments){offset, line(at), 2}, x,
                                       core_tensor_2(four.data, CORE_FLOAT32, 2, 12)),
                "segment_mean_fwd", "is ");
+  const kern_attention one_head = {.heads = 1, .kv_heads = 1, .head_width = 4, .scale = 1};
+  expect_fault(cuda->attention_cached(c, &one_head, line(list), line(list), x, y,
+                                      core_tensor_2(four.data, CORE_FLOAT32, 8, 4)),
+               "attention_cached", "is ");
   expect_fault(cuda->dropout(c, 1, 2, 0.5, core_tensor_1(zeros.data, CORE_UINT64, 4), list, x), "dropout",
                "is ");
   int64_t count[4];
   expect_refusal(cuda->dispatch_plan(c, list, none, 4, count, slot, line(list)), CORE_ERR_ARGUMENT,
                  "dispatch_plan", "is ");
   expect_ok(cuda->device->stream_wait(NULL));
-  const core_tensor all[] = {x, y, list, gate, four, row, at, slot, zeros};
+  const core_tensor all[] = {x, y, list, gate, four, row, at, slot, zeros, whole_at};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) cuda->device->release(all[i].data);
   cuda->context_destroy(c);
 }

@@ -82,9 +82,11 @@ static void run_rows(session *s) {
          dweight->of[side]);
     BOTH(s, l2norm_fwd, r->of[side], unit->of[side], line(norm->of[side]));
     BOTH(s, l2norm_bwd, logits->of[side], unit->of[side], line(norm->of[side]), KERN_SET, y->of[side]);
-    BOTH(s, cross_entropy_fwd, logits->of[side], line(target->of[side]), line(lse->of[side]),
+    const int64_t columns = logits->of[CPU].shape[1];
+    BOTH(s, cross_entropy_fwd, logits->of[side], 0, columns, line(target->of[side]), line(lse->of[side]),
          line(loss->of[side]));
-    BOTH(s, cross_entropy_bwd, 0.5, line(lse->of[side]), line(target->of[side]), logits->of[side]);
+    BOTH(s, cross_entropy_bwd, 0.5, line(lse->of[side]), 0, columns, line(target->of[side]), logits->of[side],
+         logits->of[side]);
     BOTH(s, regression, KERN_SMOOTH_L1, 0.5, r->of[side], unit->of[side], line(valid->of[side]),
          line(loss->of[side]), y->of[side]);
     twin_finish(s, c);

@@ -482,19 +482,57 @@ static void cross_entropy_setup(grad *g) {
 static core_tensor out_row(const grad *g, int64_t row) {
   return core_tensor_1(values(g->out) + row * T, CORE_REAL_DTYPE, T);
 }
+/* In two parts of the columns. */
+static core_tensor columns_of(grad *g, int64_t from, int64_t to) {
+  const core_tensor part = take(g, T, to - from, 0);
+  for (int64_t i = 0; i < T * (to - from); i++)
+    values(part)[i] = values(g->value[0])[i / (to - from) * C + from + i % (to - from)];
+  return part;
+}
 static double cross_entropy_loss(grad *g) {
-  must(g->ops->cross_entropy_fwd(g->context, g->value[0], core_tensor_1(targets, CORE_INT32, T),
-                                 out_row(g, 0), out_row(g, 1)));
+  const core_tensor target = core_tensor_1(targets, CORE_INT32, T);
   double loss = 0;
-  for (int64_t i = 0; i < T; i++) loss += 0.3 * (double)values(g->out)[T + i];
+  for (int64_t i = 0; i < T; i++) values(g->out)[i] = -INFINITY, values(g->out)[T + i] = 0;
+  const int64_t kept = g->used;
+  must(
+      g->ops->cross_entropy_fwd(g->context, columns_of(g, 0, 2), 0, C, target, out_row(g, 0), out_row(g, 1)));
+  must(
+      g->ops->cross_entropy_fwd(g->context, columns_of(g, 2, C), 2, C, target, out_row(g, 0), out_row(g, 1)));
+  g->used = kept;
+  for (int64_t i = 0; i < T; i++)
+    if (targets[i] >= 0) loss += 0.3 * ((double)values(g->out)[i] - (double)values(g->out)[T + i]);
   return loss;
 }
 static void cross_entropy_backward(grad *g) {
   const core_tensor logits = take(g, T, C, 0);
   memcpy(logits.data, g->value[0].data, core_tensor_bytes(&logits));
-  must(g->ops->cross_entropy_bwd(g->context, 0.3, out_row(g, 0), core_tensor_1(targets, CORE_INT32, T),
-                                 logits));
+  must(g->ops->cross_entropy_bwd(g->context, 0.3, out_row(g, 0), 0, C, core_tensor_1(targets, CORE_INT32, T),
+                                 logits, logits));
   must(g->ops->axpy(g->context, 1, logits, g->gradient[0]));
+}
+
+/* Looked up by combine: the loss is a weighted sum of the rows. */
+static void embedding_setup(grad *g) {
+  input(g, T, C);
+  g->out = take(g, T, C, 1);
+}
+static int32_t looked_up[T] = {4, 1, 4, -1, 0, 1, 4};
+static double embedding_loss(grad *g) {
+  const int64_t kept = g->used;
+  const core_tensor y = take(g, T, C, 0);
+  double sum = 0;
+  must(g->ops->combine_fwd(g->context, g->value[0], core_tensor_2(looked_up, CORE_INT32, T, 1),
+                           (core_tensor){0}, KERN_SET, y));
+  for (int64_t i = 0; i < T * C; i++) sum += (double)values(y)[i] * (double)values(g->out)[i];
+  g->used = kept;
+  return sum;
+}
+static void embedding_backward(grad *g) {
+  int32_t row[] = {4, 1, 5, 0, 2, 6}, entry[] = {0, 1, 4};
+  int64_t offset[] = {0, 1, 3, 6};
+  const kern_segments entries = {offset, core_tensor_1(offset, CORE_INT64, 4), 3};
+  must(g->ops->embedding_bwd(g->context, entries, core_tensor_1(row, CORE_INT32, 6),
+                             core_tensor_1(entry, CORE_INT32, 3), g->out, g->gradient[0]));
 }
 
 static void regression_setup(grad *g) {
@@ -525,7 +563,7 @@ static const grad_case cases[] = {
     CASE(rope, 1),         CASE(attention, 4),   CASE(segment_mean, 1),  CASE(position, 1),
     CASE(gate, 2),         CASE(logits, 2),      CASE(sums, 5),          CASE(combine, 1),
     CASE(gather, 1),       CASE(contrastive, 1), CASE(cross_entropy, 1), CASE(regression, 2),
-    CASE(bias_grouped, 1),
+    CASE(bias_grouped, 1), CASE(embedding, 1),
 };
 
 /* Each element of each input: (L(x + h) - L(x - h)) / 2h. */

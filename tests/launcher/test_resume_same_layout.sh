@@ -75,6 +75,28 @@ resume_equals "a connector, adaptive" 1 9 8 --set schedule.alternate=adaptive --
   --set schedule.gain=20
 resume_equals "a connector, joint" 2 5 4 --set parallel.experts=2 --set parallel.placement=partitioned
 
+# A decoder: tokens come from the shards, its losses need no second pass where the router has none.
+cat >"$work/decoder.yaml" <<END
+run: {directory: $work/run, seed: 7, steps: 20, log: 5, deadline: 60, threads: 1}
+data:
+  path: $work/data
+  shuffle: 16
+  cache: 8
+  modalities: [{name: image, positions: none}, {name: text, connector: mlp}]
+model: {kind: decoder, vocabulary: 40, width: 16, layers: 2, heads: 2, qkv_bias: true,
+  moe: {experts: 4, choose: 2, hidden: 24, gate: renormalised}}
+optimizer: {batch: 8, rate: 0.003, warmup: 2}
+checkpoint: {interval: 0, keep: 10}
+evaluate: {batch: 16, at_end: false}
+END
+rm -rf "$work/data"
+prepare samples=45 absent=5 vocabulary=40
+cp "$work/decoder.yaml" "$work/config.yaml"
+resume_equals "a decoder" 1 3 4
+resume_equals "a decoder, experts over ranks, accumulation" 2 5 4 --set parallel.experts=2 --set optimizer.accumulate=2
+resume_equals "a decoder, tied, no router losses" 2 5 4 --set model.tied=true --set objective.importance=0 \
+  --set objective.load=0 --set objective.z=0 --set optimizer.accumulate=2
+
 rm -rf "$work/data"
 prepare samples=48
 resume_equals "exactly at the end of an epoch" 1 6 7

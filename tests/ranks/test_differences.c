@@ -43,9 +43,21 @@ static const char connector[] =
     "            importance: 0, load: 0, z: 0}\n"
     "optimizer: {batch: 8}\n";
 
+static const char decoder[] =
+    "run: {directory: unused, seed: 3, steps: 20, threads: 1, deadline: 60}\n"
+    "data:\n"
+    "  path: unused\n"
+    "  modalities:\n"
+    "    - {name: image, positions: none}\n"
+    "    - {name: text, length: 12, connector: mlp, hidden: 12, global: 0.05, experts: 4}\n"
+    "    - {name: speech, positions: none, local: 0.02}\n"
+    "model: {kind: decoder, vocabulary: 40, width: 12, layers: 3, heads: 4, kv_heads: 2, head_width: 4,\n"
+    "        hidden: 10, qkv_bias: true, moe: {layers: every 2, experts: 4, choose: 2, bias: true}}\n"
+    "optimizer: {batch: 8}\n";
+
 static const struct {
   const char *name, *config;
-  const char *set[5];
+  const char *set[6];
   const char *sized; /* a parameter that must have so many rows; NULL: none */
   int64_t rows;
 } cases[] = {
@@ -73,6 +85,13 @@ static const struct {
     {"tower, recomputed, accumulated",
      tower,
      {"model.recompute=true", "optimizer.accumulate=2", NULL},
+     NULL,
+     0},
+    {"decoder", decoder, {NULL}, "output.weight", 40},
+    {"decoder, tied, linear positions, recomputed, accumulated",
+     decoder,
+     {"model.tied=true", "model.rope_scaling.kind=linear", "model.rope_scaling.factor=4",
+      "model.recompute=true", "optimizer.accumulate=2"},
      NULL,
      0},
     {"connector, joint", connector, {NULL}, NULL, 0},
@@ -216,7 +235,8 @@ int main(void) {
                           .labels = true,
                           .directory = path,
                           .first_id = 1,
-                          .rows = rows_of};
+                          .rows = rows_of,
+                          .vocabulary = 40};
     test_device_must(test_set_write(&o));
   }
   test_device_must(comm_broadcast(comm_world_group(job), 0, root, sizeof root));

@@ -73,6 +73,21 @@ static const char connector_base[] =
     "            importance: 0, load: 0, z: 0}\n"
     "optimizer: {batch: 16, rate: 0.01, warmup: 2, clip: 0.5}\n";
 
+static const char decoder_base[] =
+    "run: {directory: unused, seed: 7, steps: 20, threads: 1, deadline: 60}\n"
+    "data:\n"
+    "  path: unused\n"
+    "  shuffle: 40\n"
+    "  modalities:\n"
+    "    - {name: image, positions: none}\n"
+    "    - {name: text, length: 12, connector: mlp, hidden: 24}\n"
+    "    - {name: speech, positions: none, normalize: rms}\n"
+    "model: {kind: decoder, vocabulary: 50, width: 32, layers: 3, heads: 4, kv_heads: 2, hidden: 48,\n"
+    "        qkv_bias: true, moe: {layers: every 2, experts: 4, choose: 2, gate: renormalised, buffer: "
+    "0.4}}\n"
+    "objective: {importance: 0.01, load: 0.01, z: 0.001}\n"
+    "optimizer: {batch: 16, rate: 0.01, warmup: 2, clip: 0.5}\n";
+
 typedef struct layout_case {
   const char *base, *name;
   const char *data;        /* which set */
@@ -128,6 +143,19 @@ static const layout_case cases[] = {
      {"model.per_direction=true", "objective.regression=smooth_l1", NULL},
      false},
     {connector_base, "connector, dense", "plain", {"model.dense=true", NULL}, false},
+    {decoder_base, "decoder, router losses", "plain", {NULL}, false},
+    {decoder_base,
+     "decoder, tied, holes, no router losses",
+     "holes",
+     {"model.tied=true", "objective.importance=0", "objective.load=0", "objective.z=0", "model.moe.noise=0",
+      NULL},
+     false},
+    {decoder_base,
+     "decoder, dense, llama3",
+     "plain",
+     {"model.dense=true", "model.rope_scaling.kind=llama3", "model.rope_scaling.factor=8",
+      "model.rope_scaling.length=16", NULL},
+     false},
 };
 
 static int64_t plain_rows(int64_t sample, int32_t m) {
@@ -419,7 +447,7 @@ static core_status run_case(const char *root, const layout_case *c) {
   if ((double)reference.near_ties > allowed.ties * (double)reference.tokens)
     complain("near-ties: a bad case", c->name, (double)reference.near_ties, 0);
   for (int e = 1; e <= ranks; e *= 2)
-    for (int partitioned = 0; partitioned < 2; partitioned++)
+    for (int partitioned = 0; partitioned < (c->base == decoder_base ? 1 : 2); partitioned++)
       for (int accumulate = 1; accumulate <= 2; accumulate++, way++)
         if (!few || way % 4 == 0 || way % 4 == 3)
           TRY(cross(root, c, &reference, e, partitioned, accumulate, way));
@@ -429,8 +457,12 @@ static core_status run_case(const char *root, const layout_case *c) {
 
 static core_status write_sets(const char *root) {
   char path[600];
-  test_set_options o = {
-      .modalities = 3, .width = {20, 12, 28}, .samples = SAMPLES, .shards = 3, .labels = true};
+  test_set_options o = {.modalities = 3,
+                        .width = {20, 12, 28},
+                        .samples = SAMPLES,
+                        .shards = 3,
+                        .labels = true,
+                        .vocabulary = 50};
   o.directory = path;
   o.first_id = 1000;
   o.rows = plain_rows;

@@ -9,6 +9,26 @@
 
 const char *const test_modality_names[3] = {"image", "text", "speech"};
 
+static int32_t draw_token(int64_t s, int64_t i, int32_t vocabulary) {
+  uint64_t stream = core_random_stream(CORE_RANDOM_TEST, 99, (uint64_t)s);
+  return (int32_t)core_random_below(5, stream, (uint64_t)i, (uint64_t)vocabulary);
+}
+
+int64_t test_set_prompt(int64_t s, int32_t vocabulary, int32_t modalities, int32_t token[TEST_MOST_TOKENS]) {
+  int64_t count = 0, words = s % 4 == 1 ? 0 : s % 5;
+  if (s % 5 == 3) token[count++] = -1;
+  for (int64_t i = 0; i < words; i++) token[count++] = draw_token(s, i, vocabulary);
+  if (s % 3 == 2 && modalities > 1) token[count++] = -2;
+  if (s % 4 == 2) token[count++] = draw_token(s, 50, vocabulary);
+  return count;
+}
+
+int64_t test_set_target(int64_t s, int32_t vocabulary, int32_t token[TEST_MOST_TOKENS]) {
+  int64_t count = 1 + s % 7;
+  for (int64_t i = 0; i < count; i++) token[i] = draw_token(s, 100 + i, vocabulary);
+  return count;
+}
+
 static core_status add_sample(data_writer *writer, const test_set_options *o, int32_t m, int64_t s) {
   int64_t rows = o->rows(s, m), width = o->width[m];
   float *latent = malloc((size_t)(rows * width + 1) * sizeof *latent);
@@ -20,6 +40,13 @@ static core_status add_sample(data_writer *writer, const test_set_options *o, in
                         .latent = latent,
                         .rows = rows,
                         .label = o->labels && s % 3 < 2 ? (int32_t)(s / 3) : -1};
+  int32_t prompt[TEST_MOST_TOKENS], target[TEST_MOST_TOKENS];
+  if (o->vocabulary > 0 && m == 0) {
+    sample.prompt_count = test_set_prompt(s, o->vocabulary, o->modalities, prompt);
+    sample.target_count = test_set_target(s, o->vocabulary, target);
+    sample.prompt = prompt;
+    sample.target = target;
+  }
   core_status status = data_writer_add(writer, &sample);
   free(latent);
   return status;

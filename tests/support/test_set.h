@@ -13,9 +13,18 @@ typedef struct test_set_options {
   int64_t width[3];
   int64_t samples, shards;
   uint64_t first_id;
-  bool labels; /* samples 3 k, 3 k + 1 share a label */
+  bool labels;        /* samples 3 k, 3 k + 1 share a label */
+  int32_t vocabulary; /* the first modality's shards carry prompts and responses of such tokens; 0: none */
   test_rows rows;
 } test_set_options;
+
+enum { TEST_MOST_TOKENS = 16 };
+/* The prompt and response of sample s, as made by test_set_write: prompts of none to five tokens, of which
+ * every third marks the place of the second modality, every fifth also that of the first; responses of 1
+ * to 7.
+ */
+int64_t test_set_prompt(int64_t s, int32_t vocabulary, int32_t modalities, int32_t token[TEST_MOST_TOKENS]);
+int64_t test_set_target(int64_t s, int32_t vocabulary, int32_t token[TEST_MOST_TOKENS]);
 
 extern const char *const test_modality_names[3];
 CORE_NODISCARD core_status test_set_write(const test_set_options *options);

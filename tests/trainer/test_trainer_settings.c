@@ -20,6 +20,13 @@ static const char connector[] =
     "objective: {directions: ['image:text', 'text:image'], importance: 0, load: 0, z: 0}\n"
     "optimizer: {batch: 16}\n";
 
+static const char decoder[] =
+    "data:\n"
+    "  path: nowhere\n"
+    "  modalities: [{name: image}, {name: text, positions: none}]\n"
+    "model: {kind: decoder, vocabulary: 30, width: 32, layers: 4, heads: 4, moe: {experts: 8}}\n"
+    "optimizer: {batch: 16}\n";
+
 static core_config *config;
 
 static int forget(void **state) {
@@ -201,7 +208,29 @@ static const bad_value bad_connectors[] = {
     {2, "model.moe.experts=7", "parallel.experts=2", "model.moe.experts: 7 experts cannot be spread evenly"},
 };
 
+static const bad_value bad_decoders[] = {
+    {1, "model.vocabulary=1", NULL, "model.vocabulary: expected 2 to"},
+    {1, "model.head_width=5", NULL, "model.head_width: RoPE needs an even head width"},
+    {1, "model.embedding=8", NULL, "model.embedding: a decoder has no common embedding"},
+    {1, "model.rope_scaling.kind=yarn", NULL, "none, linear, llama3"},
+    {1, "model.rope_scaling.factor=0.5", NULL, "model.rope_scaling.factor"},
+    {1, "model.rope_scaling.high=1", "model.rope_scaling.kind=llama3",
+     "model.rope_scaling.high: expected more than"},
+    {1, "model.rope_scaling.high=0.5", NULL, "model.rope_scaling.high: expected 1 to"},
+    {1, "model.rope_scaling.length=0", NULL, "model.rope_scaling.length"},
+    {1, "model.moe.dispatch=capacity", NULL, "model.moe.dispatch: a decoder drops nothing"},
+    {1, "parallel.placement=partitioned", NULL, "parallel.placement: a decoder's sequence"},
+    {1, "objective.pairs=['image:text']", NULL, "objective.pairs: a decoder predicts tokens"},
+    {1, "objective.directions=['image:text']", NULL, "a decoder has responses, no directions"},
+    {1, "schedule.alternate=cyclic", NULL, "schedule.alternate: a decoder has no directions"},
+    {1, "model.per_direction=true", NULL, "model.per_direction: a decoder"},
+    {1, "data.modalities.text.positions=rope", NULL, "data.modalities.text.positions: a decoder rotates"},
+    {1, "data.modalities.text.name=vocabulary", NULL, "data.modalities: 'vocabulary' is what"},
+    {1, "model.kind=tower", NULL, "model.vocabulary: only a decoder has one"},
+};
+
 static const bad_value bad_towers[] = {
+    {1, "model.vocabulary=30", NULL, "model.vocabulary: only a decoder has one"},
     {1, "objective.directions=['image:text']", NULL,
      "objective.directions: a tower has pairs, no directions"},
     {1, "schedule.alternate=cyclic", NULL, "schedule.alternate: a tower has no directions"},
@@ -244,6 +273,7 @@ static void bad_values_are_refused_by_their_key(void **state) {
   refuse_all(base, bad_values, sizeof bad_values / sizeof *bad_values);
   refuse_all(base, bad_towers, sizeof bad_towers / sizeof *bad_towers);
   refuse_all(connector, bad_connectors, sizeof bad_connectors / sizeof *bad_connectors);
+  refuse_all(decoder, bad_decoders, sizeof bad_decoders / sizeof *bad_decoders);
 }
 
 static void good_values_pass(void **state) {
@@ -269,6 +299,17 @@ static void good_values_pass(void **state) {
     while (count < 4 && good[i].set[count]) count++;
     assert_ok(check(good[i].set, count, good[i].ranks));
   }
+}
+
+static void good_decoders_pass(void **state) {
+  (void)state;
+  static const char *const good[][2] = {{NULL},
+                                        {"model.tied=true", NULL},
+                                        {"model.rope_scaling.kind=llama3", NULL},
+                                        {"data.modalities=[{name: image}]", NULL}, /* one is enough */
+                                        {"objective.z=0.1", NULL}};
+  for (size_t i = 0; i < sizeof good / sizeof *good; i++)
+    assert_ok(check_text(decoder, good[i], good[i][0] != NULL, 4));
 }
 
 static void decimals_become_thousandths(void **state) {
@@ -327,8 +368,13 @@ static void pairs_are_found_by_name(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      TEST(bad_values_are_refused_by_their_key), TEST(good_values_pass),    TEST(good_connectors_pass),
-      TEST(decimals_become_thousandths),         TEST(rules_choose_layers), TEST(pairs_are_found_by_name),
+      TEST(bad_values_are_refused_by_their_key),
+      TEST(good_values_pass),
+      TEST(good_connectors_pass),
+      TEST(good_decoders_pass),
+      TEST(decimals_become_thousandths),
+      TEST(rules_choose_layers),
+      TEST(pairs_are_found_by_name),
   };
   return cmocka_run_group_tests_name("trainer, settings", tests, NULL, NULL);
 }

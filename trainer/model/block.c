@@ -63,6 +63,7 @@ static void share_inside(train_block *block, const train_block *from) {
   block->attention_norm.weight = own.attention_norm.weight;
   block->forward_norm.weight = own.forward_norm.weight;
   block->attention.qkv = own.attention.qkv;
+  block->attention.qkv_bias = own.attention.qkv_bias;
   block->attention.out = own.attention.out;
   block->dense.in = own.dense.in;
   block->dense.out = own.dense.out;

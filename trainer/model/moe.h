@@ -7,13 +7,14 @@
 struct train_model;
 struct train_items;
 
-/* Sums over tokens that losses and health figures are made of, per MoE layer and modality; additive over
- * ranks and micro-batches. value: float64 [layers][M][3 + 2E] as kern_router_sums_count says; count: int64
- * [layers][M][2E + 2] = choices per expert before drops [E], after drops [E], tokens with a kept choice,
- * tokens; gate: core_real [layers][M][K] = sum of the k-th choice's gate. Forward passes add on the device;
- * the host side is what the functions below read. */
+/* Sums over tokens that losses and health figures are made of, per MoE layer and class of tokens: the
+ * modalities, and of a decoder the tokens of its vocabulary, last (train_settings_classes). Additive over
+ * ranks and micro-batches. value: float64 [layers][classes][3 + 2E] as kern_router_sums_count says; count:
+ * int64 [layers][classes][2E + 2] = choices per expert before drops [E], after drops [E], tokens with a kept
+ * choice, tokens; gate: core_real [layers][classes][K] = sum of the k-th choice's gate. Forward passes add on
+ * the device; the host side is what the functions below read. */
 typedef struct train_moe_sums {
-  int32_t layers, modalities;
+  int32_t layers, modalities; /* the latter: classes */
   int64_t experts;
   int64_t choices;           /* K */
   train_mirror value, count; /* a cell is a row */
@@ -26,11 +27,11 @@ static inline int64_t train_moe_value_stride(const train_moe_sums *sums) {
 static inline int64_t train_moe_count_stride(const train_moe_sums *sums) {
   return 2 + 2 * sums->experts;
 }
-static inline double *train_moe_values(const train_moe_sums *sums, int64_t layer, int64_t m) {
-  return (double *)sums->value.host + (layer * sums->modalities + m) * train_moe_value_stride(sums);
+static inline double *train_moe_values(const train_moe_sums *sums, int64_t layer, int64_t c) {
+  return (double *)sums->value.host + (layer * sums->modalities + c) * train_moe_value_stride(sums);
 }
-static inline int64_t *train_moe_counts(const train_moe_sums *sums, int64_t layer, int64_t m) {
-  return (int64_t *)sums->count.host + (layer * sums->modalities + m) * train_moe_count_stride(sums);
+static inline int64_t *train_moe_counts(const train_moe_sums *sums, int64_t layer, int64_t c) {
+  return (int64_t *)sums->count.host + (layer * sums->modalities + c) * train_moe_count_stride(sums);
 }
 
 static inline double *train_moe_gates(const train_moe_sums *sums, int64_t layer, int64_t m) {
@@ -83,7 +84,11 @@ typedef struct train_moe_scratch {
   core_tensor d_gate, d_logits;         /* [T, K], [T, E] */
   train_mirror mask;                    /* core_real [M, E]: 0 for a modality's experts; partition only */
   core_tensor masked_bias;              /* [M, E] a layer's bias added to it; with biases */
-  comm_piece *send, *recv;              /* [E] */
+  /* of a decoder, whose classes do not lie together: the router's tensors by class, and a gradient */
+  core_tensor sorted_logits, sorted_prob, sorted_noisy, sorted_d; /* [T, E] */
+  core_tensor sorted_gate;                                        /* [T, K] */
+  core_tensor sorted_choice, sorted_slot;                         /* int32 [T, K] */
+  comm_piece *send, *recv;                                        /* [E] */
   /* capacity: records of the tokens of one expert group */
   core_real *host_prob; /* [T, E], a layer's, where the host cannot read the device's memory */
   int32_t *host_choice; /* [T, K], likewise */

@@ -157,6 +157,24 @@ core_status train_moe_scratch_prepare(train_model *model) {
   return CORE_OK;
 }
 
+static bool sorts(const train_model *model) {
+  return model->env->settings->model.kind == TRAIN_KIND_DECODER;
+}
+
+static core_status plan_sorted(train_model *model, core_arena *arena) {
+  train_moe_scratch *s = &model->moe_scratch;
+  const train_settings *settings = model->env->settings;
+  int64_t E = settings->model.moe.experts, K = settings->model.moe.choose, T = model->T;
+  core_tensor *real[] = {&s->sorted_logits, &s->sorted_prob, &s->sorted_noisy, &s->sorted_d};
+  if (!sorts(model)) return CORE_OK;
+  for (size_t i = 0; i < sizeof real / sizeof *real; i++)
+    TRY(train_take(arena, CORE_REAL_DTYPE, T, E, real[i]));
+  TRY(train_take(arena, CORE_REAL_DTYPE, T, K, &s->sorted_gate));
+  TRY(train_take(arena, CORE_INT32, T, K, &s->sorted_choice));
+  TRY(train_take(arena, CORE_INT32, T, K, &s->sorted_slot));
+  return CORE_OK;
+}
+
 /* With one rank in the expert group a row's place at the sender is its place at the expert: the receiving
  * buffers are the sending ones and nothing is copied. */
 core_status train_moe_scratch_plan(train_model *model, const train_arenas *arenas) {
@@ -176,6 +194,7 @@ core_status train_moe_scratch_plan(train_model *model, const train_arenas *arena
   TRY(train_take_active(model, arena, training ? R : 0, F, &s->d_active));
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, K, &s->d_gate));
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, E, &s->d_logits));
+  TRY(plan_sorted(model, arena));
   TRY(ARENA_TAKE(arenas->host, E, &s->send));
   TRY(ARENA_TAKE(arenas->host, E, &s->recv));
   TRY(plan_mask(model, arenas));
@@ -185,7 +204,7 @@ core_status train_moe_scratch_plan(train_model *model, const train_arenas *arena
 
 /* ---- forward ---- */
 
-/* Rows of modality m in a tensor of all tokens. */
+/* Rows of modality m, or of the decoder's own tokens behind the last, in a tensor of all tokens by class. */
 static core_tensor of_modality(const train_model *model, int32_t m, core_tensor all) {
   const int64_t *first = model->items.row_first;
   return train_slice(all, first[m], first[m + 1] - first[m]);
@@ -258,18 +277,48 @@ static double noise_deviation(const train_model *model, const train_moe *moe) {
   return moe->noise ? s->model.moe.noise / (double)s->model.moe.experts : 0;
 }
 
+/* The router's tensors by class. */
+typedef struct routed {
+  core_tensor logits, prob, noisy, choice, slot, gate;
+} routed;
+
+static core_status gather(train_model *model, core_tensor from, core_tensor to, core_tensor *out) {
+  *out = train_rows(to, from.shape[0]);
+  KERN(model->env, gather_rows, from, train_rows(model->decoder.order.device, from.shape[0]), *out);
+  return CORE_OK;
+}
+
+/* A tower's rows lie by class already. */
+static core_status by_class(train_model *model, const train_moe *moe, int64_t T, routed *out) {
+  const train_moe_scratch *s = &model->moe_scratch;
+  *out = (routed){train_rows(moe->logits, T), train_rows(moe->prob, T), noisy_logits(moe, T),
+                  train_rows(moe->choice, T), train_rows(moe->slot, T), train_rows(moe->gate, T)};
+  if (!sorts(model)) return CORE_OK;
+  TRY(gather(model, out->logits, s->sorted_logits, &out->logits));
+  TRY(gather(model, out->prob, s->sorted_prob, &out->prob));
+  if (moe->noise)
+    TRY(gather(model, out->noisy, s->sorted_noisy, &out->noisy));
+  else
+    out->noisy = out->logits;
+  TRY(gather(model, out->choice, s->sorted_choice, &out->choice));
+  TRY(gather(model, out->slot, s->sorted_slot, &out->slot));
+  TRY(gather(model, out->gate, s->sorted_gate, &out->gate));
+  return CORE_OK;
+}
+
 static core_status add_sums(train_model *model, train_moe *moe, core_tensor x) {
   train_env *env = model->env;
   const train_moe_sums *sums = &model->sums;
-  int64_t T = x.shape[0];
-  for (int32_t m = 0; m < env->layout.modalities; m++) {
-    int64_t at = (int64_t)moe->index * sums->modalities + m;
-    KERN(env, router_sums, of_modality(model, m, moe->logits), of_modality(model, m, moe->prob),
-         of_modality(model, m, noisy_logits(moe, T)), of_modality(model, m, moe->choice),
-         noise_deviation(model, moe), cell(sums->value.device, at));
-    KERN(env, router_count, of_modality(model, m, moe->choice), of_modality(model, m, moe->slot),
+  routed r;
+  TRY(by_class(model, moe, x.shape[0], &r));
+  for (int32_t c = 0; c < sums->modalities; c++) {
+    int64_t at = (int64_t)moe->index * sums->modalities + c;
+    KERN(env, router_sums, of_modality(model, c, r.logits), of_modality(model, c, r.prob),
+         of_modality(model, c, r.noisy), of_modality(model, c, r.choice), noise_deviation(model, moe),
+         cell(sums->value.device, at));
+    KERN(env, router_count, of_modality(model, c, r.choice), of_modality(model, c, r.slot),
          cell(sums->count.device, at));
-    KERN(env, bias_bwd, of_modality(model, m, moe->gate), cell(sums->gate.device, at)); /* sums over rows */
+    KERN(env, bias_bwd, of_modality(model, c, r.gate), cell(sums->gate.device, at)); /* sums over rows */
   }
   return CORE_OK;
 }
@@ -398,6 +447,23 @@ static core_status experts_backward(train_model *model, train_moe *moe, core_ten
   return CORE_OK;
 }
 
+/* Adds the gradients of the losses that are made of this layer's sums. */
+static core_status sums_backward(train_model *model, train_moe *moe, int64_t T, core_tensor weights,
+                                 core_tensor d_logits) {
+  train_env *env = model->env;
+  routed r;
+  core_tensor d = sorts(model) ? train_rows(model->moe_scratch.sorted_d, T) : d_logits;
+  TRY(by_class(model, moe, T, &r));
+  if (sorts(model)) KERN(env, fill, 0, d);
+  for (int32_t c = 0; c < model->sums.modalities; c++)
+    KERN(env, router_sums_bwd, cell(weights, c), of_modality(model, c, r.logits),
+         of_modality(model, c, r.prob), of_modality(model, c, r.noisy), of_modality(model, c, r.choice),
+         noise_deviation(model, moe), of_modality(model, c, d));
+  if (sorts(model))
+    KERN(env, combine_fwd, d, train_rows(model->decoder.place.device, T), train_none(), KERN_ADD, d_logits);
+  return CORE_OK;
+}
+
 static core_status router_backward(train_model *model, train_moe *moe, core_tensor x, core_tensor weights,
                                    core_tensor dx) {
   train_env *env = model->env;
@@ -407,11 +473,7 @@ static core_status router_backward(train_model *model, train_moe *moe, core_tens
   KERN(env, router_gate_bwd, (kern_gate)env->settings->model.moe.gate,
        train_rows(model->moe_scratch.d_gate, T), noisy_prob(moe, T), train_rows(moe->choice, T),
        train_rows(moe->gate, T), KERN_SET, d_logits);
-  for (int32_t m = 0; m < env->layout.modalities && weights.data; m++) {
-    KERN(env, router_sums_bwd, cell(weights, m), of_modality(model, m, moe->logits),
-         of_modality(model, m, moe->prob), of_modality(model, m, noisy_logits(moe, T)),
-         of_modality(model, m, moe->choice), noise_deviation(model, moe), of_modality(model, m, d_logits));
-  }
+  if (weights.data) TRY(sums_backward(model, moe, T, weights, d_logits));
   KERN(env, router_logits_bwd, d_logits, x, train_parameter_value(p, moe->router), KERN_ADD, dx,
        train_parameter_gradient(p, moe->router),
        moe->router_bias < 0 ? train_none() : train_parameter_gradient(p, moe->router_bias));

@@ -1,6 +1,6 @@
-/* Self-attention inside each item: [q | k | v] = x W^T, rotated where positions are RoPE, mixed, y += mixed
- * O^T. Matrices start at N(0, 1/sqrt(fan in)); O is divided by sqrt(2 L), so that the residual stream keeps
- * its size. */
+/* Self-attention inside each item, causal in a decoder: [q | k | v] = x W^T (+ b), rotated where positions
+ * are RoPE, mixed, y += mixed O^T. Matrices start at N(0, 1/sqrt(fan in)); O is divided by sqrt(2 L), so that
+ * the residual stream keeps its size. */
 #include <math.h>
 #include <stdio.h>
 
@@ -21,6 +21,10 @@ core_status train_attention_declare(train_model *model, train_block *block) {
   matrix.shape[1] = C;
   matrix.init_value = 1 / sqrt((double)C);
   TRY(declare_matrix(model, block, matrix, "qkv", &block->attention.qkv));
+  train_parameter bias = {.rank = 1, .shape = {matrix.shape[0]}};
+  block->attention.qkv_bias = -1;
+  if (model->env->settings->model.qkv_bias)
+    TRY(train_declare(model, bias, &block->attention.qkv_bias, "blocks.%d.attention.qkv.bias", block->layer));
   matrix.shape[0] = C;
   matrix.shape[1] = inner;
   matrix.init_value = 1 / sqrt((double)inner * 2 * (double)model->L);
@@ -44,12 +48,29 @@ static core_tensor positions_of(const train_model *model, const train_block *blo
 }
 
 static kern_attention describe(const train_model *model, const train_block *block) {
+  bool causal = model->env->settings->model.kind == TRAIN_KIND_DECODER;
   return (kern_attention){.segments = train_trunk_segments(model, block->trunk),
                           .heads = (int32_t)model->H,
                           .kv_heads = (int32_t)model->G,
                           .head_width = (int32_t)model->A,
-                          .mask = KERN_BIDIRECTIONAL,
+                          .mask = causal ? KERN_CAUSAL : KERN_BIDIRECTIONAL,
                           .scale = 1 / sqrt((double)model->A)};
+}
+
+/* Keeps the rows; new ones attend to all that is kept of their sequences. Slots are distinct. */
+static core_status attend_cached(train_model *model, int32_t l, const kern_attention *attention,
+                                 core_tensor qkv, core_tensor mixed, core_tensor lse) {
+  train_env *env = model->env;
+  const train_cache *cache = model->cache;
+  int64_t T = qkv.shape[0];
+  KERN(env, combine_bwd, qkv, cache->layer[l], train_rows(cache->slot, T), train_none(), cache->layer[l],
+       train_none());
+  if (cache->stepping)
+    KERN(env, attention_cached, attention, train_rows(cache->first, T), train_rows(cache->length, T), qkv,
+         cache->layer[l], mixed);
+  else
+    KERN(env, attention_fwd, attention, qkv, mixed, lse);
+  return CORE_OK;
 }
 
 core_status train_attention_forward(train_model *model, train_block *block, core_tensor x, core_tensor y) {
@@ -60,10 +81,14 @@ core_status train_attention_forward(train_model *model, train_block *block, core
   kern_attention attention = describe(model, block);
   core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
   KERN(env, gemm, KERN_NT, x, train_parameter_matrix(p, layer->qkv), KERN_SET, qkv);
+  if (layer->qkv_bias >= 0) KERN(env, bias_fwd, train_parameter_value(p, layer->qkv_bias), qkv);
   if (model->rotates)
     KERN(env, rope, KERN_ROTATE, (int32_t)(model->H + model->G), positions_of(model, block),
          model->inverse_frequency.device, qkv);
-  KERN(env, attention_fwd, &attention, qkv, mixed, train_rows(layer->lse, T));
+  if (model->cache)
+    TRY(attend_cached(model, block->layer, &attention, qkv, mixed, train_rows(layer->lse, T)));
+  else
+    KERN(env, attention_fwd, &attention, qkv, mixed, train_rows(layer->lse, T));
   KERN(env, gemm, KERN_NT, mixed, train_parameter_matrix(p, layer->out), KERN_ADD, y);
   return CORE_OK;
 }
@@ -83,6 +108,7 @@ core_status train_attention_backward(train_model *model, train_block *block, cor
   if (model->rotates)
     KERN(env, rope, KERN_ROTATE_BACK, (int32_t)(model->H + model->G), positions_of(model, block),
          model->inverse_frequency.device, d_qkv);
+  if (layer->qkv_bias >= 0) KERN(env, bias_bwd, d_qkv, train_parameter_gradient(p, layer->qkv_bias));
   KERN(env, gemm, KERN_TN, d_qkv, x, KERN_ADD, train_parameter_gradient(p, layer->qkv));
   KERN(env, gemm, KERN_NN, d_qkv, train_parameter_matrix(p, layer->qkv), KERN_SET, dx);
   return CORE_OK;

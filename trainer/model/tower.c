@@ -23,7 +23,7 @@ static void take_sizes(train_model *model) {
   model->L = s->model.per_direction ? s->objective.directions_count : s->model.layers;
   model->H = s->model.heads;
   model->G = s->model.kv_heads ? s->model.kv_heads : s->model.heads;
-  if (s->model.kind == TRAIN_KIND_TOWER)
+  if (s->model.kind != TRAIN_KIND_CONNECTOR)
     model->A = s->model.head_width ? s->model.head_width : s->model.width / s->model.heads;
   model->own_trunks = s->model.trunks == TRAIN_TRUNK_PER_MODALITY;
   model->trunks = model->own_trunks ? model->env->layout.modalities : 1;
@@ -50,11 +50,17 @@ static bool is_connector(const train_model *model) {
   return model->env->settings->model.kind == TRAIN_KIND_CONNECTOR;
 }
 
+static bool is_decoder(const train_model *model) {
+  return model->env->settings->model.kind == TRAIN_KIND_DECODER;
+}
+
 static core_status declare(train_model *model) {
   model->log_scale = -1;
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
     model->connector[m].width = model->limits.width[m];
-  TRY(is_connector(model) ? train_alignment_declare(model) : declare_tower(model));
+  TRY(is_connector(model) ? train_alignment_declare(model)
+      : is_decoder(model) ? train_decoder_declare(model)
+                          : declare_tower(model));
   train_parameters_place(&model->parameters);
   train_parameters_share(&model->parameters, model->env, model->env->settings->parallel.shard_optimizer);
   return CORE_OK;
@@ -75,6 +81,7 @@ core_status train_model_create(train_env *env, const int64_t *width, train_model
   take_sizes(model);
   model->recomputes = env->settings->model.recompute;
   memcpy(model->limits.width, width, (size_t)env->layout.modalities * sizeof *width);
+  model->rotates = is_decoder(model);
   for (int32_t m = 0; m < env->layout.modalities; m++)
     if (env->settings->data.modalities[m].positions == TRAIN_POSITIONS_ROPE) model->rotates = true;
   model->block = calloc((size_t)model->L * (size_t)model->trunks, sizeof *model->block);
@@ -132,7 +139,7 @@ static core_status plan_gradients(train_model *model, core_arena *arena) {
 static core_status plan_sums(train_model *model, const train_arenas *arenas) {
   train_moe_sums *sums = &model->sums;
   sums->layers = model->moe_layers;
-  sums->modalities = model->env->layout.modalities;
+  sums->modalities = train_settings_classes(model->env->settings);
   sums->experts = model->env->settings->model.moe.experts;
   sums->choices = model->env->settings->model.moe.choose;
   int64_t cells = (int64_t)sums->layers * sums->modalities;
@@ -172,8 +179,9 @@ static core_status plan_activations(train_model *model, const train_arenas *aren
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
     if (train_layout_holds(&model->env->layout, model->env->layout.rank, m)) {
       TRY(train_connector_plan(model, m, arenas));
-      TRY(train_head_plan(model, m, arena));
+      if (!is_decoder(model)) TRY(train_head_plan(model, m, arena));
     }
+  if (is_decoder(model)) TRY(train_decoder_plan(model, arenas));
   for (int32_t t = 0; t < model->trunks; t++)
     if (train_trunk_held(model, t)) TRY(train_trunk_plan(model, t, arenas));
   TRY(train_take_active(model, arena, model->T, model->C, &model->final_norm[0].out));
@@ -197,11 +205,25 @@ core_status train_model_plan(train_model *model, const train_model_limits *limit
   return CORE_OK;
 }
 
+/* Turns per position. llama3 counts the turns that a frequency makes in the positions of the first training:
+ * fewer than `low` are slow, more than `high` fast. */
+static double scaled_frequency(const train_settings *s, double frequency) {
+  double factor = s->model.rope_scaling.factor, low = s->model.rope_scaling.low,
+         high = s->model.rope_scaling.high;
+  double turns = (double)s->model.rope_scaling.length * frequency / (2 * 3.14159265358979323846);
+  if (s->model.rope_scaling.kind == TRAIN_ROPE_PLAIN) return frequency;
+  if (s->model.rope_scaling.kind == TRAIN_ROPE_LINEAR || turns < low) return frequency / factor;
+  if (turns > high) return frequency;
+  double fast = (turns - low) / (high - low);
+  return (1 - fast) * frequency / factor + fast * frequency;
+}
+
 core_status train_model_prepare(train_model *model) {
   core_real *frequency = model->inverse_frequency.host;
-  double base = model->env->settings->model.rope_base;
+  const train_settings *s = model->env->settings;
   for (int64_t i = 0; i < model->A / 2; i++)
-    frequency[i] = (core_real)pow(base, -2.0 * (double)i / (double)model->A);
+    frequency[i] =
+        (core_real)scaled_frequency(s, pow(s->model.rope_base, -2.0 * (double)i / (double)model->A));
   TRY(train_mirror_up(model->env, &model->inverse_frequency, model->A / 2));
   TRY(train_moe_scratch_prepare(model));
   TRY(train_parameters_initialise(&model->parameters, model->env));
@@ -217,6 +239,9 @@ void train_model_rows(const train_settings *settings, const train_model_limits *
     *tokens = !connector ? *tokens + T : TRAIN_VIEWS * T > *tokens ? TRAIN_VIEWS * T : *tokens;
     *segments = !connector ? *segments + S : TRAIN_VIEWS * S > *segments ? TRAIN_VIEWS * S : *segments;
   }
+  if (settings->model.kind != TRAIN_KIND_DECODER) return;
+  *tokens += limits->text;
+  *segments = limits->segments[0]; /* all modalities of a sample lie in one */
 }
 
 /* ---- items ---- */
@@ -265,6 +290,7 @@ core_status train_items_take_part(train_model *model, const data_part *part, int
 
 core_status train_model_take(train_model *model, const data_batch *batch, int64_t micro, int32_t d) {
   if (is_connector(model)) return train_alignment_take(model, batch, micro, d);
+  if (is_decoder(model)) return train_decoder_take(model, batch, micro);
   train_items *items = &model->items;
   const train_env *env = model->env;
   int32_t M = env->layout.modalities;
@@ -291,28 +317,61 @@ kern_segments train_segments(const train_model *model) {
 
 kern_segments train_segments_of(const train_model *model, int32_t m) {
   const train_items *items = &model->items;
-  int64_t count = items->segment_first[m + 1] - items->segment_first[m];
+  int64_t count = items->part_count[m];
   return (kern_segments){items->part_offset[m].host, train_rows(items->part_offset[m].device, count + 1),
                          count};
 }
+
+/* ---- the ends of a tower: connectors, pooled heads ---- */
+
+static core_status connect(train_model *model, core_tensor x) {
+  const train_env *env = model->env;
+  const int64_t *first = model->items.row_first;
+  for (int32_t m = 0; m < env->layout.modalities; m++)
+    if (train_layout_holds(&env->layout, env->layout.rank, m))
+      TRY(train_connector_forward(model, m, train_slice(x, first[m], first[m + 1] - first[m])));
+  return CORE_OK;
+}
+
+static core_status connect_backward(train_model *model, core_tensor dx) {
+  const train_env *env = model->env;
+  const int64_t *first = model->items.row_first;
+  for (int32_t m = 0; m < env->layout.modalities; m++)
+    if (train_layout_holds(&env->layout, env->layout.rank, m))
+      TRY(train_connector_backward(model, m, train_slice(dx, first[m], first[m + 1] - first[m])));
+  return CORE_OK;
+}
+
+static core_status pool(train_model *model, core_tensor rows) {
+  train_env *env = model->env;
+  KERN(env, segment_mean_fwd, train_segments(model), rows, train_rows(model->pooled, model->items.segments));
+  for (int32_t m = 0; m < env->layout.modalities; m++)
+    if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_head_forward(model, m));
+  return CORE_OK;
+}
+
+static core_status pool_backward(train_model *model, core_tensor drows) {
+  train_env *env = model->env;
+  for (int32_t m = 0; m < env->layout.modalities; m++)
+    if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_head_backward(model, m));
+  KERN(env, segment_mean_bwd, train_segments(model), train_rows(model->d_pooled, model->items.segments),
+       KERN_SET, drows);
+  return CORE_OK;
+}
+
+/* ---- passes ---- */
 
 core_status train_model_forward(train_model *model, train_mode mode) {
   if (is_connector(model)) return train_alignment_forward(model, (int)mode);
   train_env *env = model->env;
   train_items *items = &model->items;
   core_tensor x = train_rows(model->input, items->tokens);
-  for (int32_t m = 0; m < env->layout.modalities; m++)
-    if (train_layout_holds(&env->layout, env->layout.rank, m))
-      TRY(train_connector_forward(
-          model, m, train_slice(x, items->row_first[m], items->row_first[m + 1] - items->row_first[m])));
+  TRY(is_decoder(model) ? train_decoder_embed(model, x) : connect(model, x));
   for (int32_t t = 0; t < model->trunks; t++)
     if (train_trunk_held(model, t)) TRY(train_trunk_forward(model, t, x, mode));
   comm_note(env->comm, env->step, -1, "heads");
-  kern_segments segments = train_segments(model);
-  KERN(env, segment_mean_fwd, segments, train_rows(model->final_norm[0].out, items->tokens),
-       train_rows(model->pooled, items->segments));
-  for (int32_t m = 0; m < env->layout.modalities; m++)
-    if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_head_forward(model, m));
+  core_tensor rows = train_rows(model->final_norm[0].out, items->tokens);
+  TRY(is_decoder(model) ? train_decoder_predict(model, rows, (int)mode) : pool(model, rows));
   return CORE_OK;
 }
 
@@ -320,17 +379,11 @@ core_status train_model_backward(train_model *model, core_tensor router) {
   if (is_connector(model)) return train_alignment_backward(model);
   train_env *env = model->env;
   train_items *items = &model->items;
-  kern_segments segments = train_segments(model);
   core_tensor dx = train_rows(model->d_stream, items->tokens), dn = train_rows(model->d_norm, items->tokens);
-  for (int32_t m = 0; m < env->layout.modalities; m++)
-    if (train_layout_holds(&env->layout, env->layout.rank, m)) TRY(train_head_backward(model, m));
-  KERN(env, segment_mean_bwd, segments, train_rows(model->d_pooled, items->segments), KERN_SET, dn);
+  TRY(is_decoder(model) ? train_decoder_predict_backward(model, dn) : pool_backward(model, dn));
   for (int32_t t = 0; t < model->trunks; t++)
     if (train_trunk_held(model, t)) TRY(train_trunk_backward(model, t, router, dn, dx));
   comm_note(env->comm, env->step, -1, "connectors backward");
-  for (int32_t m = 0; m < env->layout.modalities; m++)
-    if (train_layout_holds(&env->layout, env->layout.rank, m))
-      TRY(train_connector_backward(
-          model, m, train_slice(dx, items->row_first[m], items->row_first[m + 1] - items->row_first[m])));
+  TRY(is_decoder(model) ? train_decoder_embed_backward(model, dx) : connect_backward(model, dx));
   return CORE_OK;
 }

@@ -15,14 +15,16 @@
 
 #include "trainer/mirror.h"
 #include "trainer/model/alignment.h"
+#include "trainer/model/decoder.h"
 #include "trainer/model/moe.h"
 #include "trainer/parameter.h"
 
 /* The items of one micro-batch on this rank. */
 typedef struct train_items {
-  int64_t tokens, segments;                   /* T, S */
-  train_mirror offset;                        /* int64 [S + 1] rows */
-  int64_t row_first[CORE_MAX_MODALITIES + 1]; /* modality m: rows [row_first[m], row_first[m + 1]) */
+  int64_t tokens, segments;                 /* T, S */
+  train_mirror offset;                      /* int64 [S + 1] rows */
+  int64_t row_first[TRAIN_MAX_CLASSES + 1]; /* class c: rows [row_first[c], row_first[c + 1]); of a decoder
+                                               not these rows of the sequences, but of its `order` */
   int64_t segment_first[CORE_MAX_MODALITIES + 1];
   train_mirror part_offset[CORE_MAX_MODALITIES]; /* int64, of m's items, counted from m's first row */
   int64_t part_count[CORE_MAX_MODALITIES];       /* m's items */
@@ -39,7 +41,7 @@ typedef struct train_norm {
 } train_norm;
 
 typedef struct train_attention_layer {
-  int32_t qkv, out;                 /* parameters [(H + 2G) A, C], [C, H A] */
+  int32_t qkv, qkv_bias, out;       /* parameters [(H + 2G) A, C], [(H + 2G) A] or -1, [C, H A] */
   core_tensor qkv_rows, mixed, lse; /* [T, (H + 2G) A], [T, H A], [T, H] */
 } train_attention_layer;
 
@@ -81,6 +83,7 @@ typedef struct train_head {
 typedef struct train_model_limits {
   int64_t tokens[CORE_MAX_MODALITIES];      /* rows of modality m in one micro-batch */
   int64_t segments[CORE_MAX_MODALITIES];    /* items */
+  int64_t text, predictions;                /* of a decoder: rows of tokens, response tokens */
   int64_t group_tokens;                     /* tokens of a micro-batch in the whole expert group */
   int64_t expert_rows;                      /* rows of an expert buffer of one round */
   int64_t width[CORE_MAX_MODALITIES];       /* D */
@@ -101,6 +104,8 @@ typedef struct train_model {
   train_head head[CORE_MAX_MODALITIES];
   int32_t log_scale;              /* parameter: log of 1 / temperature; -1 where it is fixed */
   train_alignment alignment;      /* of model.kind connector */
+  train_decoder decoder;          /* of model.kind decoder */
+  train_cache *cache;             /* while it generates; NULL */
   core_tensor input, pooled;      /* [T, C], [S, C] */
   train_mirror inverse_frequency; /* core_real [A / 2] */
   bool rotates;
@@ -121,7 +126,7 @@ CORE_NODISCARD core_status train_model_plan(train_model *model, const train_mode
 /* What the host contributes to the planned memory's content (tables). After the arenas are committed. */
 CORE_NODISCARD core_status train_model_prepare(train_model *model);
 /* Most rows and segments that pass through the blocks together: of all modalities in a tower, of the largest
- * one in two views in a connector. */
+ * one in two views in a connector, of all modalities and tokens in a decoder. */
 void train_model_rows(const train_settings *settings, const train_model_limits *limits, int64_t *tokens,
                       int64_t *segments);
 void train_model_destroy(train_model *model);
@@ -141,11 +146,11 @@ typedef enum train_mode {
   TRAIN_MODE_AGAIN,    /* the same numbers, sums not added: second pass of accumulation */
   TRAIN_MODE_EVALUATE, /* no noise, dropless; sums are added */
 } train_mode;
-/* items -> head[m].z. Collective over the expert group. */
+/* items -> head[m].z, or a decoder's loss. Collective over the expert group. */
 CORE_NODISCARD core_status train_model_forward(train_model *model, train_mode mode);
-/* head[m].gradient (d loss / d z) -> parameter gradients, accumulated. router: float64 [moe_layers, M, 3 + 2
- * E], device, derivatives of the loss by the sums. Collective over the expert group. After TRAIN or AGAIN of
- * the same items. */
+/* head[m].gradient (d loss / d z) -> parameter gradients, accumulated. router: float64 [moe_layers, classes,
+ * 3 + 2 E], device, derivatives of the loss by the sums. Collective over the expert group. After TRAIN or
+ * AGAIN of the same items. */
 CORE_NODISCARD core_status train_model_backward(train_model *model, core_tensor router);
 
 /* ---- parts, in the order of the pass; each file documents its mathematics ---- */

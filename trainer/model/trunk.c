@@ -82,8 +82,9 @@ core_status train_trunk_forward(train_model *model, int32_t t, core_tensor x, tr
 
 /* Derivatives by the sums of one layer. */
 static core_tensor router_of(const train_model *model, const train_block *block, core_tensor router) {
-  int64_t M = model->env->layout.modalities;
-  return block->has_moe ? train_slice(router, block->moe.index * M, M) : train_none();
+  int64_t classes = model->sums.modalities;
+  bool none = !block->has_moe || !router.data;
+  return none ? train_none() : train_slice(router, block->moe.index * classes, classes);
 }
 
 core_status train_trunk_backward(train_model *model, int32_t t, core_tensor router, core_tensor dn,

@@ -10,7 +10,8 @@ core_status train_router_plan(train_router_objective *objective, const train_env
                               const train_arenas *arenas) {
   objective->env = env;
   objective->layers = layers;
-  TRY(train_mirror_plan(arenas, arenas->objective, CORE_FLOAT64, (int64_t)layers * env->layout.modalities,
+  TRY(train_mirror_plan(arenas, arenas->objective, CORE_FLOAT64,
+                        (int64_t)layers * train_settings_classes(env->settings),
                         kern_router_sums_count(env->settings->model.moe.experts), &objective->weights));
   return CORE_OK;
 }
@@ -80,10 +81,13 @@ static void joint_losses(train_router_objective *objective, const train_moe_sums
   }
 }
 
-/* Entropy losses of one layer and modality. */
+/* Entropy losses of one layer and class. */
 static void entropy_losses(train_router_objective *objective, const train_moe_sums *sums, int32_t layer,
                            int32_t m, train_router_loss *out) {
-  const train_modality_settings *s = &objective->env->settings->data.modalities[m];
+  static const train_modality_settings none = {0}; /* of a decoder's own tokens */
+  const train_settings *settings = objective->env->settings;
+  const train_modality_settings *s =
+      m < (int32_t)settings->data.modalities_count ? &settings->data.modalities[m] : &none;
   const double *value = train_moe_values(sums, layer, m);
   int64_t E = sums->experts;
   double tokens = value[0], *weights = weights_of(objective, (int64_t)layer * sums->modalities + m);
