@@ -64,10 +64,15 @@ static core_status start(comm_world *world, bool alone) {
   bool launched = !alone && comm_mpi_launched_priv(&tasks);
   CHECK(launched || tasks <= 1, CORE_ERR_COMM,
         "srun started %d tasks without PMIx, so they cannot find one another; use `srun --mpi=pmix`", tasks);
-  if (launched)
-    TRY(comm_mpi_start_priv(world));
-  else
+  if (launched) {
+    comm_start_guard guard;
+    TRY(comm_start_guard_begin_priv(&guard, world->deadline));
+    core_status status = comm_mpi_start_priv(world);
+    comm_start_guard_end_priv(&guard);
+    TRY(status);
+  } else {
     TRY(start_alone(world));
+  }
   if (!alone) {
     core_error_set_rank(world->rank);
     core_log_set_rank(world->rank);

@@ -3,6 +3,8 @@
 #ifndef COMM_COMM_IMPL_H
 #define COMM_COMM_IMPL_H
 
+#include <pthread.h>
+
 #include "comm/comm.h"
 
 enum { COMM_NAME = 48, COMM_MAX_GROUPS = 64 };
@@ -124,6 +126,17 @@ core_status comm_device_overdue_priv(comm_group *group, const comm_place *here, 
 /* mpi_transport.c */
 bool comm_mpi_launched_priv(int32_t *tasks_without_pmix);
 core_status comm_mpi_start_priv(comm_world *world);
+
+/* start_guard.c: ends this process with a sentence when MPI has not started within `deadline` seconds. */
+typedef struct comm_start_guard {
+  double deadline;
+  pthread_t thread;
+  pthread_mutex_t lock;
+  pthread_cond_t change;
+  bool started, running;
+} comm_start_guard;
+CORE_NODISCARD core_status comm_start_guard_begin_priv(comm_start_guard *guard, double deadline);
+void comm_start_guard_end_priv(comm_start_guard *guard);
 void comm_mpi_finish_priv(comm_world *world);
 core_status comm_mpi_split_priv(comm_world *world, int32_t color, const char *name, comm_group **out);
 _Noreturn void comm_mpi_abort_priv(void);

@@ -2,6 +2,7 @@
  * The rank that misbehaves is the last. */
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -75,6 +76,17 @@ static core_status killed(bool last) {
   return CORE_OK;
 }
 
+/* Before MPI is started, which gives itself no deadline. */
+static void be_absent(void) {
+  const char *rank = getenv("OMPI_COMM_WORLD_RANK"), *size = getenv("OMPI_COMM_WORLD_SIZE");
+  if (rank && size && atoi(rank) == atoi(size) - 1) core_clock_sleep(60);
+}
+
+static core_status absent(bool last) {
+  (void)last;
+  return CORE_OK;
+}
+
 /* The last rank sends rank 0 another number of bytes than it expects. */
 static core_status send_unequal(bool last, int64_t sent, int64_t expected) {
   comm_group *group = comm_world_group(job);
@@ -101,12 +113,13 @@ static const struct scenario {
   core_status (*run)(bool last);
 } scenarios[] = {{"late", 2, late},      {"elsewhere", 2, elsewhere}, {"stopped", 2, stopped},
                  {"paused", 20, paused}, {"failing", 60, failing},    {"killed", 60, killed},
-                 {"longer", 60, longer}, {"shorter", 60, shorter}};
+                 {"longer", 60, longer}, {"shorter", 60, shorter},    {"absent", 2, absent}};
 
 int main(int argc, char **argv) {
   for (size_t i = 0; argc == 3 && i < sizeof scenarios / sizeof *scenarios; i++) {
     if (strcmp(argv[1], scenarios[i].name) != 0) continue;
     const comm_options options = {.deadline = scenarios[i].deadline, .directory = argv[2]};
+    if (scenarios[i].run == absent) be_absent();
     if (comm_start(&options, &job) != CORE_OK) return 9;
     comm_group *group = comm_world_group(job);
     if (comm_rank(group) == 0) mark_begin(argv[2]);

@@ -55,6 +55,10 @@ run shorter 0 12
 status_is 1
 says "group 'world': rank $last sent 50 bytes where 100 were expected (ERR_COMM"
 
+run absent 2 20
+status_is 1
+says "the ranks have not found one another within 2 s"
+
 # without a place for the error file the job still ends, and says why
 scenario="no directory"
 "$mpiexec" --oversubscribe -n "$ranks" "$program" failing "$place/none" >"$place/output" 2>&1 </dev/null
