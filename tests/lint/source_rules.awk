@@ -38,6 +38,7 @@ BEGIN {
   may_end["comm/comm.c _exit"] = "on_last_resort" # after a device that does not let go
   may_end["launcher/main.c exit"] = "main"
   may_end["comm/mpi_transport.c _Exit"] = "comm_mpi_abort_priv"
+  may_end["comm/start_guard.c _exit"] = "watch" # MPI does not start
   may_end["core/stop.c _exit"] = "on_signal" # a second interrupt
   may_end["core/file.c _exit"] = "pass_gate" # an injected crash
 }
