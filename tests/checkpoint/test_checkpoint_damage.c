@@ -107,6 +107,41 @@ static void swapped_blocks(void **state) {
   victim_free(&v);
 }
 
+/* A block cut out of the file (what follows moves up), and one of another run in its place. Incompressible
+ * cells are stored as they are, so they can be found in the file. */
+static void missing_and_foreign_blocks(void **state) {
+  victim v = victim_make(*state, "blocks", all_specs, all_specs_count, 3, SEED);
+  victim other = victim_make(*state, "blocks-other", all_specs, all_specs_count, 3, SEED + 1);
+  char *bytes = malloc(v.rank_count), first[2][64];
+  assert_non_null(bytes);
+  for (int i = 0; i < 64; i++)
+    for (int run = 0; run < 2; run++)
+      first[run][i] = (char)core_random_u64(SEED + (uint64_t)run, core_hash_text("u8/cells"), (uint64_t)i);
+  const char *own = memmem(v.rank, v.rank_count, first[0], 64);
+  const char *foreign = memmem(other.rank, other.rank_count, first[1], 64);
+  assert_non_null(own);
+  assert_non_null(foreign);
+  const size_t at = (size_t)(own - v.rank);
+  memcpy(bytes, v.rank, at);
+  memcpy(bytes + at, own + CKPT_CELL, v.rank_count - at - CKPT_CELL);
+  spit(v.rank_path, bytes, v.rank_count - CKPT_CELL);
+  victim_expect_found(&v, "a block cut out", 0);
+  memset(bytes + v.rank_count - CKPT_CELL, 0, CKPT_CELL); /* the same, and the file as long as it was */
+  spit(v.rank_path, bytes, v.rank_count);
+  victim_expect_found(&v, "a block cut out, the file filled up", 0);
+  memcpy(bytes, v.rank, v.rank_count);
+  memset(bytes + at, 0, CKPT_CELL);
+  spit(v.rank_path, bytes, v.rank_count);
+  victim_expect_found(&v, "a block of zeros", 0);
+  memcpy(bytes + at, foreign, CKPT_CELL);
+  spit(v.rank_path, bytes, v.rank_count);
+  victim_expect_found(&v, "a block of another run", 0);
+  assert_non_null(strstr(core_error_get()->message, "u8/cells"));
+  free(bytes);
+  victim_free(&v);
+  victim_free(&other);
+}
+
 static void files_of_another_checkpoint(void **state) {
   victim v = victim_make(*state, "foreign", TINY, 3, SEED);
   victim same = victim_make(*state, "foreign-step", TINY, 4, SEED); /* the same contents, another step */
@@ -159,6 +194,7 @@ int main(void) {
       cmocka_unit_test(every_length),
       cmocka_unit_test(missing_file),
       cmocka_unit_test(swapped_blocks),
+      cmocka_unit_test(missing_and_foreign_blocks),
       cmocka_unit_test(files_of_another_checkpoint),
       cmocka_unit_test(describe_and_verify_say_what_is_there),
   };

@@ -1,28 +1,52 @@
-/* Runs a fuzz target without libFuzzer: every seed, then mutations of the seeds for a bounded time, always
- * the same ones in the same order.
+/* Runs a fuzz target without libFuzzer: every input of the corpus and every seed, then mutations of all of
+ * them for a bounded time, always the same ones in the same order.
  *
- *   fuzz_x SECONDS              seeds and mutations
- *   fuzz_x --write-seeds DIR    the seeds as files, for libFuzzer */
+ *   fuzz_x CORPUS SECONDS              CORPUS: what libFuzzer found worth keeping, lengths (32 bits) and
+ * bytes, by zstd fuzz_x CORPUS --write-seeds DIR    seeds and corpus as files, for libFuzzer */
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <zstd.h>
 
 #include "core/clock.h"
 #include "core/random.h"
 #include "fuzz_target.h"
 
-enum { MOST_BYTES = 1 << 16, MOST_SEEDS = 16 };
+enum { MOST_BYTES = 1 << 16, MOST_SEEDS = 16, MOST_INPUTS = 1024, MOST_CORPUS = 1 << 24 };
 
 typedef struct corpus {
-  uint8_t bytes[MOST_SEEDS][MOST_BYTES];
-  int64_t count[MOST_SEEDS];
+  uint8_t made[MOST_SEEDS][MOST_BYTES];
+  uint8_t *kept; /* decompressed */
+  const uint8_t *bytes[MOST_INPUTS];
+  int64_t count[MOST_INPUTS];
   int seeds;
 } corpus;
+
+/* False: it is damaged, which is no reason to test less in silence. */
+static bool add_corpus(corpus *c, const char *path) {
+  uint8_t *packed = malloc(MOST_CORPUS);
+  c->kept = malloc(MOST_CORPUS);
+  if (packed == NULL || c->kept == NULL) return false;
+  const int64_t stored = fuzz_read(path, packed, MOST_CORPUS);
+  const size_t bytes = ZSTD_decompress(c->kept, MOST_CORPUS, packed, (size_t)stored);
+  free(packed);
+  if (stored <= 0 || ZSTD_isError(bytes)) return false;
+  for (size_t at = 0; at + 4 <= bytes;) {
+    uint32_t length = 0;
+    memcpy(&length, c->kept + at, sizeof length);
+    if (c->seeds == MOST_INPUTS || length > MOST_BYTES || length > bytes - at - 4) return false;
+    c->bytes[c->seeds] = c->kept + at + 4;
+    c->count[c->seeds++] = length;
+    at += 4 + (size_t)length;
+  }
+  return true;
+}
 
 static int write_seeds(const corpus *c, const char *directory) {
   for (int i = 0; i < c->seeds; ++i) {
     char path[512];
-    (void)snprintf(path, sizeof path, "%s/seed-%02d", directory, i);
+    (void)snprintf(path, sizeof path, "%s/seed-%03d", directory, i);
     fuzz_write(path, c->bytes[i], (size_t)c->count[i]);
   }
   return 0;
@@ -81,20 +105,30 @@ static int run(const corpus *c, double seconds) {
     (void)LLVMFuzzerTestOneInput(mutant, (size_t)mutate(seed * 16, mutant, c->count[i]));
   }
   free(mutant);
-  (void)printf("%d seeds, %lld mutations, no fault\n", c->seeds, (long long)runs);
+  (void)printf("%d inputs, %lld mutations, no fault\n", c->seeds, (long long)runs);
   return runs < 100; /* so few would be no test */
 }
 
 int main(int count, char **arguments) {
   corpus *c = calloc(1, sizeof *c);
   int failed = 1;
-  while (c != NULL && c->seeds < MOST_SEEDS &&
-         (c->count[c->seeds] = fuzz_seed(c->seeds, c->bytes[c->seeds], MOST_BYTES)) > 0)
+  if (count < 3 || c == NULL) {
+    (void)fprintf(stderr, "usage: %s CORPUS SECONDS | CORPUS --write-seeds DIRECTORY\n", arguments[0]);
+    return 2;
+  }
+  while (c->seeds < MOST_SEEDS &&
+         (c->count[c->seeds] = fuzz_seed(c->seeds, c->made[c->seeds], MOST_BYTES)) > 0) {
+    c->bytes[c->seeds] = c->made[c->seeds];
     ++c->seeds;
-  if (c != NULL && c->seeds > 0 && count == 3 && strcmp(arguments[1], "--write-seeds") == 0)
-    failed = write_seeds(c, arguments[2]);
-  else if (c != NULL && c->seeds > 0)
-    failed = run(c, count > 1 ? strtod(arguments[1], NULL) : 10);
+  }
+  const int made = c->seeds;
+  if (!add_corpus(c, arguments[1]))
+    (void)fprintf(stderr, "%s: no corpus, or a damaged one\n", arguments[1]);
+  else if (made > 0 && count == 4 && strcmp(arguments[2], "--write-seeds") == 0)
+    failed = write_seeds(c, arguments[3]);
+  else if (made > 0)
+    failed = run(c, strtod(arguments[2], NULL));
+  free(c->kept);
   free(c);
   return failed;
 }
