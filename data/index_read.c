@@ -117,7 +117,7 @@ static core_status read_block(const data_index *index, int32_t k, int64_t block,
   while (data_try_again_priv(&patience, status));
   if (status != CORE_OK)
     return core_error_context(status, "block %lld of shard %d, attempt %d", (long long)block, k,
-                              patience.attempts);
+                              patience.retries + 1);
   memcpy(&stored, scratch + bytes - 8, sizeof stored);
   CHECK(core_hash(scratch, (size_t)bytes - 8, (uint64_t)k) == stored, CORE_ERR_CORRUPT,
         "%s: block %lld of shard %d is damaged (wrong hash); `antiphon index` makes a new one", index->path,

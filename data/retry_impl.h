@@ -9,14 +9,13 @@
 enum { DATA_RETRIES = 3 };
 
 typedef struct data_patience {
-  int attempts; /* made so far; begin with 0 */
+  int retries; /* attempts made beyond the first; begin with 0 */
 } data_patience;
 
 /* After an attempt: whether to make another one. Sleeps first: 10, 40, 160 ms. */
 static inline bool data_try_again_priv(data_patience *patience, core_status status) {
-  const double pause = 0.01 * (double)(1 << 2 * patience->attempts);
-  if (status != CORE_ERR_IO || patience->attempts++ == DATA_RETRIES) return false;
-  core_clock_sleep(pause);
+  if (status != CORE_ERR_IO || patience->retries == DATA_RETRIES) return false;
+  core_clock_sleep(0.01 * (double)(1 << 2 * patience->retries++));
   return true;
 }
 

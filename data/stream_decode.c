@@ -6,8 +6,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "core/clock.h"
 #include "core/file.h"
+#include "data/retry_impl.h"
 #include "data/stream_impl.h"
 
 /* ---- reading ---- */
@@ -33,21 +33,19 @@ static core_status read_afresh(const data_column *column, const stretch *what) {
 }
 
 static core_status read_stretch(data_stream *stream, const data_job *job, const stretch *what) {
-  enum { RETRIES = 3 };
   const char *path = job->column->path;
-  double pause = 0.01;
-  core_status status =
-      core_file_read_at(stream->handle[job->handle].fd, path, what->target, (size_t)what->bytes, what->at);
-  int attempt = 1;
-  for (; status == CORE_ERR_IO && attempt <= RETRIES && !data_stream_stopping_priv(stream); pause *= 4) {
-    core_clock_sleep(pause);
-    ++attempt;
-    status = read_afresh(job->column, what);
+  const int fd = stream->handle[job->handle].fd;
+  data_patience patience = {0};
+  core_status status = core_file_read_at(fd, path, what->target, (size_t)what->bytes, what->at);
+  if (status == CORE_OK) { /* afterwards: what was read is of the file that was seen */
+    TRY(data_identity_unchanged_priv(path, fd, &job->column->identity));
+    return CORE_OK;
   }
-  if (status == CORE_OK && attempt == 1) /* afterwards: what was read is of the file that was seen */
-    TRY(data_identity_unchanged_priv(path, stream->handle[job->handle].fd, &job->column->identity));
+  while (!data_stream_stopping_priv(stream) && data_try_again_priv(&patience, status))
+    status = read_afresh(job->column, what);
   if (status != CORE_OK)
-    return core_error_context(status, "%s: chunk %lld, attempt %d", path, (long long)job->tile.band, attempt);
+    return core_error_context(status, "%s: chunk %lld, attempt %d", path, (long long)job->tile.band,
+                              patience.retries + 1);
   return CORE_OK;
 }
 

@@ -3,9 +3,9 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#include "core/clock.h"
 #include "core/file.h"
 #include "data/index_impl.h"
+#include "data/retry_impl.h"
 #include "data/stream_impl.h"
 
 bool data_column_is_plain_priv(const data_column *column) {
@@ -115,21 +115,19 @@ static void forget(data_stream *stream, int32_t at) {
   data_hdf5_leave_priv();
 }
 
-/* Network file systems fail now and then. Damage does not heal by waiting, so only ERR_IO is worth a retry.
- */
 core_status data_stream_find_priv(data_stream *stream, const data_column *column, int32_t m, data_tile *tile,
                                   uint8_t *rows, int32_t *handle) {
-  enum { RETRIES = 3 };
-  double pause = 0.01;
-  for (int attempt = 0;; ++attempt, pause *= 4) {
-    const core_status status = find_once(stream, column, m, tile, rows, handle);
-    if (status == CORE_OK) return CORE_OK;
-    if (status != CORE_ERR_IO || attempt == RETRIES || data_stream_stopping_priv(stream))
-      return core_error_context(status, "chunk %lld, attempt %d", (long long)tile->band, attempt + 1);
-    forget(stream, *handle);
+  data_patience patience = {0};
+  core_status status = find_once(stream, column, m, tile, rows, handle);
+  while (status != CORE_OK && !data_stream_stopping_priv(stream)) {
+    if (status == CORE_ERR_IO) forget(stream, *handle);
     pthread_mutex_lock(&stream->lock);
     data_stream_wake_workers_priv(stream);
     pthread_mutex_unlock(&stream->lock);
-    core_clock_sleep(pause);
+    if (!data_try_again_priv(&patience, status)) break;
+    status = find_once(stream, column, m, tile, rows, handle);
   }
+  if (status != CORE_OK)
+    return core_error_context(status, "chunk %lld, attempt %d", (long long)tile->band, patience.retries + 1);
+  return CORE_OK;
 }
