@@ -167,12 +167,18 @@ static void compute(const Product &p, const Types &t) {
     }
 }
 
+/* Bytes at each end of the workspace: all of it, at every product, would take most of the time. */
+static const size_t kSpoilt = 1 << 16;
+
 static cublasStatus_t queued(cublasHandle_t handle, std::function<void()> work) {
   void *workspace = handle->workspace;
   size_t bytes = handle->workspace_bytes;
   cudaError_t error = enqueue(handle->stream, [=] {
     work();
-    if (workspace) memset(workspace, 0xff, bytes); /* nobody else may keep anything there */
+    if (workspace) { /* nobody else may keep anything there */
+      memset(workspace, 0xff, std::min(bytes, kSpoilt));
+      memset((char *)workspace + bytes - std::min(bytes, kSpoilt), 0xff, std::min(bytes, kSpoilt));
+    }
   });
   return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

@@ -102,20 +102,26 @@ for at in 3 9 15 22; do
   done
 done
 
-# A set that takes a while, in blocks of one sample
-"$MAKE_SET" directory="$work/long" samples=40000 shards=1 first=9000 rows=6
+# A set that takes a while where writing is slow, in blocks of one sample
+"$MAKE_SET" directory="$work/long" samples=4000 shards=1 first=9000 rows=6
 slow="$work/run $work/long --query image:text --set evaluate.batch=1"
 what="the long one"
 # shellcheck disable=SC2086
 embed 1 $slow -o "$work/long.h5"
 expect_status 0
+slowly() { # ranks
+  ANTIPHON_FAULT_FILE=1:sleep=1:cut.h5
+  export ANTIPHON_FAULT_FILE
+  # shellcheck disable=SC2086
+  start "$1" embed $slow -o "$work/cut.h5"
+  unset ANTIPHON_FAULT_FILE
+}
 begun() { [ -s "$work/cut.h5.part" ]; }
 for signal in TERM USR1 KILL; do
   for n in 1 2; do
     what="SIG$signal in the middle on $n ranks"
     rm -f "$work"/cut.h5*
-    # shellcheck disable=SC2086
-    start $n embed $slow -o "$work/cut.h5"
+    slowly $n
     until_true 30 begun || fail "it ended before FILE.part was there"
     sleep 0.3
     kill -$signal "$(pid $((n - 1)))" 2>/dev/null
@@ -131,7 +137,7 @@ for signal in TERM USR1 KILL; do
     # shellcheck disable=SC2086
     embed $((3 - n)) $slow -o "$work/cut.h5"
     expect_status 0
-    kept=$(sed -n 's/.*cut.h5: \([0-9]*\) of 40000 blocks are there.*/\1/p' "$work/err")
+    kept=$(sed -n 's/.*cut.h5: \([0-9]*\) of 4000 blocks are there.*/\1/p' "$work/err")
     [ "${kept:-0}" -gt 0 ] || fail "expected that blocks were kept, got '$kept'"
     cmp -s "$work/long.h5" "$work/cut.h5" || fail "another file"
   done
@@ -147,8 +153,7 @@ expect_status 1
 expect_error "cut.h5.part was made from something else"
 what="two at a time"
 rm -f "$work"/cut.h5*
-# shellcheck disable=SC2086
-start 1 embed $slow -o "$work/cut.h5"
+slowly 1
 until_true 30 begun
 # shellcheck disable=SC2086
 "$ANTIPHON" embed $slow -o "$work/cut.h5" 2>"$work/second" && fail "the second one did not fail"

@@ -2,7 +2,7 @@
 # that was never stopped.
 . "$(dirname "$0")/lib.sh"
 
-last=600
+last=300
 sets="--set run.steps=$last"
 prepare samples=45
 run 1 train "$work/config.yaml" $sets --set run.directory="$work/straight1"
@@ -82,7 +82,7 @@ expect_steps "$work/run" $((at + 3))
 
 "$MAKE_SET" directory="$work/large/train" samples=6000 shards=1 rows=40 image=64 text=64
 "$MAKE_SET" directory="$work/large/validation" samples=40 shards=1 first=5000 image=64 text=64
-"$MAKE_SET" directory="$work/held-out/validation" samples=8000 shards=1 first=5000
+"$MAKE_SET" directory="$work/held-out/validation" samples=3000 shards=1 first=5000
 cp -r "$work/data/train" "$work/held-out/train"
 settings_of() { # phase
   case $1 in

@@ -2,7 +2,7 @@
 # put off and not lost, and a rank that stops answering while it saves is missed by the others within the deadline.
 . "$(dirname "$0")/lib.sh"
 
-last=120
+last=64
 prepare samples=45
 sets="--set run.steps=$last --set checkpoint.keep=200 --set parallel.experts=2
   --set optimizer.batch=1024 --set model.layers=1 --set model.moe.experts=2" # a step is not much shorter than a save
