@@ -111,6 +111,17 @@ core_status train_moe_forward(struct train_model *model, train_moe *moe, core_te
 core_status train_moe_backward(struct train_model *model, train_moe *moe, core_tensor x, core_tensor dy,
                                core_tensor weights, core_tensor dx);
 
+/* moe_experts.c. Matrices of the local experts; activations of a round, and their gradients, which all layers
+ * share. */
+int64_t train_experts_local(const struct train_model *model);
+core_status train_experts_declare(struct train_model *model, train_moe *moe, int32_t layer);
+core_status train_experts_plan(struct train_model *model, train_moe *moe, core_arena *arena);
+core_status train_experts_scratch_plan(struct train_model *model, core_arena *arena);
+/* x -> moe->returned at its sender; and, of moe_scratch.send_dy, moe_scratch.send_dx and the gradients of the
+ * experts. In rounds. x: [T, C] the layer's input. Collective over the expert group. */
+core_status train_experts_forward(struct train_model *model, train_moe *moe, core_tensor x);
+core_status train_experts_backward(struct train_model *model, train_moe *moe, core_tensor x);
+
 /* moe_dispatch.c. Collective over the expert group. */
 core_status train_dispatch_make(struct train_model *model, train_moe *moe, int64_t tokens);
 /* Sets group[] and rows for `round`. Local. */

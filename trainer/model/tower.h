@@ -9,7 +9,7 @@
  * (model.trunks per_modality) a dense one for each, of equal FLOPs per token, which only its rows pass.
  *
  * Reading order: tower.c, connector.c, trunk.c, block.c, self_attention.c, feed_forward.c, moe_layer.c,
- * moe_dispatch.c, moe_capacity.c, pooled_head.c. */
+ * moe_experts.c, moe_dispatch.c, moe_capacity.c, pooled_head.c. */
 #ifndef TRAIN_TOWER_H
 #define TRAIN_TOWER_H
 
