@@ -144,7 +144,7 @@ static double gradient_of(const train_session *session, const double *gradient, 
   double sum[2] = {0, 0};
   for (int32_t i = 0; i < set->count; i++)
     if (strcmp(set->list[i].name, name) == 0) {
-      sum[0] = gradient[set->list[i].first + at];
+      sum[0] = gradient[set->list[i].gradient_first + at];
       sum[1] = 1;
     }
   test_device_must(comm_all_reduce(session->env.world, COMM_SUM, CORE_FLOAT64, sum, 2));
@@ -175,8 +175,8 @@ static void compare_all(train_session *session, const data_batch *batch, const c
   comm_group *world = session->env.world;
   double before = loss_of(session, batch);
   test_device_must(train_optimizer_gather(session->model));
-  double *gradient =
-      test_fetch(session->env.ops->device, core_tensor_1(set->gradient, CORE_REAL_DTYPE, set->total));
+  double *gradient = test_fetch(session->env.ops->device,
+                                core_tensor_1(set->gradient, CORE_REAL_DTYPE, set->gradient_total));
   for (int32_t rank = 0; rank < comm_size(world); rank++) {
     int64_t count = set->count;
     test_device_must(comm_broadcast(world, rank, &count, sizeof count));

@@ -3,6 +3,7 @@
 #define TRAIN_MOE_H
 
 #include "trainer/mirror.h"
+#include "trainer/model/linear.h"
 
 struct train_model;
 struct train_items;
@@ -59,8 +60,7 @@ typedef struct train_dispatch_state {
 typedef struct train_moe {
   int32_t index;                 /* among the MoE layers */
   int32_t router, router_bias;   /* parameters [E, C]; bias -1 */
-  int32_t in, out;               /* first local expert's [2F, C], [C, F]; the others follow */
-  int32_t in_bias, out_bias;     /* first local expert's [2F], [C]; -1 absent */
+  train_linear in, out;          /* of the local experts: [2F, C], [C, F] each */
   core_tensor logits, prob;      /* [T, E] noise-free */
   core_tensor noisy, noisy_prob; /* the same tensors when noise is off */
   core_tensor choice, gate;      /* int32 [T, K], [T, K] */

@@ -61,9 +61,32 @@ static core_status declare(train_model *model) {
   TRY(is_connector(model) ? train_alignment_declare(model)
       : is_decoder(model) ? train_decoder_declare(model)
                           : declare_tower(model));
+  const train_settings *s = model->env->settings;
+  for (unsigned i = 0; i < s->optimizer.frozen_count; i++)
+    train_parameters_freeze(&model->parameters, s->optimizer.frozen[i]);
   train_parameters_place(&model->parameters);
-  train_parameters_share(&model->parameters, model->env, model->env->settings->parallel.shard_optimizer);
+  train_parameters_share(&model->parameters, model->env, s->parallel.shard_optimizer);
   return CORE_OK;
+}
+
+/* Parts that lie above the blocks, by the beginnings of names; what is not known counts as below. */
+static bool is_above(const char *name) {
+  static const char *const above[] = {"final_norm.", "output.", "head.", "log_scale"};
+  for (size_t i = 0; i < sizeof above / sizeof *above; i++)
+    if (strncmp(name, above[i], strlen(above[i])) == 0) return true;
+  return false;
+}
+
+int64_t train_model_lowest(const train_model *model) {
+  int64_t lowest = model->L;
+  for (int32_t i = 0; i < model->parameters.count; i++) {
+    const train_parameter *p = &model->parameters.list[i];
+    int layer = -1;
+    if (p->frozen || is_above(p->name)) continue;
+    if (sscanf(p->name, "blocks.%d.", &layer) != 1) return -1;
+    if (layer < lowest) lowest = layer;
+  }
+  return lowest;
 }
 
 int32_t train_model_directions(const train_model *model) {
@@ -80,6 +103,7 @@ core_status train_model_create(train_env *env, const int64_t *width, train_model
   model->env = env;
   take_sizes(model);
   model->recomputes = env->settings->model.recompute;
+  model->lowest = -1;
   memcpy(model->limits.width, width, (size_t)env->layout.modalities * sizeof *width);
   model->rotates = is_decoder(model);
   for (int32_t m = 0; m < env->layout.modalities; m++)
@@ -201,6 +225,7 @@ core_status train_model_plan(train_model *model, const train_model_limits *limit
   TRY(train_parameters_plan(&model->parameters, model->env, arenas->parameters, limits->training));
   TRY(train_mirror_plan(arenas, arenas->parameters, CORE_REAL_DTYPE, model->A / 2, 1,
                         &model->inverse_frequency));
+  TRY(train_linear_plan(model, arenas));
   TRY(plan_activations(model, arenas));
   return CORE_OK;
 }
@@ -383,6 +408,7 @@ core_status train_model_backward(train_model *model, core_tensor router) {
   TRY(is_decoder(model) ? train_decoder_predict_backward(model, dn) : pool_backward(model, dn));
   for (int32_t t = 0; t < model->trunks; t++)
     if (train_trunk_held(model, t)) TRY(train_trunk_backward(model, t, router, dn, dx));
+  if (model->lowest >= 0) return CORE_OK;
   comm_note(env->comm, env->step, -1, "connectors backward");
   TRY(is_decoder(model) ? train_decoder_embed_backward(model, dx) : connect_backward(model, dx));
   return CORE_OK;
