@@ -191,10 +191,14 @@ static void draw(const train_parameter *parameter, uint64_t seed, core_real *val
   double fixed = parameter->init == TRAIN_INIT_ZERO  ? 0
                  : parameter->init == TRAIN_INIT_ONE ? 1
                                                      : parameter->init_value;
-  for (int64_t i = 0; i < parameter->count; i++)
-    value[i] = parameter->init == TRAIN_INIT_NORMAL
-                   ? (core_real)(parameter->init_value * core_random_normal(seed, stream, (uint64_t)i))
-                   : (core_real)fixed;
+  for (int64_t i = 0; i < parameter->count; i++) {
+    double number = fixed;
+    if (parameter->init == TRAIN_INIT_NORMAL)
+      number = parameter->init_value * core_random_normal(seed, stream, (uint64_t)i);
+    if (parameter->init == TRAIN_INIT_UNIFORM)
+      number = parameter->init_value * (2 * core_random_uniform(seed, stream, (uint64_t)i) - 1);
+    value[i] = (core_real)number;
+  }
 }
 
 /* Draws on the host; `stage` [largest parameter] is NULL where the host writes the values itself. */

@@ -27,6 +27,7 @@ typedef enum train_init {
   TRAIN_INIT_ZERO,
   TRAIN_INIT_ONE,
   TRAIN_INIT_NORMAL,
+  TRAIN_INIT_UNIFORM,
   TRAIN_INIT_CONSTANT
 } train_init;
 
@@ -37,7 +38,7 @@ typedef struct train_parameter {
   train_scope scope;
   int32_t modality; /* of TRAIN_SCOPE_MODALITY */
   train_init init;
-  double init_value; /* standard deviation, or the constant */
+  double init_value; /* standard deviation, half of the range around 0, or the constant */
   bool decay;        /* weight decay applies */
   bool frozen;       /* no step changes it: neither gradient nor moments */
   bool active;       /* takes part in the current step; when declared, and of a tower always, unless frozen */

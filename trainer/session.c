@@ -8,6 +8,7 @@
 #include <unistd.h> /* sysconf */
 
 #include "core/log.h"
+#include "trainer/model/lora.h"
 
 /* ---- opening data ---- */
 
@@ -378,6 +379,22 @@ static core_status check_frozen(train_session *session) {
   return CORE_OK;
 }
 
+/* Likewise one that adapts nothing. */
+static core_status check_adapted(train_session *session) {
+  const train_settings *s = session->env.settings;
+  for (unsigned i = 0; i < s->model.lora_count; i++) {
+    int64_t matches = train_lora_matches(session->model, i);
+    TRY(comm_all_reduce(session->env.control, COMM_SUM, CORE_INT64, &matches, 1));
+    char key[64];
+    snprintf(key, sizeof key, "model.lora.%u.parameters", i);
+    if (matches == 0)
+      return core_config_refuse(session->env.config, key,
+                                "no linear map of a block or connector has a name that matches '%s'",
+                                s->model.lora[i].parameters);
+  }
+  return CORE_OK;
+}
+
 /* What is trained decides how far gradients go down; it must be something. */
 static core_status agree_trained(train_session *session) {
   train_model *model = session->model;
@@ -398,6 +415,7 @@ static core_status open_all(train_session *session, const train_session_options 
   TRY(make_groups(env));
   TRY(comm_agree(env->control, allocate_local(session, options->width)));
   TRY(check_frozen(session));
+  TRY(check_adapted(session));
   TRY(agree_trained(session));
   return CORE_OK;
 }

@@ -32,7 +32,9 @@ core_status train_connector_declare(train_model *model, int32_t m) {
   TRY(train_declare(model, matrix(m, first, D), &layer->first.weight, "connector.%s.first.weight",
                     settings->name));
   TRY(train_declare(model, bias(m, first), &layer->first.bias, "connector.%s.first.bias", settings->name));
+  TRY(train_linear_add(model, &layer->first));
   if (mlp) {
+    TRY(train_linear_add(model, &layer->second));
     TRY(train_declare(model, matrix(m, C, first), &layer->second.weight, "connector.%s.second.weight",
                       settings->name));
     TRY(train_declare(model, bias(m, C), &layer->second.bias, "connector.%s.second.bias", settings->name));
@@ -58,11 +60,19 @@ core_status train_connector_plan(train_model *model, int32_t m, const train_aren
   return CORE_OK;
 }
 
+/* A decoder's latents are listed apart from the sequences that they lie in. */
+static train_linear_rows rows_of(const train_model *model, int32_t m) {
+  const int64_t *first = model->items.row_first;
+  core_tensor key = model->env->settings->model.kind == TRAIN_KIND_DECODER ? model->decoder.latent_key.device
+                                                                           : model->items.key.device;
+  return (train_linear_rows){.key = train_slice(key, first[m], first[m + 1] - first[m])};
+}
+
 core_status train_connector_forward(train_model *model, int32_t m, core_tensor x) {
   train_env *env = model->env;
   train_connector_layer *layer = &model->connector[m];
   train_parameters *p = &model->parameters;
-  train_linear_rows rows = {0};
+  train_linear_rows rows = rows_of(model, m);
   int64_t T = x.shape[0];
   core_tensor input = train_rows(layer->input, T), before = train_rows(layer->before, T);
   core_tensor active = train_rows(layer->active, T);
@@ -81,13 +91,12 @@ core_status train_connector_backward(train_model *model, int32_t m, core_tensor 
   train_env *env = model->env;
   train_connector_layer *layer = &model->connector[m];
   train_parameters *p = &model->parameters;
-  train_linear_rows rows = {0};
+  train_linear_rows rows = rows_of(model, m);
   int64_t T = dx.shape[0];
   core_tensor before = train_rows(layer->before, T), active = train_rows(layer->active, T), first = dx;
   if (train_parameter_trained(p, layer->position))
     KERN(env, position_bwd, train_segments_of(model, m), dx, train_parameter_gradient(p, layer->position));
-  if (layer->hidden > 0 && !train_parameter_trained(p, layer->first.weight) &&
-      !train_parameter_trained(p, layer->first.bias))
+  if (layer->hidden > 0 && !train_linear_trained(model, &layer->first))
     return train_linear_backward(model, &layer->second, rows, dx, active, train_none());
   if (layer->hidden > 0) {
     first = active; /* not needed any more: holds its own gradient from here on */

@@ -70,6 +70,8 @@ core_status train_feed_forward_declare(train_model *model, train_block *block) {
   TRY(declare_matrix(model, block, in, "in", &block->dense.in.weight));
   TRY(declare_matrix(model, block, out, "out", &block->dense.out.weight));
   block->dense.in.bias = block->dense.out.bias = -1;
+  TRY(train_linear_add(model, &block->dense.in));
+  TRY(train_linear_add(model, &block->dense.out));
   return CORE_OK;
 }
 

@@ -1,5 +1,8 @@
 #include "trainer/model/linear.h"
 
+#include <stdlib.h>
+
+#include "trainer/model/lora.h"
 #include "trainer/model/tower.h"
 
 core_status train_linear_plan(train_model *model, const train_arenas *arenas) {
@@ -7,9 +10,27 @@ core_status train_linear_plan(train_model *model, const train_arenas *arenas) {
   return CORE_OK;
 }
 
-/* One product, or one for each group. */
-static core_status product(train_model *model, kern_form form, const int64_t *group, core_tensor a,
-                           core_tensor b, kern_write write, core_tensor c) {
+core_status train_linear_add(train_model *model, train_linear *map) {
+  if (model->map_count == model->map_capacity) {
+    int32_t capacity = model->map_capacity ? 2 * model->map_capacity : 32;
+    train_linear **grown = realloc(model->map, (size_t)capacity * sizeof *grown);
+    CHECK(grown, CORE_ERR_MEMORY, "no memory for %d linear maps", capacity);
+    model->map = grown;
+    model->map_capacity = capacity;
+  }
+  model->map[model->map_count++] = map;
+  return CORE_OK;
+}
+
+bool train_linear_trained(const train_model *model, const train_linear *map) {
+  const train_parameters *p = &model->parameters;
+  bool adapter = map->lora.rank > 0 &&
+                 (train_parameter_trained(p, map->lora.a) || train_parameter_trained(p, map->lora.b));
+  return adapter || train_parameter_trained(p, map->weight) || train_parameter_trained(p, map->bias);
+}
+
+core_status train_product(train_model *model, kern_form form, const int64_t *group, core_tensor a,
+                          core_tensor b, kern_write write, core_tensor c) {
   train_env *env = model->env;
   if (group)
     KERN(env, gemm_grouped, form, group, a, b, write, c);
@@ -23,8 +44,9 @@ core_status train_linear_forward(train_model *model, const train_linear *map, tr
   train_env *env = model->env;
   const train_parameters *p = &model->parameters;
   if (rows.group && map->groups == 0) return CORE_OK; /* no expert of the layer lives here */
-  TRY(product(model, KERN_NT, rows.group, x, train_parameter_matrices(p, map->weight, map->groups), write,
-              y));
+  TRY(train_product(model, KERN_NT, rows.group, x, train_parameter_matrices(p, map->weight, map->groups),
+                    write, y));
+  if (map->lora.rank > 0) TRY(train_lora_forward(model, map, rows, x, y));
   if (map->bias < 0) return CORE_OK;
   core_tensor bias = train_parameter_vectors(p, map->bias, map->groups);
   if (rows.group)
@@ -58,37 +80,49 @@ static core_tensor rows_of(const train_model *model, const int64_t *group, int64
 }
 
 /* Some experts of a layer may be frozen: a product for each run of trained ones. */
-static core_status grouped_gradients(train_model *model, const train_linear *map, const int64_t *group,
-                                     core_tensor dy, core_tensor x) {
+static core_status grouped_matrices(train_model *model, int32_t index, int64_t groups, const int64_t *group,
+                                    core_tensor dy, core_tensor x) {
+  for (int64_t g = 0, last; (last = next_trained(model, index, groups, &g)) > g; g = last) {
+    core_tensor rows = rows_of(model, group, g, last, dy);
+    TRY(train_product(model, KERN_TN, model->linear.group, rows, rows_of(model, group, g, last, x), KERN_ADD,
+                      train_parameter_gradients(&model->parameters, index + (int32_t)g, last - g)));
+  }
+  return CORE_OK;
+}
+
+static core_status grouped_biases(train_model *model, int32_t index, int64_t groups, const int64_t *group,
+                                  core_tensor dy) {
   train_env *env = model->env;
-  const train_parameters *p = &model->parameters;
-  const int64_t *part = model->linear.group;
-  for (int64_t g = 0, last; (last = next_trained(model, map->weight, map->groups, &g)) > g; g = last) {
+  for (int64_t g = 0, last; (last = next_trained(model, index, groups, &g)) > g; g = last) {
     core_tensor rows = rows_of(model, group, g, last, dy);
-    KERN(env, gemm_grouped, KERN_TN, part, rows, rows_of(model, group, g, last, x), KERN_ADD,
-         train_parameter_gradients(p, map->weight + (int32_t)g, last - g));
+    KERN(env, bias_grouped_bwd, model->linear.group, rows,
+         train_parameter_gradients(&model->parameters, index + (int32_t)g, last - g));
   }
-  for (int64_t g = 0, last; map->bias >= 0 && (last = next_trained(model, map->bias, map->groups, &g)) > g;
-       g = last) {
-    core_tensor rows = rows_of(model, group, g, last, dy);
-    KERN(env, bias_grouped_bwd, part, rows, train_parameter_gradients(p, map->bias + (int32_t)g, last - g));
-  }
+  return CORE_OK;
+}
+
+core_status train_matrix_backward(train_model *model, int32_t index, int64_t groups, train_linear_rows rows,
+                                  core_tensor dy, core_tensor x) {
+  if (rows.group) return grouped_matrices(model, index, groups, rows.group, dy, x);
+  if (train_parameter_trained(&model->parameters, index))
+    TRY(train_product(model, KERN_TN, NULL, dy, x, KERN_ADD,
+                      train_parameter_gradient(&model->parameters, index)));
   return CORE_OK;
 }
 
 core_status train_linear_backward(train_model *model, const train_linear *map, train_linear_rows rows,
                                   core_tensor dy, core_tensor x, core_tensor dx) {
   const train_parameters *p = &model->parameters;
+  bool adapted = map->lora.rank > 0;
   if (rows.group && map->groups == 0) return CORE_OK;
-  if (rows.group) {
-    TRY(grouped_gradients(model, map, rows.group, dy, x));
-  } else {
-    if (train_parameter_trained(p, map->weight))
-      TRY(product(model, KERN_TN, NULL, dy, x, KERN_ADD, train_parameter_gradient(p, map->weight)));
-    TRY(train_bias_backward(model, map->bias, dy));
-  }
-  if (dx.data)
-    TRY(product(model, KERN_NN, rows.group, dy, train_parameter_matrices(p, map->weight, map->groups),
-                KERN_SET, dx));
+  TRY(train_matrix_backward(model, map->weight, map->groups, rows, dy, x));
+  if (map->bias >= 0)
+    TRY(rows.group ? grouped_biases(model, map->bias, map->groups, rows.group, dy)
+                   : train_bias_backward(model, map->bias, dy));
+  if (adapted) TRY(train_lora_backward(model, map, rows, dy, x));
+  if (!dx.data) return CORE_OK;
+  TRY(train_product(model, KERN_NN, rows.group, dy, train_parameter_matrices(p, map->weight, map->groups),
+                    KERN_SET, dx));
+  if (adapted) TRY(train_lora_backward_input(model, map, rows, dx));
   return CORE_OK;
 }

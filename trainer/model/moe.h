@@ -68,6 +68,7 @@ typedef struct train_moe {
   core_tensor slot, index_rows;  /* int32 [T, K] row of each choice or -1; int32 [T K] token of each row */
   core_tensor returned;          /* [T K, C] expert outputs at the sender */
   core_tensor received;          /* [R, C] expert inputs of the last round */
+  core_tensor received_key;      /* int32 [R, 2] their keys, where adapters drop inputs */
   core_tensor hidden, active;    /* [R, 2F], [R, F] of the last round */
   train_dispatch_state dispatch;
   bool noise, drops; /* in the last forward pass */

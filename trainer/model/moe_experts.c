@@ -2,6 +2,7 @@
  * local experts in one grouped product each. See moe_layer.c for the pass around them. */
 #include <math.h>
 
+#include "trainer/model/lora.h"
 #include "trainer/model/tower.h"
 
 int64_t train_experts_local(const train_model *model) {
@@ -39,9 +40,11 @@ core_status train_experts_declare(train_model *model, train_moe *moe, int32_t la
   out.shape[0] = C;
   out.shape[1] = F;
   out.init_value = 1 / sqrt((double)F * 2 * (double)model->L);
-  moe->in = moe->out = (train_linear){.bias = -1, .groups = train_experts_local(model)};
+  moe->in = moe->out = (train_linear){.weight = -1, .bias = -1, .groups = train_experts_local(model)};
   TRY(declare_kind(model, in, layer, "in.weight", &moe->in.weight));
   TRY(declare_kind(model, out, layer, "out.weight", &moe->out.weight));
+  TRY(train_linear_add(model, &moe->in));
+  TRY(train_linear_add(model, &moe->out));
   if (!model->env->settings->model.moe.bias) return CORE_OK;
   train_parameter in_bias = {.rank = 1, .shape = {in.shape[0]}, .scope = TRAIN_SCOPE_EXPERT};
   train_parameter out_bias = {.rank = 1, .shape = {C}, .scope = TRAIN_SCOPE_EXPERT};
@@ -55,6 +58,8 @@ core_status train_experts_plan(train_model *model, train_moe *moe, core_arena *a
   TRY(train_take_active(model, arena, R, model->C, &moe->received));
   TRY(train_take_active(model, arena, R, F * train_activation_columns(model), &moe->hidden));
   TRY(train_take_active(model, arena, R, F, &moe->active));
+  bool drops = model->limits.training && (moe->in.lora.dropout > 0 || moe->out.lora.dropout > 0);
+  TRY(train_take(arena, CORE_INT32, drops ? R : 0, 2, &moe->received_key));
   return CORE_OK;
 }
 
@@ -68,7 +73,8 @@ core_status train_experts_scratch_plan(train_model *model, core_arena *arena) {
 
 /* The rows of the current round. */
 static train_linear_rows round_rows(const train_moe *moe) {
-  return (train_linear_rows){.group = moe->dispatch.group};
+  return (train_linear_rows){.group = moe->dispatch.group,
+                             .key = core_tensor_1(moe->received_key.data, CORE_UINT64, moe->dispatch.rows)};
 }
 
 /* received -> hidden -> active, for the rows of the current round. */
@@ -80,6 +86,19 @@ static core_status experts_inner(train_model *model, train_moe *moe) {
   return CORE_OK;
 }
 
+/* The rows' global places, where adapters drop inputs: whole keys, as pairs of int32, which rows of a matrix
+ * can be. */
+static core_status send_keys(train_model *model, train_moe *moe, int64_t round, bool gathers) {
+  train_env *env = model->env;
+  int64_t sent = moe->dispatch.sent;
+  core_tensor key = core_tensor_2(model->items.key.device.data, CORE_INT32, model->items.tokens, 2);
+  core_tensor staging = env->layout.expert_ranks == 1 ? moe->received_key : model->lora.sent_key;
+  if (!train_lora_drops(model, &moe->in) && !train_lora_drops(model, &moe->out)) return CORE_OK;
+  if (gathers) KERN(env, gather_rows, key, train_rows(moe->index_rows, sent), train_rows(staging, sent));
+  TRY(train_dispatch_send(model, moe, round, train_rows(staging, sent), moe->received_key));
+  return CORE_OK;
+}
+
 static core_status send_inputs(train_model *model, train_moe *moe, int64_t round, core_tensor x) {
   train_env *env = model->env;
   bool alone = env->layout.expert_ranks == 1;
@@ -88,6 +107,7 @@ static core_status send_inputs(train_model *model, train_moe *moe, int64_t round
     KERN(env, gather_rows, x, train_rows(moe->index_rows, moe->dispatch.sent), staging);
   train_dispatch_round(model, moe, round);
   TRY(train_dispatch_send(model, moe, round, staging, moe->received));
+  TRY(send_keys(model, moe, round, round == 0 || x.data));
   return CORE_OK;
 }
 

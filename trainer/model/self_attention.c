@@ -29,6 +29,8 @@ core_status train_attention_declare(train_model *model, train_block *block) {
   matrix.shape[1] = inner;
   matrix.init_value = 1 / sqrt((double)inner * 2 * (double)model->L);
   TRY(declare_matrix(model, block, matrix, "out", &block->attention.out.weight));
+  TRY(train_linear_add(model, &block->attention.qkv));
+  TRY(train_linear_add(model, &block->attention.out));
   return CORE_OK;
 }
 

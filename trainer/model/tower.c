@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "trainer/model/lora.h"
+
 core_status train_declare(train_model *model, train_parameter parameter, int32_t *index, const char *format,
                           ...) {
   va_list arguments;
@@ -54,6 +56,14 @@ static bool is_decoder(const train_model *model) {
   return model->env->settings->model.kind == TRAIN_KIND_DECODER;
 }
 
+/* Freezes by those patterns that contain a text. */
+static void freeze(train_model *model, const char *text) {
+  const train_settings *s = model->env->settings;
+  for (unsigned i = 0; i < s->optimizer.frozen_count; i++)
+    if (strstr(s->optimizer.frozen[i], text))
+      train_parameters_freeze(&model->parameters, s->optimizer.frozen[i]);
+}
+
 static core_status declare(train_model *model) {
   model->log_scale = -1;
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
@@ -62,8 +72,9 @@ static core_status declare(train_model *model) {
       : is_decoder(model) ? train_decoder_declare(model)
                           : declare_tower(model));
   const train_settings *s = model->env->settings;
-  for (unsigned i = 0; i < s->optimizer.frozen_count; i++)
-    train_parameters_freeze(&model->parameters, s->optimizer.frozen[i]);
+  freeze(model, "");
+  TRY(train_lora_declare(model));
+  freeze(model, "lora_"); /* other patterns do not reach adapters */
   train_parameters_place(&model->parameters);
   train_parameters_share(&model->parameters, model->env, s->parallel.shard_optimizer);
   return CORE_OK;
@@ -122,6 +133,7 @@ void train_model_destroy(train_model *model) {
   if (!model) return;
   train_parameters_free(&model->parameters);
   train_alignment_free(&model->alignment);
+  free(model->map);
   free(model->block);
   free(model);
 }
@@ -226,6 +238,7 @@ core_status train_model_plan(train_model *model, const train_model_limits *limit
   TRY(train_mirror_plan(arenas, arenas->parameters, CORE_REAL_DTYPE, model->A / 2, 1,
                         &model->inverse_frequency));
   TRY(train_linear_plan(model, arenas));
+  TRY(train_lora_plan(model, arenas));
   TRY(plan_activations(model, arenas));
   return CORE_OK;
 }
@@ -251,6 +264,7 @@ core_status train_model_prepare(train_model *model) {
         (core_real)scaled_frequency(s, pow(s->model.rope_base, -2.0 * (double)i / (double)model->A));
   TRY(train_mirror_up(model->env, &model->inverse_frequency, model->A / 2));
   TRY(train_moe_scratch_prepare(model));
+  TRY(train_lora_prepare(model));
   TRY(train_parameters_initialise(&model->parameters, model->env));
   return CORE_OK;
 }
@@ -387,6 +401,7 @@ static core_status pool_backward(train_model *model, core_tensor drows) {
 /* ---- passes ---- */
 
 core_status train_model_forward(train_model *model, train_mode mode) {
+  model->lora.drops = mode != TRAIN_MODE_EVALUATE;
   if (is_connector(model)) return train_alignment_forward(model, (int)mode);
   train_env *env = model->env;
   train_items *items = &model->items;

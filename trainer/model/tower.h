@@ -8,7 +8,7 @@
  * A trunk is the blocks and the last norm. There is one for all modalities, or as a baseline
  * (model.trunks per_modality) a dense one for each, of equal FLOPs per token, which only its rows pass.
  *
- * Reading order: tower.c, linear.c, connector.c, trunk.c, block.c, self_attention.c, feed_forward.c,
+ * Reading order: tower.c, linear.c, lora.c, connector.c, trunk.c, block.c, self_attention.c, feed_forward.c,
  * moe_layer.c, moe_experts.c, moe_dispatch.c, moe_capacity.c, pooled_head.c. */
 #ifndef TRAIN_TOWER_H
 #define TRAIN_TOWER_H
@@ -113,7 +113,10 @@ typedef struct train_model {
   bool rotates;
   /* gradients on their way down, shared by all layers */
   core_tensor d_stream, d_norm, d_mixed, d_qkv, d_hidden, d_active, d_pooled;
+  train_linear **map; /* [map_count] every linear map of blocks and connectors */
+  int32_t map_count, map_capacity;
   train_linear_scratch linear;
+  train_lora_scratch lora;
   train_moe_scratch moe_scratch;
   int32_t moe_layers;
   train_moe_sums sums; /* of the current step */

@@ -21,9 +21,8 @@ kern_segments train_trunk_segments(const train_model *model, int32_t t) {
 }
 
 train_linear_rows train_trunk_linear_rows(const train_model *model, int32_t t) {
-  (void)model;
-  (void)t;
-  return (train_linear_rows){.group = NULL};
+  train_span rows = train_trunk_rows(model, t);
+  return (train_linear_rows){.key = train_slice(model->items.key.device, rows.first, rows.count)};
 }
 
 core_status train_trunk_declare_parameter(train_model *model, int32_t t, train_parameter parameter,
