@@ -40,4 +40,15 @@ for ranks in 1 2; do
   run $ranks train "$work/config.yaml" --set run.steps=8 $some
   expect_equal "content" "$(content "$(step_path "$work/run" 8)")" "$(content "$(step_path "$work/whole" 8)")"
 done
+
+what="products of a step"
+products() { # arguments: how many of each kind
+  "$ANTIPHON" bench step --set model.width=16 --set optimizer.batch=8 --set run.threads=1 --json "$@" 2>/dev/null |
+    grep -o '"[a-z_]*_products": [0-9]*,' | tr -dc '0-9\n' | tr '\n' ' '
+}
+# 16 maps of four blocks, a connector and a head for each of two modalities, and the pairs' cosines
+expect_equal "all trained" "24 20 20 " "$(products)"
+expect_equal "experts frozen" "24 20 16 " "$(products --set 'optimizer.frozen=[blocks.*.experts.*]')"
+expect_equal "adapters over a frozen base" "72 52 32 " "$(products --set 'model.lora=[{parameters: blocks.*, rank: 4}]' \
+  --set "optimizer.frozen=['*norm*',connector.*,head.*,log_scale]")"
 finish

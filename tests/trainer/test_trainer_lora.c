@@ -137,6 +137,39 @@ static void inputs_are_dropped_in_training_alone(void **state) {
   close_with(&t, batch);
 }
 
+/* The last map of the last block: what its adapters read of each expert's rows. */
+static void each_input_is_dropped_once(void **state) {
+  (void)state;
+  static const char *const set[] = {ADAPTERS, BASE, NULL};
+  test_session t;
+  data_batch *batch = open_with(set, &t);
+  loss_at(&t, batch, 5, TRAIN_MODE_TRAIN);
+  const train_model *model = t.session->model;
+  const train_moe *moe = &model->block[2].moe;
+  const core_real *active = moe->active.data, *input = model->lora.input.data;
+  const int64_t *group = moe->dispatch.group, F = 24;
+  int64_t all = 0, dropped = 0;
+  for (int64_t e = 0; e < 4; e++)
+    for (int64_t i = group[e] * F; i < group[e + 1] * F; i++) {
+      all++;
+      dropped += input[i] == 0;
+      if (input[i] != 0) assert_true(fabs((double)(input[i] - active[i] / (core_real)0.6)) < 1e-6);
+    }
+  assert_true(all > 4000);
+  assert_true(fabs((double)dropped / (double)all - 0.4) < 0.03);
+  /* a token that two experts got is dropped differently at each */
+  const uint64_t *key = moe->received_key.data;
+  int64_t pairs = 0, equal = 0;
+  for (int64_t a = 0; a < group[4]; a++)
+    for (int64_t b = a + 1; b < group[4]; b++)
+      for (int64_t c = 0; c < F && key[a] == key[b]; c++) {
+        pairs++;
+        equal += (input[a * F + c] == 0) == (input[b * F + c] == 0);
+      }
+  assert_true(pairs > 2000 && fabs((double)equal / (double)pairs - (0.16 + 0.36)) < 0.05);
+  close_with(&t, batch);
+}
+
 static void refuse(const char *lora, const char *message) {
   core_config *own = NULL;
   train_session *session = NULL;
@@ -217,7 +250,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(an_adapter_begins_as_nothing),         cmocka_unit_test(only_adapters_are_trained),
       cmocka_unit_test(inputs_are_dropped_in_training_alone), cmocka_unit_test(bad_patterns_are_refused),
-      cmocka_unit_test(adapters_take_what_they_must),
+      cmocka_unit_test(each_input_is_dropped_once),           cmocka_unit_test(adapters_take_what_they_must),
   };
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;
