@@ -32,6 +32,15 @@ what="bfloat16"
 measure 1 $sets --set model.moe.choose=2 --set optimizer.batch=256 --set run.precision=bfloat16
 awk -v a="$planned" -v b="$recomputed" 'BEGIN {exit !(a > b)}' ||
   fail "expected bfloat16 alone to save less than recomputation"
+what="adapters over a frozen base"
+measure 1 $sets --set model.width=256 --set model.hidden=1024 --set model.moe.experts=16 --set optimizer.batch=32 \
+  --set 'model.lora=[{parameters: blocks.*, rank: 8, dropout: 0.1}]' \
+  --set "optimizer.frozen=['*norm*','connector.*','head.*']"
+grep -o -e '^[0-9.]* M parameters' -e '[0-9.]* M frozen' -e 'parameters and optimizer [0-9.]*' "$work/err" |
+  tr -dc '0-9.\n' | tr '\n' ' ' >"$work/arithmetic"
+note "$what: M parameters, M of them frozen, MiB: $(cat "$work/arithmetic")"
+awk '{want = ($1 + 3 * ($1 - $2)) * 4e6 / 1048576; exit !(NF == 3 && $2 > 20 * ($1 - $2) && $3 > 0.99 * want && $3 < 1.01 * want)}' \
+  "$work/arithmetic" || fail "expected 4 bytes a parameter and 12 more for a trained one"
 what="two ranks"
 measure 2 $sets --set parallel.experts=2 --set optimizer.batch=256
 finish
