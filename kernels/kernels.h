@@ -176,7 +176,8 @@ typedef struct kern_ops {
    * never depend on how many rows lie beside it. bias optional. x Active. */
   core_status (*router_logits)(kern_context *, core_tensor x, core_tensor weight, core_tensor bias,
                                core_tensor logits);
-  /* dx[T,C] from dlogits[T,E]; dweight, dbias (optional) accumulate. Products in float32. x, dx Active. */
+  /* dx[T,C] from dlogits[T,E]; dweight and dbias, each optional, accumulate. Products in float32. x, dx
+   * Active. */
   core_status (*router_logits_bwd)(kern_context *, core_tensor dlogits, core_tensor x, core_tensor weight,
                                    kern_write, core_tensor dx, core_tensor dweight, core_tensor dbias);
   /* noisy[t,e] = logits[t,e] + sigma * normal(seed, stream, key[t] * E + e); key: uint64 [T]. */

@@ -109,10 +109,14 @@ static const cyaml_schema_field_t data_fields[] = {
     CYAML_FIELD_END};
 
 typedef PART(model.moe) moe_part;
+static const cyaml_schema_value_t count_value = {CYAML_VALUE_INT(NEEDED, int64_t)};
 static const cyaml_schema_field_t moe_fields[] = {
     TEXT("layers", moe_part, layers),
     CYAML_FIELD_INT("experts", NEEDED, moe_part, experts),
     CYAML_FIELD_INT("choose", NEEDED, moe_part, choose),
+    CYAML_FIELD_SEQUENCE("layer_experts", CYAML_FLAG_POINTER, moe_part, layer_experts, &count_value, 0, 4096),
+    CYAML_FIELD_SEQUENCE("added", CYAML_FLAG_POINTER, moe_part, added, &count_value, 0, 4096),
+    CORE_FIELD_BOOL("added_bias", moe_part, added_bias),
     CYAML_FIELD_INT("hidden", NEEDED, moe_part, hidden),
     WORD("gate", moe_part, gate, gate_words),
     WORD("partition", moe_part, partition, partition_words),
@@ -176,10 +180,9 @@ static const cyaml_schema_field_t objective_fields[] = {
     CYAML_FIELD_END};
 
 typedef PART(schedule) schedule_part;
-static const cyaml_schema_value_t steps_value = {CYAML_VALUE_INT(NEEDED, int64_t)};
 static const cyaml_schema_field_t schedule_fields[] = {
     WORD("alternate", schedule_part, alternate, alternate_words),
-    CYAML_FIELD_SEQUENCE("steps", CYAML_FLAG_POINTER, schedule_part, steps, &steps_value, 0,
+    CYAML_FIELD_SEQUENCE("steps", CYAML_FLAG_POINTER, schedule_part, steps, &count_value, 0,
                          TRAIN_MAX_DIRECTIONS),
     CYAML_FIELD_FLOAT("gain", NEEDED, schedule_part, gain),
     CYAML_FIELD_FLOAT("least", NEEDED, schedule_part, least),
@@ -255,7 +258,8 @@ static const char defaults[] =
     "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  trunks: shared\n  dense: false\n  dense_match: active\n"
     "  per_direction: false\n  recompute: false\n  vocabulary: 0\n  tied: false\n"
     "  qkv_bias: false\n  rope_scaling: {kind: none, factor: 1, low: 1, high: 4, length: 8192}\n"
-    "  moe: {layers: every 2, experts: 8, choose: 1, hidden: 0, gate: softmax, partition: none,"
+    "  moe: {layers: every 2, experts: 8, choose: 1, layer_experts: [], added: [], added_bias: false, "
+    "hidden: 0, gate: softmax, partition: none,"
     " dispatch: dropless, capacity: '1.05', group_samples: 8, priority: gate, bias: false, dropout: 0, "
     "noise: 1, buffer: 1.5}\n"
     "objective: {pairs: [], scale: 10, largest_scale: 100, importance: 0.005, load: 0.005, z: 0.001,"

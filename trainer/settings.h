@@ -113,6 +113,12 @@ typedef struct train_settings {
     struct {
       char *layers; /* none, all, every 2, first half, second half, or a list "1,3" */
       int64_t experts, choose;
+      int64_t *layer_experts; /* of each MoE layer, first to last; empty: `experts` of every one */
+      unsigned layer_experts_count;
+      int64_t *added; /* of each MoE layer's experts, how many of the last were added to a trained model:
+                         their router columns are parameters of their own; empty: none */
+      unsigned added_count;
+      int added_bias; /* the logits of added experts have a bias also where model.moe.bias is false */
       int64_t hidden; /* of an expert; 0: as dense layers */
       int gate;       /* kern_gate */
       int partition;  /* train_partition: modality is the baseline of experts divided among the modalities */
@@ -123,8 +129,8 @@ typedef struct train_settings {
       int bias;       /* the router and the experts have biases */
       double dropout; /* of an expert's output, in training */
       double noise;   /* router noise in units of 1 / experts */
-      double
-          buffer; /* expert buffers in units of the balanced share; what exceeds them takes another round */
+      double buffer;  /* expert buffers in units of the balanced share of the rank with the most experts; what
+                         exceeds them takes another round */
     } moe;
   } model;
   struct {
@@ -184,6 +190,18 @@ CORE_NODISCARD core_status train_settings_check(const core_config *config, int32
 int64_t train_settings_thousandths(const char *text);
 /* Whether the model has no mixture at all: every MoE layer is replaced by a dense one. */
 bool train_settings_dense(const train_settings *settings);
+/* settings_mixture.c. MoE layers are numbered from 0, first to last (`mixture`); of a connector every block
+ * is one. How many the rule makes of a model's layers, also where they are replaced by dense ones; the number
+ * of layer l, which is one; experts of an MoE layer, those of them that are added, the most and the fewest of
+ * any. */
+int64_t train_settings_mixtures(const train_settings *settings);
+int64_t train_settings_mixture(const train_settings *settings, int64_t l);
+int64_t train_settings_experts(const train_settings *settings, int64_t mixture);
+int64_t train_settings_added(const train_settings *settings, int64_t mixture);
+int64_t train_settings_most_experts(const train_settings *settings);
+int64_t train_settings_fewest_experts(const train_settings *settings);
+/* What is refused of model.moe beyond the sizes of its numbers. ERR_CONFIG. */
+CORE_NODISCARD core_status train_settings_check_mixtures(const core_config *config);
 /* The experts [first, first + count) that are modality m's under model.moe.partition: even, contiguous shares
  * in the order of the modalities. Without a partition: all. */
 void train_settings_expert_share(const train_settings *settings, int32_t m, int64_t *first, int64_t *count);

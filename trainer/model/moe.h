@@ -1,4 +1,5 @@
-/* The mixture of experts: router, dispatch, experts, combine. See moe_layer.c for the pass. */
+/* The mixture of experts: router, dispatch, experts, combine. Files, in the order of the pass: moe_layer.c
+ * (the whole), moe_router.c, moe_sums.c, moe_capacity.c, moe_dispatch.c, moe_experts.c. */
 #ifndef TRAIN_MOE_H
 #define TRAIN_MOE_H
 
@@ -11,16 +12,21 @@ struct train_items;
  * modalities, and of a decoder the tokens of its vocabulary, last (train_settings_classes). Additive over
  * ranks and micro-batches. value: float64 [layers][classes][3 + 2E] as kern_router_sums_count says; count:
  * int64 [layers][classes][2E + 2] = choices per expert before drops [E], after drops [E], tokens with a kept
- * choice, tokens; gate: core_real [layers][classes][K] = sum of the k-th choice's gate. Forward passes add on
- * the device; the host side is what the functions below read. */
+ * choice, tokens; gate: core_real [layers][classes][K] = sum of the k-th choice's gate. E is the layer's;
+ * rows are as long as the largest layer needs, and the rest of a row stays 0. Forward passes add on the
+ * device; the host side is what the functions below read. */
 typedef struct train_moe_sums {
-  int32_t layers, modalities; /* the latter: classes */
-  int64_t experts;
-  int64_t choices;           /* K */
-  train_mirror value, count; /* a cell is a row */
-  train_mirror gate;         /* what forward passes add to; */
-  double *gate_sum;          /* the same over all ranks, on the host */
+  int32_t layers, modalities;   /* the latter: classes */
+  int64_t experts;              /* most of a layer */
+  const int64_t *layer_experts; /* of each layer, lent by the settings; NULL: `experts` */
+  int64_t choices;              /* K */
+  train_mirror value, count;    /* a cell is a row */
+  train_mirror gate;            /* what forward passes add to; */
+  double *gate_sum;             /* the same over all ranks, on the host */
 } train_moe_sums;
+static inline int64_t train_moe_layer_experts(const train_moe_sums *sums, int64_t layer) {
+  return sums->layer_experts ? sums->layer_experts[layer] : sums->experts;
+}
 static inline int64_t train_moe_value_stride(const train_moe_sums *sums) {
   return kern_router_sums_count(sums->experts);
 }
@@ -50,18 +56,20 @@ CORE_NODISCARD core_status train_moe_sums_down(const train_env *env, const train
  * sorted by its expert, then by sending rank. A stream longer than the buffer is taken in rounds. */
 typedef struct train_dispatch_state {
   int64_t sent;    /* rows this rank sends */
-  int64_t *counts; /* [e][E] rows of every rank for every expert */
+  int64_t *counts; /* [e][E] rows of every rank for every expert of the layer */
   int64_t rounds;  /* equal on all ranks of the expert group, at least 1 */
   int64_t *group;  /* [E_local + 1] row limits of the local experts in the current round */
   int64_t rows;    /* rows of the current round */
 } train_dispatch_state;
 
 typedef struct train_moe {
-  int32_t index;                 /* among the MoE layers */
-  int32_t router, router_bias;   /* parameters [E, C]; bias -1 */
-  int32_t in, out;               /* first local expert's [2F, C], [C, F]; the others follow */
-  int32_t in_bias, out_bias;     /* first local expert's [2F], [C]; -1 absent */
-  core_tensor logits, prob;      /* [T, E] noise-free */
+  int32_t index;                           /* among the MoE layers */
+  int64_t experts, added;                  /* E; the last of them that were added to a model */
+  int32_t router, router_bias;             /* parameters [E - added, C], [E - added]; -1 absent */
+  int32_t router_added, router_added_bias; /* likewise of the added experts */
+  int32_t in, out;           /* first local expert's [2F, C], [C, F]; the others follow; -1: there is none */
+  int32_t in_bias, out_bias; /* first local expert's [2F], [C]; -1 absent */
+  core_tensor logits, prob;  /* [T, E] noise-free */
   core_tensor noisy, noisy_prob; /* the same tensors when noise is off */
   core_tensor choice, gate;      /* int32 [T, K], [T, K] */
   core_tensor keep;              /* uint8 [T, K]; where a pass may drop */
@@ -81,14 +89,17 @@ typedef struct train_moe_scratch {
   core_tensor send_x, send_dy, send_dx; /* [T K, C] */
   core_tensor recv_y, recv_dx;          /* [R, C] */
   core_tensor d_hidden, d_active;       /* [R, 2F], [R, F] */
-  core_tensor d_gate, d_logits;         /* [T, K], [T, E] */
+  core_tensor d_gate, d_logits;         /* [T, K], [T, E] of the largest layer */
   train_mirror mask;                    /* core_real [M, E]: 0 for a modality's experts; partition only */
   core_tensor masked_bias;              /* [M, E] a layer's bias added to it; with biases */
-  /* of a decoder, whose classes do not lie together: the router's tensors by class, and a gradient */
+  core_tensor router_bias;              /* [E] of a layer where only added experts have one */
+  core_tensor d_router, d_router_bias;  /* [E, C], [E] of a layer with added experts */
+  /* of a decoder, whose classes do not lie together: the router's tensors by class, and a gradient; of the
+   * largest layer */
   core_tensor sorted_logits, sorted_prob, sorted_noisy, sorted_d; /* [T, E] */
   core_tensor sorted_gate;                                        /* [T, K] */
   core_tensor sorted_choice, sorted_slot;                         /* int32 [T, K] */
-  comm_piece *send, *recv;                                        /* [E] */
+  comm_piece *send, *recv;                                        /* [E + e] */
   /* capacity: records of the tokens of one expert group */
   core_real *host_prob; /* [T, E], a layer's, where the host cannot read the device's memory */
   int32_t *host_choice; /* [T, K], likewise */
@@ -98,6 +109,11 @@ typedef struct train_moe_scratch {
   int64_t *used;                           /* [E] */
 } train_moe_scratch;
 
+/* Experts of a layer lie in order on the slots of an expert group: slot s holds [first(s), first(s + 1)), as
+ * even as whole experts can be; where there are fewer experts than ranks, some hold none. */
+static inline int64_t train_experts_first(int64_t experts, int64_t slot, int64_t ranks) {
+  return slot * experts / ranks;
+}
 core_status train_moe_declare(struct train_model *model, int32_t layer);
 core_status train_moe_plan(struct train_model *model, train_moe *moe, const train_arenas *arenas);
 core_status train_moe_scratch_plan(struct train_model *model, const train_arenas *arenas);
@@ -113,7 +129,7 @@ core_status train_moe_backward(struct train_model *model, train_moe *moe, core_t
 
 /* moe_experts.c. Matrices of the local experts; activations of a round, and their gradients, which all layers
  * share. */
-int64_t train_experts_local(const struct train_model *model);
+int64_t train_experts_local(const struct train_model *model, const train_moe *moe);
 core_status train_experts_declare(struct train_model *model, train_moe *moe, int32_t layer);
 core_status train_experts_plan(struct train_model *model, train_moe *moe, core_arena *arena);
 core_status train_experts_scratch_plan(struct train_model *model, core_arena *arena);
@@ -121,6 +137,26 @@ core_status train_experts_scratch_plan(struct train_model *model, core_arena *ar
  * experts. In rounds. x: [T, C] the layer's input. Collective over the expert group. */
 core_status train_experts_forward(struct train_model *model, train_moe *moe, core_tensor x);
 core_status train_experts_backward(struct train_model *model, train_moe *moe, core_tensor x);
+
+/* moe_router.c. Parameters; what a layer keeps; what all layers share. */
+core_status train_moe_router_declare(struct train_model *model, train_moe *moe, int32_t layer);
+core_status train_moe_router_plan(struct train_model *model, train_moe *moe, core_arena *arena);
+core_status train_moe_router_scratch_plan(struct train_model *model, const train_arenas *arenas);
+/* x -> logits, probabilities, choice, gates. mode as train_mode. Local. */
+core_status train_moe_route(struct train_model *model, train_moe *moe, core_tensor x, int mode);
+/* moe_scratch.d_gate and the derivatives by the sums (absent: none) -> gradients of the router; dx gets the
+ * input's added. Local. */
+core_status train_moe_route_backward(struct train_model *model, train_moe *moe, core_tensor x,
+                                     core_tensor weights, core_tensor dx);
+/* Of the noise in the last forward pass; 0: there was none. */
+double train_moe_deviation(const struct train_model *model, const train_moe *moe);
+
+/* moe_sums.c. Memory to sort rows by class; adds T routed rows to the model's sums; adds to d_logits [T, E]
+ * the gradient of what hangs on them, weights as train_moe_backward. Local. */
+core_status train_moe_sorted_plan(struct train_model *model, core_arena *arena);
+core_status train_moe_sums_add(struct train_model *model, const train_moe *moe, int64_t T, int mode);
+core_status train_moe_sums_backward(struct train_model *model, const train_moe *moe, int64_t T,
+                                    core_tensor weights, core_tensor d_logits);
 
 /* moe_dispatch.c. Collective over the expert group. */
 core_status train_dispatch_make(struct train_model *model, train_moe *moe, int64_t tokens);

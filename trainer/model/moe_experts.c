@@ -4,8 +4,9 @@
 
 #include "trainer/model/tower.h"
 
-int64_t train_experts_local(const train_model *model) {
-  return model->env->settings->model.moe.experts / model->env->layout.expert_ranks;
+int64_t train_experts_local(const train_model *model, const train_moe *moe) {
+  int64_t slot = model->env->layout.slot, ranks = model->env->layout.expert_ranks;
+  return train_experts_first(moe->experts, slot + 1, ranks) - train_experts_first(moe->experts, slot, ranks);
 }
 
 static int64_t expert_hidden(const train_model *model) {
@@ -16,8 +17,8 @@ static int64_t expert_hidden(const train_model *model) {
 /* All first matrices of the local experts, then all second ones, so that each kind is one [E_local, n, k]
  * block. */
 core_status train_experts_declare(train_model *model, train_moe *moe, int32_t layer) {
-  int64_t F = expert_hidden(model), C = model->C, count = train_experts_local(model);
-  int64_t first = model->env->layout.slot * count;
+  int64_t F = expert_hidden(model), C = model->C, count = train_experts_local(model, moe);
+  int64_t first = train_experts_first(moe->experts, model->env->layout.slot, model->env->layout.expert_ranks);
   train_parameter in = {.rank = 2,
                         .shape = {F * train_activation_columns(model), C},
                         .scope = TRAIN_SCOPE_EXPERT,
@@ -28,27 +29,31 @@ core_status train_experts_declare(train_model *model, train_moe *moe, int32_t la
   out.shape[0] = C;
   out.shape[1] = F;
   out.init_value = 1 / sqrt((double)F * 2 * (double)model->L);
+  moe->in = moe->out = moe->in_bias = moe->out_bias = -1;
   for (int64_t j = 0; j < count; j++) {
     int32_t index;
+    in.expert = first + j;
     TRY(train_declare(model, in, &index, "blocks.%d.experts.%d.in.weight", layer, (int)(first + j)));
     if (j == 0) moe->in = index;
   }
   for (int64_t j = 0; j < count; j++) {
     int32_t index;
+    out.expert = first + j;
     TRY(train_declare(model, out, &index, "blocks.%d.experts.%d.out.weight", layer, (int)(first + j)));
     if (j == 0) moe->out = index;
   }
-  moe->in_bias = moe->out_bias = -1;
   if (!model->env->settings->model.moe.bias) return CORE_OK;
   train_parameter in_bias = {.rank = 1, .shape = {in.shape[0]}, .scope = TRAIN_SCOPE_EXPERT};
   train_parameter out_bias = {.rank = 1, .shape = {C}, .scope = TRAIN_SCOPE_EXPERT};
   for (int64_t j = 0; j < count; j++) {
     int32_t index;
+    in_bias.expert = first + j;
     TRY(train_declare(model, in_bias, &index, "blocks.%d.experts.%d.in.bias", layer, (int)(first + j)));
     if (j == 0) moe->in_bias = index;
   }
   for (int64_t j = 0; j < count; j++) {
     int32_t index;
+    out_bias.expert = first + j;
     TRY(train_declare(model, out_bias, &index, "blocks.%d.experts.%d.out.bias", layer, (int)(first + j)));
     if (j == 0) moe->out_bias = index;
   }
@@ -72,22 +77,23 @@ core_status train_experts_scratch_plan(train_model *model, core_arena *arena) {
 }
 
 static core_tensor weights_in(const train_model *model, const train_moe *moe) {
-  return train_parameter_matrices(&model->parameters, moe->in, train_experts_local(model));
+  return train_parameter_matrices(&model->parameters, moe->in, train_experts_local(model, moe));
 }
 
 static core_tensor weights_out(const train_model *model, const train_moe *moe) {
-  return train_parameter_matrices(&model->parameters, moe->out, train_experts_local(model));
+  return train_parameter_matrices(&model->parameters, moe->out, train_experts_local(model, moe));
 }
 
 /* received -> hidden -> active, for the rows of the current round. */
 static core_status experts_inner(train_model *model, train_moe *moe) {
   train_env *env = model->env;
   int64_t n = moe->dispatch.rows;
+  if (moe->in < 0) return CORE_OK; /* this rank holds none */
   KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->received, n), weights_in(model, moe),
        KERN_SET, train_rows(moe->hidden, n));
   if (moe->in_bias >= 0)
     KERN(env, bias_grouped_fwd, moe->dispatch.group,
-         train_parameter_vectors(&model->parameters, moe->in_bias, train_experts_local(model)),
+         train_parameter_vectors(&model->parameters, moe->in_bias, train_experts_local(model, moe)),
          train_rows(moe->hidden, n));
   TRY(train_activate(model, train_rows(moe->hidden, n), train_rows(moe->active, n)));
   return CORE_OK;
@@ -104,19 +110,26 @@ static core_status send_inputs(train_model *model, train_moe *moe, int64_t round
   return CORE_OK;
 }
 
-core_status train_experts_forward(train_model *model, train_moe *moe, core_tensor x) {
+/* active -> out, likewise. */
+static core_status experts_outer(train_model *model, train_moe *moe, core_tensor out) {
   train_env *env = model->env;
-  core_tensor out = env->layout.expert_ranks == 1 ? moe->returned : model->moe_scratch.recv_y;
+  int64_t n = moe->dispatch.rows;
+  if (moe->out < 0) return CORE_OK;
+  KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->active, n), weights_out(model, moe),
+       KERN_SET, train_rows(out, n));
+  if (moe->out_bias >= 0)
+    KERN(env, bias_grouped_fwd, moe->dispatch.group,
+         train_parameter_vectors(&model->parameters, moe->out_bias, train_experts_local(model, moe)),
+         train_rows(out, n));
+  return CORE_OK;
+}
+
+core_status train_experts_forward(train_model *model, train_moe *moe, core_tensor x) {
+  core_tensor out = model->env->layout.expert_ranks == 1 ? moe->returned : model->moe_scratch.recv_y;
   for (int64_t round = 0; round < moe->dispatch.rounds; round++) {
     TRY(send_inputs(model, moe, round, round == 0 ? x : train_none()));
     TRY(experts_inner(model, moe));
-    int64_t n = moe->dispatch.rows;
-    KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->active, n), weights_out(model, moe),
-         KERN_SET, train_rows(out, n));
-    if (moe->out_bias >= 0)
-      KERN(env, bias_grouped_fwd, moe->dispatch.group,
-           train_parameter_vectors(&model->parameters, moe->out_bias, train_experts_local(model)),
-           train_rows(out, n));
+    TRY(experts_outer(model, moe, out));
     TRY(train_dispatch_return(model, moe, round, out, moe->returned));
   }
   return CORE_OK;
@@ -130,9 +143,10 @@ static core_status experts_round_backward(train_model *model, train_moe *moe, co
   train_moe_scratch *s = &model->moe_scratch;
   train_parameters *p = &model->parameters;
   const int64_t *group = moe->dispatch.group;
-  int64_t n = moe->dispatch.rows, count = train_experts_local(model);
+  int64_t n = moe->dispatch.rows, count = train_experts_local(model, moe);
   core_tensor d_active = train_rows(s->d_active, n), d_hidden = train_rows(s->d_hidden, n);
   dy = train_rows(dy, n);
+  if (moe->in < 0) return CORE_OK;
   KERN(env, gemm_grouped, KERN_TN, group, dy, train_rows(moe->active, n), KERN_ADD,
        train_parameter_gradients(p, moe->out, count));
   if (moe->out_bias >= 0)

@@ -140,7 +140,10 @@ static core_status plan_sums(train_model *model, const train_arenas *arenas) {
   train_moe_sums *sums = &model->sums;
   sums->layers = model->moe_layers;
   sums->modalities = train_settings_classes(model->env->settings);
-  sums->experts = model->env->settings->model.moe.experts;
+  sums->experts = train_settings_most_experts(model->env->settings);
+  sums->layer_experts = model->env->settings->model.moe.layer_experts_count
+                            ? model->env->settings->model.moe.layer_experts
+                            : NULL;
   sums->choices = model->env->settings->model.moe.choose;
   int64_t cells = (int64_t)sums->layers * sums->modalities;
   core_arena *arena = arenas->activations;

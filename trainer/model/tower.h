@@ -201,8 +201,8 @@ core_status train_feed_forward_backward(train_model *model, train_block *block, 
 core_status train_activate(train_model *model, core_tensor hidden, core_tensor active);
 core_status train_activate_backward(train_model *model, core_tensor d_active, core_tensor hidden,
                                     core_tensor d_hidden);
-/* Experts that the dense baseline of a mixture is as wide as: the chosen ones, or all. */
-int64_t train_dense_experts(const train_settings *settings);
+/* Experts that the dense baseline of the mixture of this layer is as wide as: the chosen ones, or all. */
+int64_t train_dense_experts(const train_settings *settings, int64_t layer);
 /* 2 for gated activations: columns of `hidden` per column of `active`. */
 int64_t train_activation_columns(const train_model *model);
 

@@ -10,9 +10,9 @@ core_status train_router_plan(train_router_objective *objective, const train_env
                               const train_arenas *arenas) {
   objective->env = env;
   objective->layers = layers;
-  TRY(train_mirror_plan(arenas, arenas->objective, CORE_FLOAT64,
-                        (int64_t)layers * train_settings_classes(env->settings),
-                        kern_router_sums_count(env->settings->model.moe.experts), &objective->weights));
+  TRY(train_mirror_plan(
+      arenas, arenas->objective, CORE_FLOAT64, (int64_t)layers * train_settings_classes(env->settings),
+      kern_router_sums_count(train_settings_most_experts(env->settings)), &objective->weights));
   return CORE_OK;
 }
 
@@ -57,7 +57,7 @@ static double squared_variation(const double *x, int64_t n, double weight, doubl
 static void joint_losses(train_router_objective *objective, const train_moe_sums *sums, int32_t layer,
                          train_router_loss *out) {
   const train_settings *s = objective->env->settings;
-  int64_t M = sums->modalities, E = sums->experts;
+  int64_t M = sums->modalities, E = train_moe_layer_experts(sums, layer);
   double prob[CORE_MAX_EXPERTS] = {0}, load[CORE_MAX_EXPERTS] = {0}, d_prob[CORE_MAX_EXPERTS] = {0},
          d_load[CORE_MAX_EXPERTS] = {0}, tokens = 0, z = 0;
   for (int64_t m = 0; m < M; m++) {
@@ -89,14 +89,15 @@ static void entropy_losses(train_router_objective *objective, const train_moe_su
   const train_modality_settings *s =
       m < (int32_t)settings->data.modalities_count ? &settings->data.modalities[m] : &none;
   const double *value = train_moe_values(sums, layer, m);
-  int64_t E = sums->experts;
+  int64_t E = train_moe_layer_experts(sums, layer);
   double tokens = value[0], *weights = weights_of(objective, (int64_t)layer * sums->modalities + m);
   if (tokens <= 0) return;
   out->local += s->local * value[2] / tokens;
   weights[2] = s->local / tokens;
   if (s->global <= 0) return;
   int64_t first, own; /* a baseline that divides the experts is one key: S_m follows */
-  train_settings_expert_share(objective->env->settings, m, &first, &own);
+  train_settings_expert_share(settings, m, &first, &own);
+  if (settings->model.moe.partition == TRAIN_PARTITION_NONE) own = E;
   double missing = log(fmin(s->experts, (double)own)) - train_entropy(value + 3, E);
   if (missing <= 0) return;
   out->global += s->global * missing;
