@@ -110,6 +110,7 @@ static void put_losses(train_metrics *w, const train_report *r, const train_cont
   put_number(w, "z", r->router.z);
   put_number(w, "local", r->router.local);
   put_number(w, "global", r->router.global);
+  put_number(w, "balance", r->router.balance);
   close_with(w, '}');
   put_number(w, "scale", r->scale);
   put_number(w, "rate", r->rate);

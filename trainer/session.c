@@ -295,8 +295,9 @@ static kern_limits kernel_limits(const train_session *session, const train_model
           all = s->model.dense_match == TRAIN_MATCH_TOTAL ? train_settings_most_experts(s)
                                                           : s->model.moe.choose,
           width = larger(model->C, 2 * F * (train_settings_dense(s) ? all : 1));
-  kern_limits k = {
-      .experts = train_settings_most_experts(s), .heads = model->H, .threads = threads_of(&session->env)};
+  kern_limits k = {.experts = larger(train_settings_most_experts(s), TRAIN_CALIBRATION_WIDTH),
+                   .heads = model->H,
+                   .threads = threads_of(&session->env)};
   width = larger(width, (model->H + 2 * model->G) * model->A);
   width = larger(width, larger(model->Z, s->evaluate.batch));
   for (int32_t m = 0; m < session->env.layout.modalities; m++) {

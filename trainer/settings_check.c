@@ -65,6 +65,7 @@ static core_status check_sizes(const core_config *config, const train_settings *
       {"objective.importance", s->objective.importance, 0, 1e6},
       {"objective.load", s->objective.load, 0, 1e6},
       {"objective.z", s->objective.z, 0, 1e6},
+      {"objective.balance", s->objective.balance, 0, 1e6},
       {"objective.alpha", s->objective.alpha, 0, 1},
       {"objective.temperature", s->objective.temperature, 1e-6, 1e6},
       {"schedule.gain", s->schedule.gain, 0, 1e6},
@@ -155,9 +156,9 @@ static core_status check_connector(const core_config *config, const train_settin
   }
   if (s->objective.pairs_count > 0)
     return core_config_refuse(config, "objective.pairs", "a connector has directions, no pairs");
-  if (s->objective.importance > 0 || s->objective.load > 0 || s->objective.z > 0)
+  if (s->objective.importance > 0 || s->objective.load > 0 || s->objective.z > 0 || s->objective.balance > 0)
     return core_config_refuse(config, "objective.importance",
-                              "a connector has no router losses: importance, load and z must be 0");
+                              "a connector has no router losses: importance, load, z and balance must be 0");
   if (s->model.layers != 1) return core_config_refuse(config, "model.layers", "a connector has one layer");
   if (s->model.moe.dispatch != TRAIN_DROPLESS)
     return core_config_refuse(config, "model.moe.dispatch", "a connector drops nothing: expected dropless");

@@ -1,4 +1,5 @@
-/* What the configuration says of each MoE layer: how many experts it has, and how many of them were added. */
+/* What the configuration says of each MoE layer: how many experts it has, how many of them were added, how
+ * they are weighed and balanced. */
 #include <stdio.h>
 
 #include "core/dims.h"
@@ -41,6 +42,17 @@ int64_t train_settings_fewest_experts(const train_settings *settings) {
   return fewest;
 }
 
+bool train_settings_calibrated(const train_settings *settings, int64_t mixture) {
+  return settings->model.moe.calibration != TRAIN_CALIBRATION_NONE &&
+         train_settings_added(settings, mixture) > 0;
+}
+
+int64_t train_settings_balance_groups(const train_settings *settings) {
+  if (settings->objective.balance <= 0 || train_settings_dense(settings)) return 0;
+  if (settings->objective.balance_scope == TRAIN_BALANCE_GLOBAL) return 1;
+  return settings->optimizer.batch / settings->model.moe.group_samples;
+}
+
 /* A list that has one number for each MoE layer, or none at all; nothing else counts these layers. */
 static core_status check_list(const core_config *config, const char *key, unsigned count) {
   const train_settings *s = core_config_data(config);
@@ -69,6 +81,44 @@ static core_status check_added(const core_config *config, const train_settings *
   }
   if (s->model.moe.added_bias && !any)
     return core_config_refuse(config, "model.moe.added_bias", "no layer has added experts: expected false");
+  if (s->model.moe.calibration != TRAIN_CALIBRATION_NONE && !any)
+    return core_config_refuse(config, "model.moe.calibration", "no layer has added experts: expected none");
+  return CORE_OK;
+}
+
+static core_status check_second(const core_config *config, const train_settings *s) {
+  if (s->model.moe.second_noise == TRAIN_SECOND_PLAIN) return CORE_OK;
+  if (s->model.moe.choose != 2)
+    return core_config_refuse(config, "model.moe.second_noise",
+                              "draws the second of two choices, and model.moe.choose is %lld: expected none",
+                              (long long)s->model.moe.choose);
+  if (s->model.moe.noise > 0)
+    return core_config_refuse(config, "model.moe.noise",
+                              "with model.moe.second_noise the first choice is that of the plain logits: "
+                              "expected 0, got %g",
+                              s->model.moe.noise);
+  return CORE_OK;
+}
+
+/* Numbers that a step sums for a local balance loss: of every group of the batch, since a group may lie on
+ * any ranks and in any micro-batches. 128 MiB of them on each side. */
+enum { MOST_BALANCE_NUMBERS = 1 << 24, MOST_GROUPS = 65535 };
+
+static core_status check_balance(const core_config *config, const train_settings *s) {
+  int64_t groups = train_settings_balance_groups(s), samples = s->model.moe.group_samples;
+  int64_t numbers = groups * train_settings_mixtures(s) * (1 + 2 * train_settings_most_experts(s));
+  if (groups > 1 || s->objective.balance_scope == TRAIN_BALANCE_LOCAL) {
+    if (s->objective.balance > 0 && s->optimizer.batch % samples != 0)
+      return core_config_refuse(config, "model.moe.group_samples",
+                                "with objective.balance_scope local, groups of %lld samples must divide the "
+                                "batch of %lld",
+                                (long long)samples, (long long)s->optimizer.batch);
+  }
+  if (groups > MOST_GROUPS || numbers > MOST_BALANCE_NUMBERS)
+    return core_config_refuse(config, "model.moe.group_samples",
+                              "with objective.balance_scope local, %lld groups of a batch have %lld sums, "
+                              "and at most %d groups and %d sums are kept: expected larger groups",
+                              (long long)groups, (long long)numbers, MOST_GROUPS, MOST_BALANCE_NUMBERS);
   return CORE_OK;
 }
 
@@ -83,6 +133,8 @@ core_status train_settings_check_mixtures(const core_config *config) {
                                 (long long)s->model.moe.choose, CORE_MAX_EXPERTS, (long long)experts);
   }
   TRY(check_added(config, s));
+  TRY(check_second(config, s));
+  TRY(check_balance(config, s));
   if (!train_settings_dense(s) && s->parallel.experts > train_settings_most_experts(s))
     return core_config_refuse(config, "parallel.experts",
                               "%lld ranks for at most %lld experts of a layer: some would hold none at all",

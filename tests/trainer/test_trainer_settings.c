@@ -190,6 +190,15 @@ static const bad_value bad_values[] = {
      "model.moe.added: with model.moe.partition"},
     {1, "model.moe.added_bias=true", NULL, "model.moe.added_bias: no layer has added experts"},
     {1, "model.moe.added_bias=true", "model.moe.added=[0, 0]", "model.moe.added_bias: no layer has added"},
+    {1, "model.moe.calibration=add", NULL, "model.moe.calibration: no layer has added experts"},
+    {1, "model.moe.calibration=divide", NULL, "model.moe.calibration"},
+    {1, "model.moe.second_noise=gumbel", NULL, "model.moe.second_noise: draws the second of two choices"},
+    {1, "model.moe.second_noise=gumbel", "model.moe.choose=2",
+     "model.moe.noise: with model.moe.second_noise the first choice is that of the plain logits"},
+    {1, "model.moe.second_noise=normal", NULL, "model.moe.second_noise"},
+    {1, "objective.balance=-1", NULL, "objective.balance: expected 0 to"},
+    {1, "objective.balance_scope=rank", NULL, "objective.balance_scope"},
+    {1, "objective.balance_shares=second", NULL, "objective.balance_shares"},
     {4, "optimizer.batch=18", NULL,
      "optimizer.batch: 18 samples must divide evenly into 1 micro-batches of 4 ranks"},
     {4, "optimizer.batch=17", "parallel.placement=partitioned", "optimizer.batch: 17"},
@@ -226,6 +235,7 @@ static const bad_value bad_connectors[] = {
     {1, "evaluate.capacity=2", NULL, "evaluate.capacity: a connector drops nothing"},
     {1, "model.kind=tower", "model.heads=2", "a tower has pairs, no directions"},
     {4, "model.moe.experts=3", "parallel.experts=4", "parallel.experts: 4 ranks for at most 3 experts"},
+    {1, "objective.balance=0.1", NULL, "a connector has no router losses"},
     {1, "model.moe.layer_experts=[3]", NULL, "model.moe.layer_experts: a connector's blocks are alike"},
     {1, "model.moe.added=[1]", NULL, "model.moe.added: a connector's blocks are alike"},
 };
@@ -296,6 +306,24 @@ static void bad_values_are_refused_by_their_key(void **state) {
   refuse_all(base, bad_towers, sizeof bad_towers / sizeof *bad_towers);
   refuse_all(connector, bad_connectors, sizeof bad_connectors / sizeof *bad_connectors);
   refuse_all(decoder, bad_decoders, sizeof bad_decoders / sizeof *bad_decoders);
+}
+
+/* What takes three settings to be wrong, or right. */
+static void local_balance_has_bounds(void **state) {
+  (void)state;
+  const char *set[] = {"objective.balance=0.1", "objective.balance_scope=local", "model.moe.group_samples=3",
+                       "optimizer.batch=16"};
+  assert_error(
+      check(set, 4, 1), CORE_ERR_CONFIG,
+      "model.moe.group_samples: with objective.balance_scope local, groups of 3 samples must divide");
+  set[2] = "model.moe.group_samples=4";
+  assert_ok(check(set, 4, 1));
+  set[3] = "optimizer.batch=8000000";
+  assert_error(check(set, 4, 1), CORE_ERR_CONFIG, "2000000 groups of a batch have 68000000 sums");
+  const char *drawn[] = {"model.moe.second_noise=gumbel", "model.moe.choose=2", "model.moe.noise=0"};
+  assert_ok(check(drawn, 3, 1));
+  const char *calibrated[] = {"model.moe.calibration=add", "model.moe.added=[0, 1]"};
+  assert_ok(check(calibrated, 2, 1));
 }
 
 static void good_values_pass(void **state) {
@@ -395,6 +423,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       TEST(bad_values_are_refused_by_their_key),
       TEST(good_values_pass),
+      TEST(local_balance_has_bounds),
       TEST(good_connectors_pass),
       TEST(good_decoders_pass),
       TEST(decimals_become_thousandths),

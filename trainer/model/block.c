@@ -71,6 +71,8 @@ static void share_inside(train_block *block, const train_block *from) {
   block->moe.router = own.moe.router;
   block->moe.router_bias = own.moe.router_bias;
   block->moe.router_added = own.moe.router_added;
+  block->moe.calibration_in = own.moe.calibration_in;
+  block->moe.calibration_out = own.moe.calibration_out;
   block->moe.router_added_bias = own.moe.router_added_bias;
   block->moe.in = own.moe.in;
   block->moe.out = own.moe.out;

@@ -23,6 +23,11 @@ typedef struct train_moe_sums {
   train_mirror value, count;    /* a cell is a row */
   train_mirror gate;            /* what forward passes add to; */
   double *gate_sum;             /* the same over all ranks, on the host */
+  /* Of a balance loss; groups 0: there is none. Over the groups of the global batch, float64 [layers][G][1 +
+   * 2E] as kern_ops.router_balance says; and [layers][G][E] derivatives of the loss by the sums of p_e. A
+   * layer's numbers lie without gaps at the beginning of its part. */
+  int64_t groups;
+  train_mirror balance, balance_weights;
 } train_moe_sums;
 static inline int64_t train_moe_layer_experts(const train_moe_sums *sums, int64_t layer) {
   return sums->layer_experts ? sums->layer_experts[layer] : sums->experts;
@@ -45,6 +50,17 @@ static inline double *train_moe_gates(const train_moe_sums *sums, int64_t layer,
 }
 static inline int64_t train_moe_gate_count(const train_moe_sums *sums) {
   return (int64_t)sums->layers * sums->modalities * sums->choices;
+}
+
+/* A layer's part of the sums and of the weights of a balance loss, on the host. */
+static inline double *train_moe_balance(const train_moe_sums *sums, int64_t layer) {
+  return (double *)sums->balance.host + layer * sums->groups * (1 + 2 * sums->experts);
+}
+static inline double *train_moe_balance_weights(const train_moe_sums *sums, int64_t layer) {
+  return (double *)sums->balance_weights.host + layer * sums->groups * sums->experts;
+}
+static inline int64_t train_moe_balance_count(const train_moe_sums *sums) {
+  return (int64_t)sums->layers * sums->groups * (1 + 2 * sums->experts);
 }
 
 /* Sets all sums and counts to zero. */
@@ -72,11 +88,15 @@ typedef struct train_moe {
   core_tensor logits, prob;  /* [T, E] noise-free */
   core_tensor noisy, noisy_prob; /* the same tensors when noise is off */
   core_tensor choice, gate;      /* int32 [T, K], [T, K] */
-  core_tensor keep;              /* uint8 [T, K]; where a pass may drop */
-  core_tensor slot, index_rows;  /* int32 [T, K] row of each choice or -1; int32 [T K] token of each row */
-  core_tensor returned;          /* [T K, C] expert outputs at the sender */
-  core_tensor received;          /* [R, C] expert inputs of the last round */
-  core_tensor hidden, active;    /* [R, 2F], [R, F] of the last round */
+  /* the correction of the gates, absent where a layer has none; see moe_calibration.c */
+  bool calibrated;
+  int32_t calibration_in, calibration_out; /* parameters [16, E or C], [E, 16] */
+  core_tensor before, between, correction; /* [T, 16] before and after GELU, [T, E] */
+  core_tensor keep;                        /* uint8 [T, K]; where a pass may drop */
+  core_tensor slot, index_rows; /* int32 [T, K] row of each choice or -1; int32 [T K] token of each row */
+  core_tensor returned;         /* [T K, C] expert outputs at the sender */
+  core_tensor received;         /* [R, C] expert inputs of the last round */
+  core_tensor hidden, active;   /* [R, 2F], [R, F] of the last round */
   train_dispatch_state dispatch;
   bool noise, drops; /* in the last forward pass */
   int64_t capacity;  /* likewise: the factor, in thousandths */
@@ -94,6 +114,8 @@ typedef struct train_moe_scratch {
   core_tensor masked_bias;              /* [M, E] a layer's bias added to it; with biases */
   core_tensor router_bias;              /* [E] of a layer where only added experts have one */
   core_tensor d_router, d_router_bias;  /* [E, C], [E] of a layer with added experts */
+  core_tensor d_prob, d_correction, d_between; /* [T, E], [T, E], [T, 16] of a calibration */
+  train_mirror group;                          /* int32 [T] of a balance loss: each row's group */
   /* of a decoder, whose classes do not lie together: the router's tensors by class, and a gradient; of the
    * largest layer */
   core_tensor sorted_logits, sorted_prob, sorted_noisy, sorted_d; /* [T, E] */
@@ -148,11 +170,27 @@ core_status train_moe_route(struct train_model *model, train_moe *moe, core_tens
  * input's added. Local. */
 core_status train_moe_route_backward(struct train_model *model, train_moe *moe, core_tensor x,
                                      core_tensor weights, core_tensor dx);
+/* Where the gradient of a parameter goes; absent where it is frozen or -1. */
+core_tensor train_trained_gradient(const struct train_model *model, int32_t index);
 /* Of the noise in the last forward pass; 0: there was none. */
 double train_moe_deviation(const struct train_model *model, const train_moe *moe);
 
-/* moe_sums.c. Memory to sort rows by class; adds T routed rows to the model's sums; adds to d_logits [T, E]
- * the gradient of what hangs on them, weights as train_moe_backward. Local. */
+/* moe_calibration.c. Local. Parameters; what a layer keeps, and what all share. */
+enum { TRAIN_CALIBRATION_WIDTH = 16 };
+core_status train_calibration_declare(struct train_model *model, train_moe *moe, int32_t layer);
+core_status train_calibration_plan(struct train_model *model, train_moe *moe, core_arena *arena);
+core_status train_calibration_scratch_plan(struct train_model *model, core_arena *arena);
+/* moe->choice and prob [T, E] -> moe->gate. x: [T, C] the layer's input. */
+core_status train_calibration_forward(struct train_model *model, train_moe *moe, core_tensor x,
+                                      core_tensor prob);
+/* moe_scratch.d_gate -> d_logits [T, E], set; dx gets the input's gradient added. */
+core_status train_calibration_backward(struct train_model *model, train_moe *moe, core_tensor x,
+                                       core_tensor prob, core_tensor d_logits, core_tensor dx);
+
+/* moe_sums.c. The group of each of the current items' rows, where there is a balance loss. */
+core_status train_moe_groups_take(struct train_model *model);
+/* Memory to sort rows by class; adds T routed rows to the model's sums (mode as train_mode); adds to d_logits
+ * [T, E] the gradient of what hangs on them, weights as train_moe_backward. Local. */
 core_status train_moe_sorted_plan(struct train_model *model, core_arena *arena);
 core_status train_moe_sums_add(struct train_model *model, const train_moe *moe, int64_t T, int mode);
 core_status train_moe_sums_backward(struct train_model *model, const train_moe *moe, int64_t T,

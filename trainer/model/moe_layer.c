@@ -54,6 +54,8 @@ core_status train_moe_scratch_plan(train_model *model, const train_arenas *arena
   TRY(train_experts_scratch_plan(model, arena));
   TRY(train_moe_router_scratch_plan(model, arenas));
   TRY(train_moe_sorted_plan(model, arena));
+  if (training && train_settings_balance_groups(settings) > 0)
+    TRY(train_mirror_plan(arenas, arena, CORE_INT32, model->T, 1, &s->group));
   TRY(ARENA_TAKE(arenas->host, E + e,
                  &s->send)); /* at an expert: a piece from each rank for each of its own */
   TRY(ARENA_TAKE(arenas->host, E + e, &s->recv));

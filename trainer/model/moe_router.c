@@ -1,6 +1,7 @@
 /* The router of a mixture (METHODS section 0; Riquelme et al. 2021):
  *   l = W_g x (+ b), noise in training: l~ = l + N(0, noise / E);  chosen = the K largest l~;  gate =
- * softmax(l~) of the chosen (or renormalised over them).
+ * softmax(l~) of the chosen (or renormalised over them). In training the second of two may be drawn instead
+ * (Lepikhin et al. 2021): the largest of l + g of the others, g Gumbel; the gates are those of l.
  *
  * With model.moe.partition (a baseline: each modality has experts of its own, as in VLMo, Bao et al. 2022) b
  * is so low for those of the others that their probability is exactly 0: they are not chosen, and no loss and
@@ -35,6 +36,8 @@ core_status train_moe_router_declare(train_model *model, train_moe *moe, int32_t
   bias.shape[0] = moe->added;
   if (moe->added > 0 && (s->model.moe.bias || s->model.moe.added_bias))
     TRY(train_declare(model, bias, &moe->router_added_bias, "blocks.%d.router.added.bias", layer));
+  moe->calibrated = train_settings_calibrated(s, moe->index);
+  if (moe->calibrated) TRY(train_calibration_declare(model, moe, layer));
   return CORE_OK;
 }
 
@@ -48,6 +51,7 @@ core_status train_moe_router_plan(train_model *model, train_moe *moe, core_arena
   TRY(train_take(arena, CORE_REAL_DTYPE, noisy, E, &moe->noisy_prob));
   TRY(train_take(arena, CORE_INT32, T, K, &moe->choice));
   TRY(train_take(arena, CORE_REAL_DTYPE, T, K, &moe->gate));
+  if (moe->calibrated) TRY(train_calibration_plan(model, moe, arena));
   return CORE_OK;
 }
 
@@ -72,6 +76,8 @@ core_status train_moe_router_scratch_plan(train_model *model, const train_arenas
   TRY(train_take(arena, CORE_REAL_DTYPE, added, 1, &s->router_bias));
   TRY(train_take(arena, CORE_REAL_DTYPE, T > 0 ? added : 0, model->C, &s->d_router));
   TRY(train_take(arena, CORE_REAL_DTYPE, T > 0 ? added : 0, 1, &s->d_router_bias));
+  if (settings->model.moe.calibration != TRAIN_CALIBRATION_NONE && T > 0)
+    TRY(train_calibration_scratch_plan(model, arena));
   TRY(plan_mask(model, arenas));
   return CORE_OK;
 }
@@ -155,6 +161,20 @@ double train_moe_deviation(const train_model *model, const train_moe *moe) {
   return moe->noise ? model->env->settings->model.moe.noise / (double)moe->experts : 0;
 }
 
+/* The second choice by the logits makes way for one that is drawn; the gates follow it. */
+static core_status draw_second(train_model *model, train_moe *moe, core_tensor logits, core_tensor prob) {
+  train_env *env = model->env;
+  const train_settings *s = env->settings;
+  int64_t T = logits.shape[0];
+  core_tensor choice = train_rows(moe->choice, T);
+  if (s->model.moe.second_noise != TRAIN_SECOND_GUMBEL) return CORE_OK;
+  uint64_t stream = core_random_stream(CORE_RANDOM_SECOND, (uint64_t)env->step, (uint64_t)moe->index);
+  KERN(env, router_second, logits, s->run.seed, stream, train_rows(model->items.key.device, T), choice);
+  KERN(env, router_gate_fwd, (kern_gate)s->model.moe.gate, KERN_CALIBRATE_ADD, prob, train_none(), choice,
+       train_rows(moe->gate, T));
+  return CORE_OK;
+}
+
 core_status train_moe_route(train_model *model, train_moe *moe, core_tensor x, int mode) {
   train_env *env = model->env;
   const train_settings *s = env->settings;
@@ -173,19 +193,21 @@ core_status train_moe_route(train_model *model, train_moe *moe, core_tensor x, i
   }
   KERN(env, router_choose, (kern_gate)s->model.moe.gate, noisy, noisy_prob, train_rows(moe->choice, T),
        train_rows(moe->gate, T));
+  if (mode != TRAIN_MODE_EVALUATE) TRY(draw_second(model, moe, logits, prob));
+  if (moe->calibrated) TRY(train_calibration_forward(model, moe, x, noisy_prob));
   return CORE_OK;
 }
 
 /* ---- backward ---- */
 
-static bool trains(const train_model *model, int32_t index) {
-  return index >= 0 && !model->parameters.list[index].frozen;
+core_tensor train_trained_gradient(const train_model *model, int32_t index) {
+  bool trains = index >= 0 && !model->parameters.list[index].frozen;
+  return trains ? train_parameter_gradient(&model->parameters, index) : train_none();
 }
 
 static core_status add_part(train_model *model, int32_t index, core_tensor all, int64_t first) {
-  if (!trains(model, index)) return CORE_OK;
-  core_tensor gradient = train_parameter_gradient(&model->parameters, index);
-  KERN(model->env, axpy, 1, train_slice(all, first, gradient.shape[0]), gradient);
+  core_tensor gradient = train_trained_gradient(model, index);
+  if (gradient.data) KERN(model->env, axpy, 1, train_slice(all, first, gradient.shape[0]), gradient);
   return CORE_OK;
 }
 
@@ -211,22 +233,21 @@ static core_status columns_backward(train_model *model, train_moe *moe, core_ten
   return CORE_OK;
 }
 
-static core_tensor gradient_of(const train_model *model, int32_t index) {
-  return trains(model, index) ? train_parameter_gradient(&model->parameters, index) : train_none();
-}
-
 core_status train_moe_route_backward(train_model *model, train_moe *moe, core_tensor x, core_tensor weights,
                                      core_tensor dx) {
   train_env *env = model->env;
   int64_t T = x.shape[0];
   core_tensor d_logits = core_tensor_2(model->moe_scratch.d_logits.data, CORE_REAL_DTYPE, T, moe->experts);
   core_tensor prob = train_rows(moe->noise ? moe->noisy_prob : moe->prob, T);
-  KERN(env, router_gate_bwd, (kern_gate)env->settings->model.moe.gate,
-       train_rows(model->moe_scratch.d_gate, T), prob, train_rows(moe->choice, T), train_rows(moe->gate, T),
-       KERN_SET, d_logits);
+  if (moe->calibrated)
+    TRY(train_calibration_backward(model, moe, x, prob, d_logits, dx));
+  else
+    KERN(env, router_gate_bwd, (kern_gate)env->settings->model.moe.gate,
+         train_rows(model->moe_scratch.d_gate, T), prob, train_rows(moe->choice, T), train_rows(moe->gate, T),
+         KERN_SET, d_logits);
   if (weights.data) TRY(train_moe_sums_backward(model, moe, T, weights, d_logits));
   if (moe->added > 0) return columns_backward(model, moe, x, d_logits, dx);
   KERN(env, router_logits_bwd, d_logits, x, columns_of(model, moe), KERN_ADD, dx,
-       gradient_of(model, moe->router), gradient_of(model, moe->router_bias));
+       train_trained_gradient(model, moe->router), train_trained_gradient(model, moe->router_bias));
   return CORE_OK;
 }

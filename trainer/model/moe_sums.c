@@ -7,6 +7,7 @@ core_status train_moe_sums_clear(const train_env *env, const train_moe_sums *sum
   TRY(train_mirror_clear(env, &sums->value));
   TRY(train_mirror_clear(env, &sums->count));
   TRY(train_mirror_clear(env, &sums->gate));
+  if (sums->groups > 0) TRY(train_mirror_clear(env, &sums->balance));
   return CORE_OK;
 }
 
@@ -14,6 +15,7 @@ core_status train_moe_sums_down(const train_env *env, const train_moe_sums *sums
   TRY(train_mirror_down(env, &sums->value, sums->value.device.shape[0]));
   TRY(train_mirror_down(env, &sums->count, sums->count.device.shape[0]));
   TRY(train_mirror_down(env, &sums->gate, sums->gate.device.shape[0]));
+  if (sums->groups > 0) TRY(train_mirror_down(env, &sums->balance, sums->balance.device.shape[0]));
   const core_real *gate = sums->gate.host;
   for (int64_t i = 0; i < train_moe_gate_count(sums); i++) sums->gate_sum[i] = (double)gate[i];
   return CORE_OK;
@@ -48,6 +50,49 @@ static core_tensor cell(core_tensor matrix, int64_t index, int64_t count) {
   core_tensor row = train_slice(matrix, index, 1);
   return core_tensor_1(row.data, row.dtype, count);
 }
+
+/* ---- groups of a balance loss ---- */
+
+core_status train_moe_groups_take(train_model *model) {
+  const train_settings *s = model->env->settings;
+  const train_items *items = &model->items;
+  const uint64_t *key = items->key.host;
+  int32_t *group = model->moe_scratch.group.host;
+  bool local = s->objective.balance_scope == TRAIN_BALANCE_LOCAL;
+  uint64_t samples = (uint64_t)s->model.moe.group_samples * (uint64_t)model->env->layout.modalities;
+  if (!group) return CORE_OK;
+  for (int64_t row = 0; row < items->tokens; row++)
+    group[row] = local ? (int32_t)((key[row] >> 24) / samples) : 0;
+  TRY(train_mirror_up(model->env, &model->moe_scratch.group, items->tokens));
+  return CORE_OK;
+}
+
+/* The groups of the current rows, as a vector. */
+static core_tensor groups_of(const train_model *model) {
+  return core_tensor_1(model->moe_scratch.group.device.data, CORE_INT32, model->items.tokens);
+}
+
+static core_status add_balance(train_model *model, const train_moe *moe, int64_t T) {
+  train_env *env = model->env;
+  const train_moe_sums *sums = &model->sums;
+  bool first = env->settings->objective.balance_shares == TRAIN_SHARES_FIRST;
+  core_tensor part = train_slice(sums->balance.device, moe->index * sums->groups, sums->groups);
+  KERN(env, router_balance, train_rows(moe->prob, T), train_rows(moe->choice, T), groups_of(model),
+       first ? 1 : sums->choices, core_tensor_2(part.data, CORE_FLOAT64, sums->groups, 1 + 2 * moe->experts));
+  return CORE_OK;
+}
+
+static core_status balance_backward(train_model *model, const train_moe *moe, int64_t T,
+                                    core_tensor d_logits) {
+  train_env *env = model->env;
+  const train_moe_sums *sums = &model->sums;
+  core_tensor part = train_slice(sums->balance_weights.device, moe->index * sums->groups, sums->groups);
+  KERN(env, router_balance_bwd, core_tensor_2(part.data, CORE_FLOAT64, sums->groups, moe->experts),
+       groups_of(model), train_rows(moe->prob, T), d_logits);
+  return CORE_OK;
+}
+
+/* ---- by class ---- */
 
 /* The router's tensors by class. */
 typedef struct routed {
@@ -97,7 +142,7 @@ core_status train_moe_sums_add(train_model *model, const train_moe *moe, int64_t
     KERN(env, bias_bwd, of_class(model, c, r.gate),
          cell(sums->gate.device, at, sums->choices)); /* sums rows */
   }
-  (void)mode;
+  if (sums->groups > 0 && mode == TRAIN_MODE_TRAIN) TRY(add_balance(model, moe, T));
   return CORE_OK;
 }
 
@@ -107,6 +152,7 @@ core_status train_moe_sums_backward(train_model *model, const train_moe *moe, in
   routed r;
   core_tensor d = d_logits;
   TRY(by_class(model, moe, T, &r));
+  if (model->sums.groups > 0) TRY(balance_backward(model, moe, T, d_logits));
   if (sorts(model)) {
     d = core_tensor_2(model->moe_scratch.sorted_d.data, CORE_REAL_DTYPE, T, moe->experts);
     KERN(env, fill, 0, d);

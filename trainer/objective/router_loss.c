@@ -107,13 +107,46 @@ static void entropy_losses(train_router_objective *objective, const train_moe_su
   }
 }
 
+double train_router_loss_total(const train_router_loss *loss) {
+  return loss->importance + loss->load + loss->z + loss->local + loss->global + loss->balance;
+}
+
+/* E sum_e me_e ce_e of one group, and its derivatives by the sums of p_e, times weight. of: the group's sums;
+ * counted: choices of a token that ce counts. */
+static double group_balance(const double *of, int64_t E, double counted, double weight, double *derivative) {
+  double tokens = of[0], loss = 0;
+  for (int64_t e = 0; e < E; e++) {
+    double share = tokens > 0 ? of[1 + E + e] / (tokens * counted) : 0;
+    derivative[e] = tokens > 0 ? weight * (double)E * share / tokens : 0;
+    loss += derivative[e] * of[1 + e];
+  }
+  return loss;
+}
+
+/* Mean over the groups that have tokens. */
+static void balance_loss(const train_router_objective *objective, const train_moe_sums *sums, int32_t layer,
+                         train_router_loss *out) {
+  const train_settings *s = objective->env->settings;
+  int64_t E = train_moe_layer_experts(sums, layer), full = 0;
+  const double *of = train_moe_balance(sums, layer);
+  double *derivative = train_moe_balance_weights(sums, layer);
+  double counted = s->objective.balance_shares == TRAIN_SHARES_FIRST ? 1 : (double)sums->choices;
+  for (int64_t g = 0; g < sums->groups; g++) full += of[g * (1 + 2 * E)] > 0;
+  double weight = full > 0 ? s->objective.balance / ((double)objective->layers * (double)full) : 0;
+  for (int64_t g = 0; g < sums->groups; g++)
+    out->balance += group_balance(of + g * (1 + 2 * E), E, counted, weight, derivative + g * E);
+}
+
 core_status train_router_evaluate(train_router_objective *objective, const train_moe_sums *sums,
                                   train_router_loss *out) {
   memset(out, 0, sizeof *out);
   for (int32_t layer = 0; layer < objective->layers; layer++) {
     joint_losses(objective, sums, layer, out);
     for (int32_t m = 0; m < sums->modalities; m++) entropy_losses(objective, sums, layer, m, out);
+    if (sums->groups > 0) balance_loss(objective, sums, layer, out);
   }
+  if (sums->groups > 0 && objective->layers > 0)
+    TRY(train_mirror_up(objective->env, &sums->balance_weights, sums->balance_weights.device.shape[0]));
   TRY(train_mirror_up(objective->env, &objective->weights, objective->weights.device.shape[0]));
   return CORE_OK;
 }
