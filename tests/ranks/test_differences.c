@@ -57,7 +57,7 @@ static const char decoder[] =
 
 static const struct {
   const char *name, *config;
-  const char *set[6];
+  const char *set[7];
   const char *sized; /* a parameter that must have so many rows; NULL: none */
   int64_t rows;
 } cases[] = {

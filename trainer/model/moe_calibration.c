@@ -11,8 +11,9 @@ core_status train_calibration_declare(train_model *model, train_moe *moe, int32_
   train_parameter in = {.rank = 2,
                         .shape = {TRAIN_CALIBRATION_WIDTH, adds ? moe->experts : model->C},
                         .init = TRAIN_INIT_NORMAL,
-                        .init_value = 0.02};
-  train_parameter out = {.rank = 2, .shape = {moe->experts, TRAIN_CALIBRATION_WIDTH}};
+                        .init_value = 0.02,
+                        .decay = true};
+  train_parameter out = {.rank = 2, .shape = {moe->experts, TRAIN_CALIBRATION_WIDTH}, .decay = true};
   TRY(train_declare(model, in, &moe->calibration_in, "blocks.%d.calibration.in.weight", layer));
   TRY(train_declare(model, out, &moe->calibration_out, "blocks.%d.calibration.out.weight", layer));
   return CORE_OK;
