@@ -111,8 +111,16 @@ static void run_router(session *s) {
     twin *dx = twin_add_active(s, "dx", 1, t, c), *dweight = twin_add_real(s, "dweight", 1, e, c);
     twin *key = twin_add(s, "key", CORE_UINT64, 0, 1, t), *dbias = twin_add_real(s, "dbias", 1, 1, e);
     twin *count = twin_add(s, "count", CORE_INT64, 0, 1, 2 * e + 2);
+    twin *correction = twin_add_real(s, "correction", 0.02, t, e),
+         *dprob = twin_add_real(s, "dprob", 1, t, e);
+    twin *dcorrection = twin_add_real(s, "dcorrection", 1, t, e),
+         *two = twin_add(s, "two", CORE_INT32, 0, t, 2);
+    twin *group = twin_add(s, "group", CORE_INT32, 0, 1, t);
+    twin *balance = twin_add(s, "balance", CORE_FLOAT64, 0, 3, 1 + 2 * e);
+    twin *balance_weights = twin_add(s, "balance_weights", CORE_FLOAT64, 1, 3, e);
     for (int64_t i = 0; i < t; i++) ((uint64_t *)key->of[CPU].data)[i] = (uint64_t)(i * i * 1000003);
-    twin_publish(s, key);
+    for (int64_t i = 0; i < t; i++) ((int32_t *)group->of[CPU].data)[i] = (int32_t)(i * 7 % 3);
+    twin_publish(s, key), twin_publish(s, group);
     BOTH(s, router_logits, x->of[side], weight->of[side], line(bias->of[side]), logits->of[side]);
     BOTH(s, router_noise, logits->of[side], 1, 2, line(key->of[side]), 0.25, noisy->of[side]);
     BOTH(s, router_choose, KERN_GATE_RENORMALISED, noisy->of[side], prob->of[side], choice->of[side],
@@ -125,6 +133,15 @@ static void run_router(session *s) {
     BOTH(s, router_sums_bwd, line(sums->of[side]), logits->of[side], prob->of[side], noisy->of[side],
          choice->of[side], 0.25, dlogits->of[side]);
     BOTH(s, router_count, choice->of[side], choice->of[side], line(count->of[side]));
+    BOTH(s, router_gate_fwd, KERN_GATE_RENORMALISED, KERN_CALIBRATE_ADD, prob->of[side], correction->of[side],
+         choice->of[side], gate->of[side]);
+    BOTH(s, router_calibrated_bwd, KERN_GATE_SOFTMAX, KERN_CALIBRATE_MULTIPLY, dgate->of[side],
+         prob->of[side], correction->of[side], choice->of[side], dprob->of[side], dcorrection->of[side]);
+    BOTH(s, softmax_bwd, dprob->of[side], prob->of[side], KERN_ADD, dlogits->of[side]);
+    BOTH(s, router_second, logits->of[side], 1, 2, line(key->of[side]), two->of[side]);
+    BOTH(s, router_balance, prob->of[side], choice->of[side], line(group->of[side]), k, balance->of[side]);
+    BOTH(s, router_balance_bwd, balance_weights->of[side], line(group->of[side]), prob->of[side],
+         dlogits->of[side]);
     BOTH(s, router_logits_bwd, dlogits->of[side], x->of[side], weight->of[side], KERN_ADD, dx->of[side],
          dweight->of[side], line(dbias->of[side]));
     twin_finish(s, e);
