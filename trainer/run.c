@@ -119,6 +119,7 @@ static core_status load_tensors(run *r, ckpt_reader *reader) {
   train_state_tensors wanted;
   TRY(comm_agree(r->env->control, train_state_list(r->session->model, &r->session->stepper.alternation,
                                                    TRAIN_STATE_LOAD, &wanted)));
+  train_state_match(r->session->model, reader, &wanted);
   core_status status = ckpt_reader_threads(reader, (int32_t)r->settings->checkpoint.threads);
   if (status == CORE_OK) status = ckpt_reader_load(reader, wanted.list, wanted.count);
   train_state_free(&wanted);

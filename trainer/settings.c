@@ -149,6 +149,15 @@ static const cyaml_schema_field_t scaling_fields[] = {
     CYAML_FIELD_INT("length", NEEDED, scaling_part, length),
     CYAML_FIELD_END};
 
+#define L train_lora_settings
+static const cyaml_schema_field_t lora_fields[] = {
+    TEXT("parameters", L, parameters), CYAML_FIELD_INT("rank", NEEDED, L, rank),
+    CYAML_FIELD_FLOAT("alpha", NEEDED, L, alpha), CYAML_FIELD_FLOAT("dropout", NEEDED, L, dropout),
+    CYAML_FIELD_END};
+#undef L
+static const cyaml_schema_value_t lora_value = {
+    CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, train_lora_settings, lora_fields)};
+
 typedef PART(model) model_part;
 static const cyaml_schema_field_t model_fields[] = {
     WORD("kind", model_part, kind, kind_words),
@@ -171,6 +180,7 @@ static const cyaml_schema_field_t model_fields[] = {
     CORE_FIELD_BOOL("qkv_bias", model_part, qkv_bias),
     CYAML_FIELD_MAPPING("rope_scaling", NEEDED, model_part, rope_scaling, scaling_fields),
     CORE_FIELD_BOOL("recompute", model_part, recompute),
+    CYAML_FIELD_SEQUENCE("lora", CYAML_FLAG_POINTER, model_part, lora, &lora_value, 0, 256),
     CYAML_FIELD_MAPPING("moe", NEEDED, model_part, moe, moe_fields),
     CYAML_FIELD_END};
 
@@ -269,7 +279,7 @@ static const char defaults[] =
     "model:\n  kind: tower\n  layers: 1\n  heads: 0\n"
     "  kv_heads: 0\n  head_width: 0\n  hidden: 0\n  embedding: 0\n  activation: swiglu\n"
     "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  trunks: shared\n  dense: false\n  dense_match: active\n"
-    "  per_direction: false\n  recompute: false\n  vocabulary: 0\n  tied: false\n"
+    "  per_direction: false\n  recompute: false\n  lora: []\n  vocabulary: 0\n  tied: false\n"
     "  qkv_bias: false\n  rope_scaling: {kind: none, factor: 1, low: 1, high: 4, length: 8192}\n"
     "  moe: {layers: every 2, experts: 8, choose: 1, layer_experts: [], added: [], added_bias: false, "
     "calibration: none, calibration_renormalize: true, second_noise: none, "
@@ -292,9 +302,13 @@ static const char modality_defaults[] =
     "{connector: linear, hidden: 0, positions: learned, length: 64, normalize: standard, local: 0, global: 0,"
     " experts: 0, ranks: 0}";
 
+/* Which maps, and the rank, are to be said. */
+static const char lora_defaults[] = "{alpha: 16, dropout: 0}";
+
 const core_config_spec *train_settings_spec(void) {
-  static const core_config_items items = {"data.modalities", modality_defaults};
-  static const core_config_spec spec = {&top_value, defaults, &items, 1};
+  static const core_config_items items[] = {{"data.modalities", modality_defaults},
+                                            {"model.lora", lora_defaults}};
+  static const core_config_spec spec = {&top_value, defaults, items, 2};
   return &spec;
 }
 

@@ -70,6 +70,14 @@ typedef struct train_modality_settings {
   int64_t ranks;  /* of each expert group, with placement partitioned; 0: by cost */
 } train_modality_settings;
 
+/* Low-rank adapters of linear maps: trainer/model/lora.h. */
+typedef struct train_lora_settings {
+  char *parameters; /* pattern (* and ?) of maps of blocks and connectors, as blocks.*.attention.* */
+  int64_t rank;     /* r */
+  double alpha;     /* the branch counts alpha / r */
+  double dropout;   /* of the branch's input, in training */
+} train_lora_settings;
+
 typedef struct train_settings {
   struct {
     char *directory;
@@ -120,7 +128,9 @@ typedef struct train_settings {
                            is fast */
       int64_t length;   /* llama3: positions that the model was first trained on */
     } rope_scaling;
-    int recompute; /* keep only the blocks' outputs for backward and compute the rest again */
+    int recompute;             /* keep only the blocks' outputs for backward and compute the rest again */
+    train_lora_settings *lora; /* the first entry that names a map holds for it, and freezes its matrix */
+    unsigned lora_count;
     struct {
       char *layers; /* none, all, every 2, first half, second half, or a list "1,3" */
       int64_t experts, choose;
@@ -185,7 +195,8 @@ typedef struct train_settings {
     double timescale, cooldown;    /* rsqrt */
     double weight_decay, beta1, beta2, epsilon;
     double clip;   /* largest gradient norm; 0: no clipping */
-    char **frozen; /* patterns of parameter names (* and ?) that no step changes */
+    char **frozen; /* patterns of parameter names (* and ?) that no step changes; adapters are frozen only
+                      by patterns that contain lora_ */
     unsigned frozen_count;
   } optimizer;
   struct {

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/log.h"
+
 static ckpt_tensor *add(train_state_tensors *out, const char *prefix, const char *name) {
   ckpt_tensor *tensor = &out->list[out->count];
   memset(tensor, 0, sizeof *tensor);
@@ -15,18 +17,17 @@ static ckpt_tensor *add(train_state_tensors *out, const char *prefix, const char
   return tensor;
 }
 
-/* Adds the part of parameter p that lies in `span`; base: where the span's first element lies. */
+/* Adds `part` of parameter p, counted from its first element; data: where the part begins. */
 static void add_part(const train_model *model, train_state_tensors *out, const char *prefix,
-                     const train_parameter *p, train_span span, core_real *base) {
-  train_span part = train_parameter_within(p, span);
+                     const train_parameter *p, train_span part, core_real *data) {
   if (part.count == 0) return;
   ckpt_tensor *tensor = add(out, prefix, p->name);
   tensor->dtype = CORE_REAL_DTYPE;
   tensor->rank = p->rank;
   memcpy(tensor->shape, p->shape, (size_t)p->rank * sizeof *p->shape);
-  tensor->first = part.first - p->first;
+  tensor->first = part.first;
   tensor->count = part.count;
-  tensor->data = base + (part.first - span.first);
+  tensor->data = data;
   tensor->device = model->env->ops->device;
   tensor->owner = true;
 }
@@ -41,22 +42,30 @@ static void add_steps(train_state_tensors *out, train_parameter *p, bool owner) 
   tensor->owner = owner;
 }
 
+/* What the optimizer knows of a trained parameter. */
+static void add_moments(train_model *model, train_state_tensors *out, train_parameter *p, bool saves) {
+  train_parameters *set = &model->parameters;
+  int32_t scope = train_scope_number(p);
+  train_span share = set->gradient_share[scope], update = set->update[scope];
+  train_span part = train_gradient_within(p, saves ? share : update);
+  int64_t at = set->state_first[scope] + (part.first - update.first);
+  part.first -= p->gradient_first;
+  add_part(model, out, "adam_m", p, part, set->m + at);
+  add_part(model, out, "adam_v", p, part, set->v + at);
+  bool begins = p->gradient_first >= share.first && p->gradient_first < share.first + share.count;
+  if (begins || !saves) add_steps(out, p, begins);
+}
+
 static void add_parameter(train_model *model, train_state_tensors *out, train_parameter *p,
                           train_state_purpose purpose) {
   train_parameters *set = &model->parameters;
-  int32_t scope = train_scope_number(p);
-  train_span share = set->share[scope], update = set->update[scope], own = {p->first, p->count};
   bool saves = purpose == TRAIN_STATE_SAVE;
-  if (!saves) share = own;
-  add_part(model, out, "parameter", p, share, set->value + share.first);
-  if (purpose == TRAIN_STATE_LOAD_MODEL) return;
-  train_span moments = saves ? set->share[scope] : update;
-  int64_t first = set->state_first[scope] + (moments.first - update.first);
-  add_part(model, out, "adam_m", p, moments, set->m + first);
-  add_part(model, out, "adam_v", p, moments, set->v + first);
-  bool begins =
-      p->first >= set->share[scope].first && p->first < set->share[scope].first + set->share[scope].count;
-  if (begins || !saves) add_steps(out, p, begins);
+  train_span all = {p->first, p->count};
+  train_span part = saves ? train_parameter_within(p, set->share[train_scope_number(p)]) : all;
+  core_real *data = set->value + part.first;
+  part.first -= p->first;
+  add_part(model, out, "parameter", p, part, data);
+  if (purpose != TRAIN_STATE_LOAD_MODEL && !p->frozen) add_moments(model, out, p, saves);
 }
 
 static void add_standardisation(train_model *model, train_state_tensors *out, int32_t m) {
@@ -101,6 +110,40 @@ core_status train_state_list(train_model *model, train_alternation *alternation,
       add_standardisation(model, out, m);
   if (purpose != TRAIN_STATE_LOAD_MODEL) add_alternation(model, alternation, out);
   return CORE_OK;
+}
+
+static bool holds(const ckpt_reader *reader, const char *prefix, const char *name) {
+  char full[2 * CORE_NAME];
+  ckpt_tensor found;
+  snprintf(full, sizeof full, "%s/%s", prefix, name);
+  if (ckpt_reader_find(reader, full, &found) == CORE_OK) return true;
+  core_error_clear();
+  return false;
+}
+
+/* Whether a checkpoint holds any of what the optimizer knows of a parameter. */
+static bool holds_moments(const ckpt_reader *reader, const char *name) {
+  return holds(reader, "adam_m", name) || holds(reader, "adam_v", name) || holds(reader, "adam_steps", name);
+}
+
+void train_state_match(const train_model *model, const ckpt_reader *reader, train_state_tensors *wanted) {
+  const train_parameters *set = &model->parameters;
+  int32_t kept = 0, anew = 0, left = 0;
+  for (int32_t i = 0; i < wanted->count; i++) {
+    const char *name = wanted->list[i].name, *slash = strchr(name, '/');
+    bool gone = strncmp(name, "adam_", 5) == 0 && slash && !holds_moments(reader, slash + 1);
+    anew += gone && strncmp(name, "adam_steps/", 11) == 0;
+    if (!gone) wanted->list[kept++] = wanted->list[i];
+  }
+  wanted->count = kept;
+  for (int32_t i = 0; i < set->count; i++)
+    left += set->list[i].frozen && holds_moments(reader, set->list[i].name);
+  if (anew > 0)
+    LOG_INFO("%d parameters were not trained in %s: their moments begin at 0", anew,
+             ckpt_reader_path(reader));
+  if (left > 0)
+    LOG_INFO("%d parameters that were trained in %s are frozen now: their moments are left behind", left,
+             ckpt_reader_path(reader));
 }
 
 core_status train_state_loaded(train_model *model) {

@@ -25,6 +25,11 @@ typedef enum train_state_purpose {
  * cover each element exactly once over all ranks. Free with train_state_free. */
 CORE_NODISCARD core_status train_state_list(train_model *model, train_alternation *alternation,
                                             train_state_purpose purpose, train_state_tensors *out);
+/* The optimizer's state follows what is trained now, not what was trained when the checkpoint was written:
+ * what a trained parameter has no moments and no count of there is taken off the list, so that it begins anew
+ * (the values are still demanded), and those of parameters that are frozen now are left behind. Says both on
+ * the log. Local. */
+void train_state_match(const train_model *model, const ckpt_reader *reader, train_state_tensors *wanted);
 /* After loading: what is derived from the values. */
 CORE_NODISCARD core_status train_state_loaded(train_model *model);
 void train_state_free(train_state_tensors *tensors);

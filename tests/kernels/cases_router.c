@@ -49,7 +49,7 @@ static void case_router_logits(battery *b) {
   }
 }
 
-/* Variant 1 has no bias, variant 2 neither gradient. */
+/* Variant 1 has no bias, in variant 2 the weight is frozen. */
 static void case_router_logits_bwd(battery *b) {
   const int64_t t = b->s.t, c = b->s.c, e = b->s.e;
   item *d = ADD(b, "dlogits", TOL_EXACT, 1, t, e), *x = ADD_ACTIVE(b, "x", TOL_EXACT, 1, t, c);
@@ -58,14 +58,14 @@ static void case_router_logits_bwd(battery *b) {
   battery_expect_ok(
       b, b->ops->router_logits_bwd(b->context, d->tensor, x->tensor, w->tensor, b->s.write, dx->tensor,
                                    b->s.variant == 2 ? (core_tensor){0} : dw->tensor,
-                                   b->s.variant ? (core_tensor){0} : dbias->tensor));
+                                   b->s.variant == 1 ? (core_tensor){0} : dbias->tensor));
   for (int64_t i = 0; b->s.write == KERN_SET && i < t * c; i++) dx->ref[i] = 0;
   for (int64_t at = 0; at < t * e; at++) {
     const int64_t row = at / e, expert = at % e;
-    if (!b->s.variant) dbias->ref[expert] += d->ref[at];
+    if (b->s.variant != 1) dbias->ref[expert] += d->ref[at];
     for (int64_t j = 0; j < c; j++) {
       dx->ref[row * c + j] += d->ref[at] * w->ref[expert * c + j];
-      if (b->s.variant < 2) dw->ref[expert * c + j] += d->ref[at] * x->ref[row * c + j];
+      if (b->s.variant != 2) dw->ref[expert * c + j] += d->ref[at] * x->ref[row * c + j];
     }
   }
 }

@@ -4,6 +4,7 @@
 #define TRAIN_MOE_H
 
 #include "trainer/mirror.h"
+#include "trainer/model/linear.h"
 
 struct train_model;
 struct train_items;
@@ -83,9 +84,8 @@ typedef struct train_moe {
   int64_t experts, added;                  /* E; the last of them that were added to a model */
   int32_t router, router_bias;             /* parameters [E - added, C], [E - added]; -1 absent */
   int32_t router_added, router_added_bias; /* likewise of the added experts */
-  int32_t in, out;           /* first local expert's [2F, C], [C, F]; the others follow; -1: there is none */
-  int32_t in_bias, out_bias; /* first local expert's [2F], [C]; -1 absent */
-  core_tensor logits, prob;  /* [T, E] noise-free */
+  train_linear in, out;          /* of the local experts: [2F, C], [C, F] each; weight -1: there is none */
+  core_tensor logits, prob;      /* [T, E] noise-free */
   core_tensor noisy, noisy_prob; /* the same tensors when noise is off */
   core_tensor choice, gate;      /* int32 [T, K], [T, K] */
   /* the correction of the gates, absent where a layer has none; see moe_calibration.c */
@@ -96,6 +96,7 @@ typedef struct train_moe {
   core_tensor slot, index_rows; /* int32 [T, K] row of each choice or -1; int32 [T K] token of each row */
   core_tensor returned;         /* [T K, C] expert outputs at the sender */
   core_tensor received;         /* [R, C] expert inputs of the last round */
+  core_tensor received_key;     /* int32 [R, 2] their keys, where adapters drop inputs */
   core_tensor hidden, active;   /* [R, 2F], [R, F] of the last round */
   train_dispatch_state dispatch;
   bool noise, drops; /* in the last forward pass */

@@ -2,6 +2,7 @@
  * local experts in one grouped product each. See moe_layer.c for the pass around them. */
 #include <math.h>
 
+#include "trainer/model/lora.h"
 #include "trainer/model/tower.h"
 
 int64_t train_experts_local(const train_model *model, const train_moe *moe) {
@@ -14,11 +15,23 @@ static int64_t expert_hidden(const train_model *model) {
   return hidden ? hidden : model->F;
 }
 
+/* One kind of parameter of all local experts, one after another; *index: the first's. */
+static core_status declare_kind(train_model *model, const train_moe *moe, train_parameter parameter,
+                                int32_t layer, const char *which, int32_t *index) {
+  int64_t first = train_experts_first(moe->experts, model->env->layout.slot, model->env->layout.expert_ranks);
+  for (int64_t j = 0; j < train_experts_local(model, moe); j++) {
+    int32_t each;
+    parameter.expert = first + j;
+    TRY(train_declare(model, parameter, &each, "blocks.%d.experts.%d.%s", layer, (int)(first + j), which));
+    if (j == 0) *index = each;
+  }
+  return CORE_OK;
+}
+
 /* All first matrices of the local experts, then all second ones, so that each kind is one [E_local, n, k]
  * block. */
 core_status train_experts_declare(train_model *model, train_moe *moe, int32_t layer) {
-  int64_t F = expert_hidden(model), C = model->C, count = train_experts_local(model, moe);
-  int64_t first = train_experts_first(moe->experts, model->env->layout.slot, model->env->layout.expert_ranks);
+  int64_t F = expert_hidden(model), C = model->C;
   train_parameter in = {.rank = 2,
                         .shape = {F * train_activation_columns(model), C},
                         .scope = TRAIN_SCOPE_EXPERT,
@@ -29,34 +42,16 @@ core_status train_experts_declare(train_model *model, train_moe *moe, int32_t la
   out.shape[0] = C;
   out.shape[1] = F;
   out.init_value = 1 / sqrt((double)F * 2 * (double)model->L);
-  moe->in = moe->out = moe->in_bias = moe->out_bias = -1;
-  for (int64_t j = 0; j < count; j++) {
-    int32_t index;
-    in.expert = first + j;
-    TRY(train_declare(model, in, &index, "blocks.%d.experts.%d.in.weight", layer, (int)(first + j)));
-    if (j == 0) moe->in = index;
-  }
-  for (int64_t j = 0; j < count; j++) {
-    int32_t index;
-    out.expert = first + j;
-    TRY(train_declare(model, out, &index, "blocks.%d.experts.%d.out.weight", layer, (int)(first + j)));
-    if (j == 0) moe->out = index;
-  }
+  moe->in = moe->out = (train_linear){.weight = -1, .bias = -1, .groups = train_experts_local(model, moe)};
+  TRY(declare_kind(model, moe, in, layer, "in.weight", &moe->in.weight));
+  TRY(declare_kind(model, moe, out, layer, "out.weight", &moe->out.weight));
+  TRY(train_linear_add(model, &moe->in));
+  TRY(train_linear_add(model, &moe->out));
   if (!model->env->settings->model.moe.bias) return CORE_OK;
   train_parameter in_bias = {.rank = 1, .shape = {in.shape[0]}, .scope = TRAIN_SCOPE_EXPERT};
   train_parameter out_bias = {.rank = 1, .shape = {C}, .scope = TRAIN_SCOPE_EXPERT};
-  for (int64_t j = 0; j < count; j++) {
-    int32_t index;
-    in_bias.expert = first + j;
-    TRY(train_declare(model, in_bias, &index, "blocks.%d.experts.%d.in.bias", layer, (int)(first + j)));
-    if (j == 0) moe->in_bias = index;
-  }
-  for (int64_t j = 0; j < count; j++) {
-    int32_t index;
-    out_bias.expert = first + j;
-    TRY(train_declare(model, out_bias, &index, "blocks.%d.experts.%d.out.bias", layer, (int)(first + j)));
-    if (j == 0) moe->out_bias = index;
-  }
+  TRY(declare_kind(model, moe, in_bias, layer, "in.bias", &moe->in.bias));
+  TRY(declare_kind(model, moe, out_bias, layer, "out.bias", &moe->out.bias));
   return CORE_OK;
 }
 
@@ -65,6 +60,8 @@ core_status train_experts_plan(train_model *model, train_moe *moe, core_arena *a
   TRY(train_take_active(model, arena, R, model->C, &moe->received));
   TRY(train_take_active(model, arena, R, F * train_activation_columns(model), &moe->hidden));
   TRY(train_take_active(model, arena, R, F, &moe->active));
+  bool drops = model->limits.training && (moe->in.lora.dropout > 0 || moe->out.lora.dropout > 0);
+  TRY(train_take(arena, CORE_INT32, drops ? R : 0, 2, &moe->received_key));
   return CORE_OK;
 }
 
@@ -76,26 +73,31 @@ core_status train_experts_scratch_plan(train_model *model, core_arena *arena) {
   return CORE_OK;
 }
 
-static core_tensor weights_in(const train_model *model, const train_moe *moe) {
-  return train_parameter_matrices(&model->parameters, moe->in, train_experts_local(model, moe));
-}
-
-static core_tensor weights_out(const train_model *model, const train_moe *moe) {
-  return train_parameter_matrices(&model->parameters, moe->out, train_experts_local(model, moe));
+/* The rows of the current round. */
+static train_linear_rows round_rows(const train_moe *moe) {
+  return (train_linear_rows){.group = moe->dispatch.group,
+                             .key = core_tensor_1(moe->received_key.data, CORE_UINT64, moe->dispatch.rows)};
 }
 
 /* received -> hidden -> active, for the rows of the current round. */
 static core_status experts_inner(train_model *model, train_moe *moe) {
-  train_env *env = model->env;
   int64_t n = moe->dispatch.rows;
-  if (moe->in < 0) return CORE_OK; /* this rank holds none */
-  KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->received, n), weights_in(model, moe),
-       KERN_SET, train_rows(moe->hidden, n));
-  if (moe->in_bias >= 0)
-    KERN(env, bias_grouped_fwd, moe->dispatch.group,
-         train_parameter_vectors(&model->parameters, moe->in_bias, train_experts_local(model, moe)),
-         train_rows(moe->hidden, n));
-  TRY(train_activate(model, train_rows(moe->hidden, n), train_rows(moe->active, n)));
+  core_tensor hidden = train_rows(moe->hidden, n);
+  TRY(train_linear_forward(model, &moe->in, round_rows(moe), train_rows(moe->received, n), KERN_SET, hidden));
+  TRY(train_activate(model, hidden, train_rows(moe->active, n)));
+  return CORE_OK;
+}
+
+/* The rows' global places, where adapters drop inputs: whole keys, as pairs of int32, which rows of a matrix
+ * can be. */
+static core_status send_keys(train_model *model, train_moe *moe, int64_t round, bool gathers) {
+  train_env *env = model->env;
+  int64_t sent = moe->dispatch.sent;
+  core_tensor key = core_tensor_2(model->items.key.device.data, CORE_INT32, model->items.tokens, 2);
+  core_tensor staging = env->layout.expert_ranks == 1 ? moe->received_key : model->lora.sent_key;
+  if (!train_lora_drops(model, &moe->in) && !train_lora_drops(model, &moe->out)) return CORE_OK;
+  if (gathers) KERN(env, gather_rows, key, train_rows(moe->index_rows, sent), train_rows(staging, sent));
+  TRY(train_dispatch_send(model, moe, round, train_rows(staging, sent), moe->received_key));
   return CORE_OK;
 }
 
@@ -107,20 +109,7 @@ static core_status send_inputs(train_model *model, train_moe *moe, int64_t round
     KERN(env, gather_rows, x, train_rows(moe->index_rows, moe->dispatch.sent), staging);
   train_dispatch_round(model, moe, round);
   TRY(train_dispatch_send(model, moe, round, staging, moe->received));
-  return CORE_OK;
-}
-
-/* active -> out, likewise. */
-static core_status experts_outer(train_model *model, train_moe *moe, core_tensor out) {
-  train_env *env = model->env;
-  int64_t n = moe->dispatch.rows;
-  if (moe->out < 0) return CORE_OK;
-  KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->active, n), weights_out(model, moe),
-       KERN_SET, train_rows(out, n));
-  if (moe->out_bias >= 0)
-    KERN(env, bias_grouped_fwd, moe->dispatch.group,
-         train_parameter_vectors(&model->parameters, moe->out_bias, train_experts_local(model, moe)),
-         train_rows(out, n));
+  TRY(send_keys(model, moe, round, round == 0 || x.data));
   return CORE_OK;
 }
 
@@ -129,7 +118,9 @@ core_status train_experts_forward(train_model *model, train_moe *moe, core_tenso
   for (int64_t round = 0; round < moe->dispatch.rounds; round++) {
     TRY(send_inputs(model, moe, round, round == 0 ? x : train_none()));
     TRY(experts_inner(model, moe));
-    TRY(experts_outer(model, moe, out));
+    int64_t n = moe->dispatch.rows;
+    TRY(train_linear_forward(model, &moe->out, round_rows(moe), train_rows(moe->active, n), KERN_SET,
+                             train_rows(out, n)));
     TRY(train_dispatch_return(model, moe, round, out, moe->returned));
   }
   return CORE_OK;
@@ -139,25 +130,14 @@ core_status train_experts_forward(train_model *model, train_moe *moe, core_tenso
  */
 static core_status experts_round_backward(train_model *model, train_moe *moe, core_tensor dy,
                                           core_tensor dx) {
-  train_env *env = model->env;
   train_moe_scratch *s = &model->moe_scratch;
-  train_parameters *p = &model->parameters;
-  const int64_t *group = moe->dispatch.group;
-  int64_t n = moe->dispatch.rows, count = train_experts_local(model, moe);
+  int64_t n = moe->dispatch.rows;
   core_tensor d_active = train_rows(s->d_active, n), d_hidden = train_rows(s->d_hidden, n);
-  dy = train_rows(dy, n);
-  if (moe->in < 0) return CORE_OK;
-  KERN(env, gemm_grouped, KERN_TN, group, dy, train_rows(moe->active, n), KERN_ADD,
-       train_parameter_gradients(p, moe->out, count));
-  if (moe->out_bias >= 0)
-    KERN(env, bias_grouped_bwd, group, dy, train_parameter_gradients(p, moe->out_bias, count));
-  KERN(env, gemm_grouped, KERN_NN, group, dy, weights_out(model, moe), KERN_SET, d_active);
+  TRY(train_linear_backward(model, &moe->out, round_rows(moe), train_rows(dy, n), train_rows(moe->active, n),
+                            d_active));
   TRY(train_activate_backward(model, d_active, train_rows(moe->hidden, n), d_hidden));
-  KERN(env, gemm_grouped, KERN_TN, group, d_hidden, train_rows(moe->received, n), KERN_ADD,
-       train_parameter_gradients(p, moe->in, count));
-  if (moe->in_bias >= 0)
-    KERN(env, bias_grouped_bwd, group, d_hidden, train_parameter_gradients(p, moe->in_bias, count));
-  KERN(env, gemm_grouped, KERN_NN, group, d_hidden, weights_in(model, moe), KERN_SET, train_rows(dx, n));
+  TRY(train_linear_backward(model, &moe->in, round_rows(moe), d_hidden, train_rows(moe->received, n),
+                            train_rows(dx, n)));
   return CORE_OK;
 }
 

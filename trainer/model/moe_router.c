@@ -201,8 +201,8 @@ core_status train_moe_route(train_model *model, train_moe *moe, core_tensor x, i
 /* ---- backward ---- */
 
 core_tensor train_trained_gradient(const train_model *model, int32_t index) {
-  bool trains = index >= 0 && !model->parameters.list[index].frozen;
-  return trains ? train_parameter_gradient(&model->parameters, index) : train_none();
+  bool trained = train_parameter_trained(&model->parameters, index);
+  return trained ? train_parameter_gradient(&model->parameters, index) : train_none();
 }
 
 static core_status add_part(train_model *model, int32_t index, core_tensor all, int64_t first) {
