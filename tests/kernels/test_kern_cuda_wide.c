@@ -111,54 +111,6 @@ static void run_router(session *s) {
     twin *dx = twin_add_active(s, "dx", 1, t, c), *dweight = twin_add_real(s, "dweight", 1, e, c);
     twin *key = twin_add(s, "key", CORE_UINT64, 0, 1, t), *dbias = twin_add_real(s, "dbias", 1, 1, e);
     twin *count = twin_add(s, "count", CORE_INT64, 0, 1, 2 * e + 2);
-    for (int64_t i = 0; i < t; i++) ((uint64_t *)key->of[CPU].data)[i] = (uint64_t)(i * 77);
-    twin_publish(s, valid), twin_publish(s, key);
-    const int64_t row[] = {0, 0, 4, 4, 5, t};
-    twin *biases = twin_add_real(s, "biases", 1, 5, c);
-    BOTH(s, bias_grouped_fwd, row, biases->of[side], y->of[side]);
-    BOTH(s, bias_grouped_bwd, row, y->of[side], biases->of[side]);
-    BOTH(s, dropout, 1, 2, 0.25, line(key->of[side]), slot->of[side], x->of[side]);
-    BOTH(s, combine_fwd, x->of[side], slot->of[side], weight->of[side], KERN_ADD, y->of[side]);
-    BOTH(s, combine_bwd, y->of[side], x->of[side], slot->of[side], weight->of[side], dx->of[side],
-         dweight->of[side]);
-    BOTH(s, l2norm_fwd, r->of[side], unit->of[side], line(norm->of[side]));
-    BOTH(s, l2norm_bwd, logits->of[side], unit->of[side], line(norm->of[side]), KERN_SET, y->of[side]);
-    const int64_t columns = logits->of[CPU].shape[1];
-    BOTH(s, cross_entropy_fwd, logits->of[side], 0, columns, line(target->of[side]), line(lse->of[side]),
-         line(loss->of[side]));
-    BOTH(s, cross_entropy_bwd, 0.5, line(lse->of[side]), 0, columns, line(target->of[side]), logits->of[side],
-         logits->of[side]);
-    BOTH(s, regression, KERN_SMOOTH_L1, 0.5, r->of[side], unit->of[side], line(valid->of[side]),
-         line(loss->of[side]), y->of[side]);
-    twin_finish(s, c);
-  }
-}
-static void wide_rows_match(void **state) {
-  (void)state;
-  each_type(run_rows);
-}
-
-/* --- the router at every number of experts at which its rows change --- */
-static void run_router(session *s) {
-  const int64_t experts[] = {8, 16, 20, 32, 64, 100, 128, 256, 300, 1024};
-  for (size_t w = 0; w < sizeof experts / sizeof *experts; w++) {
-    const int64_t t = 70, e = experts[w], c = 72, k = 8;
-    twin *x = twin_add_active(s, "x", 1, t, c), *weight = twin_add_real(s, "weight", 0.3, e, c);
-    twin *bias = twin_add_real(s, "bias", 1, 1, e), *logits = twin_add_real(s, "logits", 0, t, e);
-    twin *noisy = twin_add_real(s, "noisy", 0, t, e), *prob = twin_add_real(s, "prob", 0, t, e);
-    twin *choice = twin_add(s, "choice", CORE_INT32, 0, t, k), *gate = twin_add_real(s, "gate", 0, t, k);
-    twin *dgate = twin_add_real(s, "dgate", 1, t, k), *dlogits = twin_add_real(s, "dlogits", 1, t, e);
-    twin *sums = twin_add(s, "sums", CORE_FLOAT64, 0, 1, kern_router_sums_count(e));
-    twin *dx = twin_add_active(s, "dx", 1, t, c), *dweight = twin_add_real(s, "dweight", 1, e, c);
-    twin *key = twin_add(s, "key", CORE_UINT64, 0, 1, t), *dbias = twin_add_real(s, "dbias", 1, 1, e);
-    twin *count = twin_add(s, "count", CORE_INT64, 0, 1, 2 * e + 2);
-    twin *correction = twin_add_real(s, "correction", 0.02, t, e),
-         *dprob = twin_add_real(s, "dprob", 1, t, e);
-    twin *dcorrection = twin_add_real(s, "dcorrection", 1, t, e),
-         *two = twin_add(s, "two", CORE_INT32, 0, t, 2);
-    twin *group = twin_add(s, "group", CORE_INT32, 0, 1, t);
-    twin *balance = twin_add(s, "balance", CORE_FLOAT64, 0, 3, 1 + 2 * e);
-    twin *balance_weights = twin_add(s, "balance_weights", CORE_FLOAT64, 1, 3, e);
     for (int64_t i = 0; i < t; i++) ((uint64_t *)key->of[CPU].data)[i] = (uint64_t)(i * i * 1000003);
     twin_publish(s, key);
     BOTH(s, router_logits, x->of[side], weight->of[side], line(bias->of[side]), logits->of[side]);
