@@ -1,6 +1,6 @@
 """Mixtures of METHODS sections 3 and 4, in PyTorch, float64, in the tower of reference.py and the decoder of
 reference_decoder.py: counts of experts by layer, added experts with columns of their own, calibrated gates, a drawn
-second choice, balance losses. Everything is dropless.
+second choice, balance losses.
 """
 
 import numpy as np
@@ -74,6 +74,7 @@ class Mixture:
     def mixture(self, layer, x):
         K = self.moe["choose"]
         E, added = experts_of(self.config, len(self.routers))
+        self.moe = {**self.moe, "experts": E}  # what the noise and the capacity hang on
         logits = self.logits(layer, x, E, added)
         noisy = logits + self.noise(E) if self.moe["noise"] > 0 else logits
         order = torch.sort(-noisy.detach(), dim=-1, stable=True)
@@ -81,13 +82,16 @@ class Mixture:
         self.gaps["logit"] = min(self.gaps["logit"], order.values.diff(dim=-1)[:, :K].min().item())
         if self.moe.get("second_noise", "none") == "gumbel":
             choice = self.drawn(logits, choice)
-        gate = self.gates(layer, x, noisy.softmax(-1), choice, added)
+        noisy_prob = noisy.softmax(-1)
+        gate = self.gates(layer, x, noisy_prob, choice, added)
+        keep = self.keep(choice, noisy_prob.detach().max(-1).values)
         y = torch.zeros_like(x)
         for e in range(E):
-            token, k = torch.nonzero(choice == e, as_tuple=True)
+            token, k = torch.nonzero((choice == e) & keep, as_tuple=True)
             out = self.feed_forward("blocks.%d.experts.%d" % (layer, e), x[token])
             y = y.index_add(0, token, gate[token, k, None] * out)
-        self.routers.append({"logits": logits, "noisy": noisy, "prob": logits.softmax(-1), "choice": choice})
+        self.routers.append({"logits": logits, "noisy": noisy, "prob": logits.softmax(-1), "choice": choice,
+                             "keep": keep})
         return y
 
     # --- sums and losses
@@ -111,12 +115,23 @@ class Mixture:
                 load = torch.special.ndtr((r["logits"] - threshold) / sigma)
             for m in range(len(self.modalities)):
                 of = self.batch.modality == m
-                chosen = torch.bincount(r["choice"][of].flatten(), minlength=E)
+                chosen, keep = r["choice"][of], r["keep"][of]
                 values.append(padded([of.sum()[None].double(), z[of].sum()[None], entropy[of].sum()[None],
                                       r["prob"][of].sum(0), load[of].sum(0)], 3 + 2 * most))
-                counts.append(padded([chosen, chosen, of.sum()[None], of.sum()[None]], 2 * most + 2))
+                counts.append(padded([torch.bincount(chosen.flatten(), minlength=E),
+                                      torch.bincount(chosen[keep], minlength=E), keep.any(-1).sum()[None],
+                                      of.sum()[None]], 2 * most + 2))
         shape = (len(self.routers), len(self.modalities), -1)
         return torch.stack(values).view(shape), torch.stack(counts).view(shape)
+
+    def router_losses(self, values):
+        losses = {}
+        for index, layer in enumerate(values):
+            E, _ = experts_of(self.config, index)
+            self.moe = {**self.moe, "experts": E}
+            for key, loss in super().router_losses(layer[None, :, :3 + 2 * E]).items():
+                losses[key] = losses.get(key, 0) + loss
+        return losses
 
     def balance(self):
         """E sum_e me_e ce_e, mean over groups with tokens, mean over layers."""
@@ -142,8 +157,7 @@ class Decoder(Mixture, reference_decoder.Decoder):
 
 
 def evaluate(config, P, batch, step):
-    """The losses of one batch, as a dictionary, and the model that gave them. No other router losses."""
-    zero = torch.zeros((), dtype=torch.float64)
+    """The losses of one batch, as a dictionary, and the model that gave them."""
     if config["model"]["kind"] == "decoder":
         model = Decoder(config, P, batch, step)
         main, contrastive, scale = model.losses.mean(), 0.0, 0.0
@@ -153,7 +167,6 @@ def evaluate(config, P, batch, step):
         pairs, main, scale = model.contrastive()
         contrastive = main
     values, counts = model.router_sums()
-    balance = model.balance()
-    return model, {"loss": main + balance, "contrastive": contrastive, "scale": scale, "pair": pairs,
-                   "values": values, "counts": counts, "balance": balance,
-                   **{k: zero for k in ("importance", "load", "z", "local", "global")}}
+    losses, balance = model.router_losses(values), model.balance()
+    return model, {"loss": main + balance + sum(losses.values()), "contrastive": contrastive, "scale": scale, "pair": pairs,
+                   "values": values, "counts": counts, "balance": balance, **losses}
