@@ -1,5 +1,5 @@
 /* Mixtures where no golden data reach: equal experts are one dense layer, experts that were added leave every
- * bit of the old model as it is, and what a step plans for them. */
+ * bit of the old model as it is, where experts lie. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -135,6 +135,19 @@ static void equal_experts_are_one_dense_layer(void **state) {
   test_session_close(&dense);
 }
 
+/* ---- placement ---- */
+
+/* [s E / e, (s + 1) E / e), rounded down: a rank may hold none. */
+static void experts_lie_as_evenly_as_they_can(void **state) {
+  (void)state;
+  static const struct {
+    int64_t experts, ranks, first[5];
+  } list[] = {{5, 4, {0, 1, 2, 3, 5}}, {3, 4, {0, 0, 1, 2, 3}}, {3, 2, {0, 1, 3}}, {8, 4, {0, 2, 4, 6, 8}}};
+  for (size_t i = 0; i < sizeof list / sizeof *list; i++)
+    for (int64_t s = 0; s <= list[i].ranks; s++)
+      assert_int_equal(train_experts_first(list[i].experts, s, list[i].ranks), list[i].first[s]);
+}
+
 /* ---- added experts ---- */
 
 static bool is_new(const char *name) {
@@ -194,6 +207,7 @@ static void old_tensors_keep_their_bits(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_set, remove_set)
   const struct CMUnitTest tests[] = {TEST(equal_experts_are_one_dense_layer),
+                                     TEST(experts_lie_as_evenly_as_they_can),
                                      TEST(old_tensors_keep_their_bits)};
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;

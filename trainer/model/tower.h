@@ -9,7 +9,8 @@
  * (model.trunks per_modality) a dense one for each, of equal FLOPs per token, which only its rows pass.
  *
  * Reading order: tower.c, linear.c, lora.c, connector.c, trunk.c, block.c, self_attention.c, feed_forward.c,
- * moe_layer.c, moe_experts.c, moe_dispatch.c, moe_capacity.c, pooled_head.c. */
+ * moe_layer.c, moe_router.c, moe_calibration.c, moe_sums.c, moe_capacity.c, moe_dispatch.c, moe_experts.c,
+ * pooled_head.c. */
 #ifndef TRAIN_TOWER_H
 #define TRAIN_TOWER_H
 
