@@ -21,6 +21,7 @@
 #include "trainer/health.h"
 #include "trainer/metrics.h"
 #include "trainer/session.h"
+#include "trainer/source.h"
 #include "trainer/state.h"
 
 enum { PATH = 1024 };
@@ -39,6 +40,7 @@ typedef struct run {
   train_early_stopping stopping;
   int64_t evaluated;         /* step of the last evaluation of this process, -1 none */
   train_state_tensors saved; /* what the writer writes */
+  train_base base;           /* of a run that saves what is trained alone */
   ckpt_writer *writer;
   train_metrics *metrics;   /* rank 0 */
   double process_mebibytes; /* resident beside what is planned: libraries, MPI, the index of the shards */
@@ -115,13 +117,19 @@ static core_status check_meta(const run *r, const train_state_meta *meta, const 
   return CORE_OK;
 }
 
-static core_status load_tensors(run *r, ckpt_reader *reader) {
+static bool saves_trained(const run *r) {
+  return r->settings->checkpoint.contents == TRAIN_CONTENTS_TRAINED;
+}
+
+static core_status load_tensors(run *r, const train_source *source) {
   train_state_tensors wanted;
+  TRY(comm_agree(r->env->control,
+                 saves_trained(r) ? train_base_resume(r->session->model, source, &r->base) : CORE_OK));
   TRY(comm_agree(r->env->control, train_state_list(r->session->model, &r->session->stepper.alternation,
                                                    TRAIN_STATE_LOAD, &wanted)));
-  train_state_match(r->session->model, reader, &wanted);
-  core_status status = ckpt_reader_threads(reader, (int32_t)r->settings->checkpoint.threads);
-  if (status == CORE_OK) status = ckpt_reader_load(reader, wanted.list, wanted.count);
+  train_state_match(r->session->model, source, &wanted);
+  core_status status = ckpt_reader_threads(source->reader[0], (int32_t)r->settings->checkpoint.threads);
+  if (status == CORE_OK) status = train_source_load(source, wanted.list, wanted.count);
   train_state_free(&wanted);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   TRY(comm_agree(r->env->control, train_state_loaded(r->session->model)));
@@ -134,7 +142,11 @@ static core_status load(run *r, ckpt_reader *reader) {
   core_status status = check_meta(r, &meta, ckpt_reader_path(reader));
   free(meta.config);
   TRY(comm_agree(r->env->control, status));
-  TRY(load_tensors(r, reader));
+  train_source source;
+  TRY(train_source_open(r->env->control, reader, &source));
+  status = load_tensors(r, &source);
+  train_source_close(&source);
+  TRY(status);
   r->env->step = meta.step;
   r->position = meta.position;
   meta.stopping.patience = r->stopping.patience; /* the present configuration's */
@@ -194,12 +206,11 @@ static core_status find_checkpoint(const run *r, const char *resume, ckpt_reader
 
 /* Keeps of `wanted` what the checkpoint has. Equal name and another shape is no new parameter but a mistake.
  */
-static core_status keep_known(const ckpt_reader *reader, train_state_tensors *wanted, int64_t *fresh) {
+static core_status keep_known(const train_source *source, train_state_tensors *wanted, int64_t *fresh) {
   int32_t kept = 0;
   for (int32_t i = 0; i < wanted->count; i++) {
     ckpt_tensor found;
-    if (ckpt_reader_find(reader, wanted->list[i].name, &found) != CORE_OK) {
-      core_error_clear();
+    if (!train_source_find(source, wanted->list[i].name, &found)) {
       if (++*fresh <= 8) LOG_INFO("new: %s", wanted->list[i].name);
     } else {
       wanted->list[kept++] = wanted->list[i];
@@ -211,26 +222,41 @@ static core_status keep_known(const ckpt_reader *reader, train_state_tensors *wa
 
 /* A new run with the parameters of another: what that one has is taken (its standardisation too), what it
  * lacks is initialised, the optimizer begins anew. */
-static core_status begin_from(run *r, const char *path) {
-  ckpt_reader *reader = NULL;
+static core_status take_from(run *r, const train_source *source, const char *path) {
   train_state_tensors wanted = {0};
   int64_t fresh = 0;
-  TRY(train_session_standardise(r->session));
-  TRY(ckpt_reader_open(r->env->control, path, &reader));
+  TRY(comm_agree(r->env->control,
+                 saves_trained(r) ? train_base_begin(r->session->model, source, &r->base) : CORE_OK));
   core_status status =
       comm_agree(r->env->control, train_state_list(r->session->model, NULL, TRAIN_STATE_LOAD_MODEL, &wanted));
-  if (status == CORE_OK) status = comm_agree(r->env->control, keep_known(reader, &wanted, &fresh));
-  if (status == CORE_OK) status = ckpt_reader_load(reader, wanted.list, wanted.count);
+  if (status == CORE_OK) status = comm_agree(r->env->control, keep_known(source, &wanted, &fresh));
+  if (status == CORE_OK) status = train_source_load(source, wanted.list, wanted.count);
   if (status == CORE_OK) status = comm_agree(r->env->control, train_state_loaded(r->session->model));
   if (status == CORE_OK)
     LOG_INFO("began with %d tensors of %s; %lld are new", wanted.count, path, (long long)fresh);
   train_state_free(&wanted);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  return CORE_OK;
+}
+
+static core_status begin_from(run *r, const char *path) {
+  ckpt_reader *reader = NULL;
+  train_source source = {.count = 0};
+  TRY(train_session_standardise(r->session));
+  TRY(ckpt_reader_open(r->env->control, path, &reader));
+  core_status status = train_source_open(r->env->control, reader, &source);
+  if (status == CORE_OK) status = take_from(r, &source, path);
+  train_source_close(&source);
   ckpt_reader_close(reader);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
 }
 
 static core_status start(run *r, const char *from) {
+  if (!from && saves_trained(r))
+    return core_config_refuse(r->env->config, "checkpoint.contents",
+                              "what is frozen stays in the checkpoint that a run begins with: expected all, "
+                              "or --from CHECKPOINT");
   TRY(from ? begin_from(r, from) : train_session_standardise(r->session));
   return CORE_OK;
 }
@@ -262,6 +288,10 @@ static core_status begin_save(run *r) {
                            .expert_ranks = r->env->layout.expert_ranks,
                            .stopping = r->stopping,
                            .config = (char *)(uintptr_t)core_config_text(r->env->config)};
+  if (saves_trained(r)) {
+    meta.base = r->base;
+    train_base_relate(&meta.base, r->directory);
+  }
   comm_note(r->env->comm, r->env->step, -1, "checkpoint");
   TRY(train_state_meta_write(&meta, &json));
   core_status status = ckpt_writer_begin(r->writer, r->env->step, json);
@@ -615,8 +645,10 @@ static core_status open_run(run *r, const train_run_options *options) {
   snprintf(r->directory, sizeof r->directory, "%s", s->run.directory);
   snprintf(r->checkpoints, sizeof r->checkpoints, "%.900s/checkpoints", s->run.directory);
   TRY(prepare_directory(r));
-  TRY(comm_agree(r->env->control, train_state_list(r->session->model, &r->session->stepper.alternation,
-                                                   TRAIN_STATE_SAVE, &r->saved)));
+  TRY(comm_agree(
+      r->env->control,
+      train_state_list(r->session->model, &r->session->stepper.alternation,
+                       saves_trained(r) ? TRAIN_STATE_SAVE_TRAINED : TRAIN_STATE_SAVE, &r->saved)));
   ckpt_options saving = {.directory = r->checkpoints,
                          .keep = (int32_t)s->checkpoint.keep,
                          .level = (int32_t)s->checkpoint.level,

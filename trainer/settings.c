@@ -36,6 +36,8 @@ static const cyaml_strval_t rate_words[] = {
     {"constant", TRAIN_RATE_CONSTANT}, {"cosine", TRAIN_RATE_COSINE}, {"rsqrt", TRAIN_RATE_RSQRT}};
 static const cyaml_strval_t non_finite_words[] = {{"stop", TRAIN_NON_FINITE_STOP},
                                                   {"skip", TRAIN_NON_FINITE_SKIP}};
+static const cyaml_strval_t contents_words[] = {{"all", TRAIN_CONTENTS_ALL},
+                                                {"trained", TRAIN_CONTENTS_TRAINED}};
 static const cyaml_strval_t busy_words[] = {{"delay", TRAIN_BUSY_DELAY}, {"wait", TRAIN_BUSY_WAIT}};
 
 static const cyaml_strval_t kind_words[] = {
@@ -245,6 +247,7 @@ static const cyaml_schema_field_t checkpoint_fields[] = {
     CYAML_FIELD_INT("level", NEEDED, checkpoint_part, level),
     CYAML_FIELD_INT("threads", NEEDED, checkpoint_part, threads),
     WORD("busy", checkpoint_part, busy, busy_words),
+    WORD("contents", checkpoint_part, contents, contents_words),
     CORE_FIELD_BOOL("keep_best", checkpoint_part, keep_best),
     CYAML_FIELD_END};
 
@@ -294,7 +297,8 @@ static const char defaults[] =
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1,"
     " frozen: []}\n"
-    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay, keep_best: "
+    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay, contents: all, "
+    "keep_best: "
     "false}\n"
     "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none}\n";
 

@@ -55,6 +55,8 @@ typedef enum train_alternate {
 enum { TRAIN_MAX_DIRECTIONS = 64 };
 
 typedef enum train_non_finite { TRAIN_NON_FINITE_STOP, TRAIN_NON_FINITE_SKIP } train_non_finite;
+/* What a checkpoint holds of the parameters: all, or those that are trained. */
+typedef enum train_contents { TRAIN_CONTENTS_ALL, TRAIN_CONTENTS_TRAINED } train_contents;
 typedef enum train_busy { TRAIN_BUSY_DELAY, TRAIN_BUSY_WAIT } train_busy;
 
 typedef struct train_modality_settings {
@@ -201,8 +203,11 @@ typedef struct train_settings {
   } optimizer;
   struct {
     int64_t interval, keep, keep_every, level, threads;
-    int busy; /* train_busy: a save that falls due while the one before is still being written begins when
-                 that is done (delay), or training waits for it (wait) */
+    int busy;     /* train_busy: a save that falls due while the one before is still being written begins when
+                     that is done (delay), or training waits for it (wait) */
+    int contents; /* train_contents: trained saves what no step changes not again; it stays in the checkpoint
+                     that the run began with (--from), whose path and content hash are kept, and which must
+                     stay */
     int keep_best; /* keep the one of the largest mean recall so far too, under the name `best` */
   } checkpoint;
   struct {

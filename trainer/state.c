@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/log.h"
+#include "trainer/source.h"
 
 static ckpt_tensor *add(train_state_tensors *out, const char *prefix, const char *name) {
   ckpt_tensor *tensor = &out->list[out->count];
@@ -59,7 +60,8 @@ static void add_moments(train_model *model, train_state_tensors *out, train_para
 static void add_parameter(train_model *model, train_state_tensors *out, train_parameter *p,
                           train_state_purpose purpose) {
   train_parameters *set = &model->parameters;
-  bool saves = purpose == TRAIN_STATE_SAVE;
+  bool saves = purpose == TRAIN_STATE_SAVE || purpose == TRAIN_STATE_SAVE_TRAINED;
+  if (p->frozen && purpose == TRAIN_STATE_SAVE_TRAINED) return;
   train_span all = {p->first, p->count};
   train_span part = saves ? train_parameter_within(p, set->share[train_scope_number(p)]) : all;
   core_real *data = set->value + part.first;
@@ -112,38 +114,37 @@ core_status train_state_list(train_model *model, train_alternation *alternation,
   return CORE_OK;
 }
 
-static bool holds(const ckpt_reader *reader, const char *prefix, const char *name) {
-  char full[2 * CORE_NAME];
-  ckpt_tensor found;
-  snprintf(full, sizeof full, "%s/%s", prefix, name);
-  if (ckpt_reader_find(reader, full, &found) == CORE_OK) return true;
-  core_error_clear();
-  return false;
+/* Whether a checkpoint, not its base, holds any of what the optimizer knows of a parameter. */
+static bool holds_moments(const train_source *source, const char *name) {
+  static const char *const kinds[] = {"adam_m", "adam_v", "adam_steps"};
+  bool any = false;
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+    char full[2 * CORE_NAME];
+    ckpt_tensor found;
+    snprintf(full, sizeof full, "%s/%s", kinds[i], name);
+    any = any || train_source_find(source, full, &found) == source->reader[0];
+  }
+  return any;
 }
 
-/* Whether a checkpoint holds any of what the optimizer knows of a parameter. */
-static bool holds_moments(const ckpt_reader *reader, const char *name) {
-  return holds(reader, "adam_m", name) || holds(reader, "adam_v", name) || holds(reader, "adam_steps", name);
-}
-
-void train_state_match(const train_model *model, const ckpt_reader *reader, train_state_tensors *wanted) {
+void train_state_match(const train_model *model, const train_source *source, train_state_tensors *wanted) {
   const train_parameters *set = &model->parameters;
   int32_t kept = 0, anew = 0, left = 0;
   for (int32_t i = 0; i < wanted->count; i++) {
     const char *name = wanted->list[i].name, *slash = strchr(name, '/');
-    bool gone = strncmp(name, "adam_", 5) == 0 && slash && !holds_moments(reader, slash + 1);
+    bool gone = strncmp(name, "adam_", 5) == 0 && slash && !holds_moments(source, slash + 1);
     anew += gone && strncmp(name, "adam_steps/", 11) == 0;
     if (!gone) wanted->list[kept++] = wanted->list[i];
   }
   wanted->count = kept;
   for (int32_t i = 0; i < set->count; i++)
-    left += set->list[i].frozen && holds_moments(reader, set->list[i].name);
+    left += set->list[i].frozen && holds_moments(source, set->list[i].name);
   if (anew > 0)
     LOG_INFO("%d parameters were not trained in %s: their moments begin at 0", anew,
-             ckpt_reader_path(reader));
+             ckpt_reader_path(source->reader[0]));
   if (left > 0)
     LOG_INFO("%d parameters that were trained in %s are frozen now: their moments are left behind", left,
-             ckpt_reader_path(reader));
+             ckpt_reader_path(source->reader[0]));
 }
 
 core_status train_state_loaded(train_model *model) {
@@ -187,6 +188,15 @@ static void put_stopping(cJSON *object, const train_early_stopping *s) {
   put_integer(part, "seen", s->seen);
 }
 
+static void put_base(cJSON *object, const train_base *base) {
+  char text[32];
+  cJSON *part = cJSON_AddObjectToObject(object, "base");
+  snprintf(text, sizeof text, "%016" PRIx64, base->hash);
+  cJSON_AddStringToObject(part, "path", base->path);
+  cJSON_AddStringToObject(part, "relative", base->relative);
+  cJSON_AddStringToObject(part, "content", text);
+}
+
 core_status train_state_meta_write(const train_state_meta *meta, char **json) {
   char text[32];
   cJSON *object = cJSON_CreateObject();
@@ -199,6 +209,7 @@ core_status train_state_meta_write(const train_state_meta *meta, char **json) {
   put_integer(object, "ranks", meta->ranks);
   put_integer(object, "expert_ranks", meta->expert_ranks);
   put_stopping(object, &meta->stopping);
+  if (meta->base.path[0]) put_base(object, &meta->base);
   cJSON_AddStringToObject(object, "config", meta->config);
   *json = cJSON_PrintUnformatted(object);
   cJSON_Delete(object);
@@ -231,6 +242,21 @@ static bool get_stopping(const cJSON *object, train_early_stopping *s) {
          get_integer(part, "stale", &s->stale) && get_integer(part, "seen", &s->seen);
 }
 
+/* Absent in a whole checkpoint. */
+static bool get_base(const cJSON *object, train_base *base) {
+  const cJSON *part = cJSON_GetObjectItemCaseSensitive(object, "base");
+  const char *path = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(part, "path"));
+  const char *relative = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(part, "relative"));
+  const char *content = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(part, "content"));
+  if (!part) return true;
+  if (!path || !*path || !relative || !content) return false;
+  if (strlen(path) >= TRAIN_BASE_PATH || strlen(relative) >= TRAIN_BASE_PATH) return false;
+  snprintf(base->path, sizeof base->path, "%s", path);
+  snprintf(base->relative, sizeof base->relative, "%s", relative);
+  base->hash = strtoull(content, NULL, 16);
+  return true;
+}
+
 core_status train_state_meta_read(const char *json, train_state_meta *out) {
   memset(out, 0, sizeof *out);
   cJSON *object = cJSON_Parse(json);
@@ -241,7 +267,8 @@ core_status train_state_meta_read(const char *json, train_state_meta *out) {
               get_integer(object, "epoch", &out->position.epoch) &&
               get_integer(object, "consumed", &out->position.consumed) &&
               get_integer(object, "ranks", &out->ranks) &&
-              get_integer(object, "expert_ranks", &out->expert_ranks) && get_stopping(object, &out->stopping);
+              get_integer(object, "expert_ranks", &out->expert_ranks) &&
+              get_stopping(object, &out->stopping) && get_base(object, &out->base);
   if (good) {
     out->fingerprint = strtoull(print, NULL, 16);
     out->config = strdup(config);

@@ -67,7 +67,7 @@ class Decoder(reference.Tower):
         self.P, self.batch, self.step = P, batch, step
         self.modalities = config["data"]["modalities"] + [
             {"name": "vocabulary", "local": 0.0, "global": 0.0, "experts": 0.0}]
-        self.own_trunks, self.routers = False, []
+        self.routers, self.own_trunks = [], False
         self.gaps = {"logit": math.inf, "priority": math.inf}
         x = self.embedded = self.embed()
         for layer in range(self.model["layers"]):

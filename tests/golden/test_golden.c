@@ -419,6 +419,10 @@ static void decoder_agrees_with_pytorch(void **state) {
   agree(FOLDER "/decoder.h5", *state);
 }
 
+static void adapted_decoder_agrees_with_pytorch(void **state) {
+  agree(FOLDER "/lora.h5", *state);
+}
+
 static void mixture_agrees_with_pytorch(void **state) {
   agree(FOLDER "/mixture.h5", *state);
 }
@@ -434,11 +438,17 @@ static void mixture_agrees_with_pytorch(void **state) {
 int main(int argc, char **argv) {
   if (argc > 1) extra = argv[1];
   const struct CMUnitTest tests[] = {
-      CASE("dropless"),    CASE("priority"),  CASE("order"),      CASE("entropy"),     CASE("noise"),
-      CASE("absent"),      CASE("towers"),    CASE("partition"),  CASE("dense"),       CASE("joint"),
-      CASE("alternating"), CASE("connector"), CASE("mlp"),        DECODER("spliced"),  DECODER("tied"),
-      DECODER("noisy"),    DECODER("plain"),  MIXTURE("unequal"), MIXTURE("by_input"), MIXTURE("by_weight"),
-      MIXTURE("drawn")};
+      CASE("dropless"),    CASE("priority"),
+      CASE("order"),       CASE("entropy"),
+      CASE("noise"),       CASE("absent"),
+      CASE("towers"),      CASE("partition"),
+      CASE("dense"),       CASE("joint"),
+      CASE("alternating"), CASE("connector"),
+      CASE("mlp"),         DECODER("spliced"),
+      DECODER("tied"),     DECODER("noisy"),
+      DECODER("plain"),    MIXTURE("unequal"),
+      MIXTURE("by_input"), MIXTURE("by_weight"),
+      MIXTURE("drawn"),    {"lora", adapted_decoder_agrees_with_pytorch, NULL, NULL, "lora"}};
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;
   int failed = test_device_missing(extra, comm_local_rank(world));
