@@ -9,7 +9,7 @@ import torch
 import reference
 import reference_decoder
 
-SECOND_PURPOSE = 10
+SECOND_PURPOSE = 8
 LEAST = 1e-6
 
 

@@ -1,5 +1,5 @@
 /* The mixture of experts: router, dispatch, experts, combine. Files, in the order of the pass: moe_layer.c
- * (the whole), moe_router.c, moe_sums.c, moe_capacity.c, moe_dispatch.c, moe_experts.c. */
+ * (the whole), moe_router.c, moe_calibration.c, moe_sums.c, moe_capacity.c, moe_dispatch.c, moe_experts.c. */
 #ifndef TRAIN_MOE_H
 #define TRAIN_MOE_H
 
