@@ -30,7 +30,8 @@ typedef enum core_random_purpose {
   CORE_RANDOM_DROPOUT = 4,
   CORE_RANDOM_SAMPLE = 5, /* generation */
   CORE_RANDOM_SCHEDULE = 6,
-  CORE_RANDOM_TEST = 7
+  CORE_RANDOM_TEST = 7,
+  CORE_RANDOM_SECOND = 8 /* the second choice of a router */
 } core_random_purpose;
 
 /* Mixes a purpose and two numbers into a stream key (64-bit finaliser; collisions are as of a random hash).

@@ -49,6 +49,8 @@ typedef enum kern_form { KERN_NN, KERN_NT, KERN_TN } kern_form;
 typedef enum kern_gelu { KERN_GELU_ERF, KERN_GELU_TANH } kern_gelu;
 typedef enum kern_mask { KERN_BIDIRECTIONAL, KERN_CAUSAL } kern_mask;
 typedef enum kern_gate { KERN_GATE_SOFTMAX, KERN_GATE_RENORMALISED } kern_gate;
+/* How a correction c changes the weight p of a chosen expert (Zhong et al. 2024): p + c, or p (1 + c). */
+typedef enum kern_calibration { KERN_CALIBRATE_ADD, KERN_CALIBRATE_MULTIPLY } kern_calibration;
 typedef enum kern_rotation { KERN_ROTATE, KERN_ROTATE_BACK } kern_rotation;
 /* |p - t|^2 of a row, or the mean over its coordinates of the smooth absolute difference (Girshick 2015, beta
  * 1): d^2 / 2 where |d| < 1, |d| - 1/2 elsewhere. */
@@ -177,8 +179,8 @@ typedef struct kern_ops {
    * never depend on how many rows lie beside it. bias optional. x Active. */
   core_status (*router_logits)(kern_context *, core_tensor x, core_tensor weight, core_tensor bias,
                                core_tensor logits);
-  /* dx[T,C] from dlogits[T,E]; dweight, dbias (both optional) accumulate. Products in float32. x, dx Active.
-   */
+  /* dx[T,C] from dlogits[T,E]; dweight and dbias, each optional, accumulate. Products in float32. x, dx
+   * Active. */
   core_status (*router_logits_bwd)(kern_context *, core_tensor dlogits, core_tensor x, core_tensor weight,
                                    kern_write, core_tensor dx, core_tensor dweight, core_tensor dbias);
   /* noisy[t,e] = logits[t,e] + sigma * normal(seed, stream, key[t] * E + e); key: uint64 [T]. */
@@ -206,6 +208,31 @@ typedef struct kern_ops {
   /* count[2 E + 2] int64 += choices per expert [E]; those of them with a slot >= 0 [E]; rows with at least
    * one such; rows. choice, slot int32 [T,K]. */
   core_status (*router_count)(kern_context *, core_tensor choice, core_tensor slot, core_tensor count);
+
+  /* dlogits[T,E] from dprob[T,E]: p (d - <p, d>). */
+  core_status (*softmax_bwd)(kern_context *, core_tensor dprob, core_tensor prob, kern_write,
+                             core_tensor dlogits);
+  /* choice int32 [T,2], in place: the second becomes the largest of logits[t,e] + g(e) without the first,
+   * with g = -log(-log u) of u uniform at (seed, stream, key[t] E + e): drawn in proportion to the
+   * probabilities of the others (Lepikhin et al. 2021). NaN and ties as router_choose. key: uint64 [T]; E
+   * >= 2. */
+  core_status (*router_second)(kern_context *, core_tensor logits, uint64_t seed, uint64_t stream,
+                               core_tensor key, core_tensor choice);
+  /* gate[T,K] of a choice that is made: prob of the chosen, with correction[T,E] (optional) corrected and
+   * then at least 1e-6; KERN_GATE_RENORMALISED: divided by their sum over K. */
+  core_status (*router_gate_fwd)(kern_context *, kern_gate, kern_calibration, core_tensor prob,
+                                 core_tensor correction, core_tensor choice, core_tensor gate);
+  /* The gradients of corrected gates by prob and correction, both [T,E] and set; below the bound 0. */
+  core_status (*router_calibrated_bwd)(kern_context *, kern_gate, kern_calibration, core_tensor dgate,
+                                       core_tensor prob, core_tensor correction, core_tensor choice,
+                                       core_tensor dprob, core_tensor dcorrection);
+  /* sums[G,1 + 2E] float64 += of each group of tokens: tokens, sum of p_e [E], of the first `columns` choices
+   * those of each expert [E]. prob[T,E]; choice int32 [T,K]; group int32 [T] in [0, G), in any order. */
+  core_status (*router_balance)(kern_context *, core_tensor prob, core_tensor choice, core_tensor group,
+                                int64_t columns, core_tensor sums);
+  /* dlogits[T,E] += gradient of the loss whose derivatives by the sums of p_e are weights[G,E] float64. */
+  core_status (*router_balance_bwd)(kern_context *, core_tensor weights, core_tensor group, core_tensor prob,
+                                    core_tensor dlogits);
 
   /* Plan of a dispatch: the kept choices sorted by expert, then token, then choice. count: int64 [experts],
    * host: waits for it, the one host synchronisation of a layer; slot int32 [T,K]: row of each choice, -1

@@ -120,7 +120,7 @@ static void print_result(const train_session *session, const train_report *repor
       "width %lld, %lld layers, %lld experts, top %lld, %s, %s; %lld tokens a step; %d ranks of %d threads "
       "on "
       "%s\n",
-      (long long)session->model->C, (long long)session->model->L, (long long)s->model.moe.experts,
+      (long long)session->model->C, (long long)session->model->L, (long long)train_settings_most_experts(s),
       (long long)s->model.moe.choose, s->model.moe.dispatch == TRAIN_CAPACITY ? "capacity" : "dropless",
       precision_of(session), (long long)f->tokens, session->env.layout.ranks,
       session->env.ops->context_threads(session->env.kern), session->env.ops->device->name);
@@ -151,7 +151,7 @@ static void print_json(const train_session *session, const figures *f) {
       "{\"bench\": \"step\", \"device\": \"%s\", \"precision\": \"%s\", \"width\": %lld, \"layers\": %lld, "
       "\"experts\": %lld, \"choose\": %lld, \"tokens\": %lld, \"ranks\": %d, \"threads\": %d, ",
       session->env.ops->device->name, precision_of(session), (long long)session->model->C,
-      (long long)session->model->L, (long long)s->model.moe.experts, (long long)s->model.moe.choose,
+      (long long)session->model->L, (long long)train_settings_most_experts(s), (long long)s->model.moe.choose,
       (long long)f->tokens, session->env.layout.ranks, session->env.ops->context_threads(session->env.kern));
   printf(
       "\"step_seconds\": %.6g, \"median_seconds\": %.6g, \"tokens_per_second\": %.6g, "

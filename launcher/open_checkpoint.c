@@ -10,7 +10,8 @@ void launch_checkpoint_defaults(launch_arguments *arguments, const char *capacit
   snprintf(words->capacity, sizeof words->capacity, "evaluate.capacity='%.32s'",
            capacity ? capacity : "none");
   const char *defaults[] = {"parallel.experts=1", "parallel.placement=shared",   "optimizer.accumulate=1",
-                            words->batch,         "model.moe.dispatch=dropless", words->capacity};
+                            words->batch,         "model.moe.dispatch=dropless", words->capacity,
+                            "objective.balance=0"};
   int32_t count = sizeof defaults / sizeof *defaults;
   for (int32_t i = 0; i < count; i++) arguments->override[i] = defaults[i];
   for (int32_t i = 0; i < given.override_count && count + i < LAUNCH_MOST_OVERRIDES; i++)

@@ -46,23 +46,16 @@ static bool is_unknown(const draft *d, const train_parameter *p) {
   return p->scope == TRAIN_SCOPE_MODALITY && d->width[p->modality] == 0 && begins(p->name, "connector.");
 }
 
-/* Of the experts a token passes K in E. */
-static int64_t share_of(const draft *d, const train_parameter *p) {
-  const train_settings *s = d->env.settings;
-  return p->scope == TRAIN_SCOPE_EXPERT ? s->model.moe.choose : s->model.moe.experts;
-}
-
-/* Adds parameter p, which the path meets, in units of 1 / experts. views: times that a token passes the
- * blocks. */
-static void meet(const draft *d, const train_parameter *p, int64_t views, int64_t *parameters,
-                 train_path *path) {
-  int64_t E = d->env.settings->model.moe.experts, part = p->count * share_of(d, p);
-  *parameters += part;
+/* Adds parameter p, which the path meets. Of a layer's experts a token passes K, all of one size: the first K
+ * stand for them. views: times that a token passes the blocks. */
+static void meet(const draft *d, const train_parameter *p, int64_t views, train_path *path) {
+  if (p->expert >= d->env.settings->model.moe.choose) return;
+  path->parameters += p->count;
   if (p->rank != 2 || ends(p->name, ".position")) return; /* added or multiplied by element */
   bool connector = d->env.settings->model.kind == TRAIN_KIND_CONNECTOR;
   bool of_item =
       !connector ? begins(p->name, "head.") : !begins(p->name, "adapter.") && !begins(p->name, "blocks.");
-  double flops = 2 * (double)part / (double)E;
+  double flops = 2 * (double)p->count;
   if (of_item)
     path->item += flops;
   else
@@ -72,16 +65,14 @@ static void meet(const draft *d, const train_parameter *p, int64_t views, int64_
 /* Tokens of modality m through a tower: the shared trunk or its own. */
 static void follow_modality(draft *d, int32_t m, train_path *path) {
   const train_model *model = d->model;
-  int64_t units = 0;
   snprintf(path->name, sizeof path->name, "%s", d->env.settings->data.modalities[m].name);
   path->tokens = d->tokens[m];
   path->attention = 4 * path->tokens * (double)(model->H * model->A * model->L);
   for (int32_t i = 0; i < model->parameters.count; i++) {
     const train_parameter *p = &model->parameters.list[i];
     if ((p->scope == TRAIN_SCOPE_MODALITY && p->modality != m) || is_unknown(d, p)) continue;
-    meet(d, p, 1, &units, path);
+    meet(d, p, 1, path);
   }
-  path->parameters = units / d->env.settings->model.moe.experts;
 }
 
 /* Class c of a decoder's tokens: the latents of a modality pass its connector, the tokens of the vocabulary
@@ -89,7 +80,6 @@ static void follow_modality(draft *d, int32_t m, train_path *path) {
 static void follow_class(draft *d, int32_t c, train_path *path) {
   const train_model *model = d->model;
   bool vocabulary = c == d->env.layout.modalities;
-  int64_t units = 0;
   snprintf(path->name, sizeof path->name, "%s", train_settings_class(d->env.settings, c));
   path->tokens =
       vocabulary ? 0 : d->tokens[c]; /* attention is over whole sequences, whose lengths are not known */
@@ -98,23 +88,20 @@ static void follow_class(draft *d, int32_t c, train_path *path) {
     bool table = i == model->decoder.embedding || i == model->decoder.output;
     if (table && (!vocabulary || i != model->decoder.output)) continue;
     if ((p->scope == TRAIN_SCOPE_MODALITY && p->modality != c) || is_unknown(d, p)) continue;
-    meet(d, p, 1, &units, path);
+    meet(d, p, 1, path);
   }
-  path->parameters = units / d->env.settings->model.moe.experts;
 }
 
 /* Direction i of a connector. */
 static void follow_direction(draft *d, int32_t i, train_path *path) {
   const train_direction *direction = &d->model->alignment.direction[i];
-  int64_t units = 0;
   snprintf(path->name, sizeof path->name, "%s", d->env.settings->objective.directions[i]);
   path->tokens = d->tokens[direction->from];
   train_model_activate(d->model, i);
   for (int32_t n = 0; n < d->model->parameters.count; n++) {
     const train_parameter *p = &d->model->parameters.list[n];
-    if (p->active) meet(d, p, TRAIN_VIEWS, &units, path);
+    if (p->active) meet(d, p, TRAIN_VIEWS, path);
   }
-  path->parameters = units / d->env.settings->model.moe.experts;
 }
 
 static core_status count(draft *d, train_arithmetic *out) {

@@ -17,7 +17,8 @@
  *   final_norm.weight                    model.norm.weight
  *   output.weight                        lm_head.weight
  *
- * Everything else (connectors, and all of a tower or connector) keeps its name behind "antiphon."; the
+ * Everything else (connectors, columns of added experts and their calibration, and all of a tower or
+ * connector) keeps its name behind "antiphon."; the
  * standardisation of modality m is antiphon.latent_shift.m and antiphon.latent_scale.m. */
 #ifndef TRAIN_EXCHANGE_H
 #define TRAIN_EXCHANGE_H

@@ -7,7 +7,7 @@
 train_health train_health_of(const train_moe_sums *sums, int32_t layer, int32_t m) {
   const double *value = train_moe_values(sums, layer, m), *gate = train_moe_gates(sums, layer, m);
   const int64_t *count = train_moe_counts(sums, layer, m);
-  int64_t E = sums->experts, chosen = 0, kept = 0;
+  int64_t E = train_moe_layer_experts(sums, layer), chosen = 0, kept = 0;
   double histogram[CORE_MAX_EXPERTS];
   train_health h = {.tokens = count[2 * E + 1]};
   for (int64_t e = 0; e < E; e++) {
@@ -27,7 +27,7 @@ train_health train_health_of(const train_moe_sums *sums, int32_t layer, int32_t 
 }
 
 train_layer_health train_health_of_layer(const train_moe_sums *sums, int32_t layer) {
-  int64_t E = sums->experts, count[CORE_MAX_EXPERTS] = {0}, most = 0, total = 0;
+  int64_t E = train_moe_layer_experts(sums, layer), count[CORE_MAX_EXPERTS] = {0}, most = 0, total = 0;
   double prob[CORE_MAX_EXPERTS] = {0}, load[CORE_MAX_EXPERTS] = {0};
   train_layer_health h = {0};
   for (int32_t m = 0; m < sums->modalities; m++)

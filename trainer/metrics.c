@@ -110,6 +110,7 @@ static void put_losses(train_metrics *w, const train_report *r, const train_cont
   put_number(w, "z", r->router.z);
   put_number(w, "local", r->router.local);
   put_number(w, "global", r->router.global);
+  put_number(w, "balance", r->router.balance);
   close_with(w, '}');
   put_number(w, "scale", r->scale);
   put_number(w, "rate", r->rate);
@@ -159,13 +160,14 @@ static void put_health(train_metrics *w, const train_moe_sums *sums, int32_t lay
   put_number(w, "effective_experts", h.effective_experts);
   put_number(w, "entropy_of_choices", h.entropy_of_choices);
   put_numbers(w, "gate", h.gate, sums->choices);
-  put_counts(w, "before", count, sums->experts);
-  put_counts(w, "after", count + sums->experts, sums->experts);
+  int64_t E = train_moe_layer_experts(sums, layer);
+  put_counts(w, "before", count, E);
+  put_counts(w, "after", count + E, E);
   close_with(w, '}');
 }
 
 static void put_layer(train_metrics *w, const train_moe_sums *sums, int32_t layer) {
-  int64_t E = sums->experts, load[CORE_MAX_EXPERTS] = {0};
+  int64_t E = train_moe_layer_experts(sums, layer), load[CORE_MAX_EXPERTS] = {0};
   train_layer_health h = train_health_of_layer(sums, layer);
   for (int32_t m = 0; m < sums->modalities; m++)
     for (int64_t e = 0; e < E; e++) load[e] += train_moe_counts(sums, layer, m)[E + e];

@@ -37,6 +37,8 @@ typedef struct train_parameter {
   int64_t shape[CORE_MAX_RANK];
   train_scope scope;
   int32_t modality; /* of TRAIN_SCOPE_MODALITY */
+  int64_t expert;   /* of TRAIN_SCOPE_EXPERT: its number in its layer; a token passes as many weights as the
+                       first   K hold */
   train_init init;
   double init_value; /* standard deviation, half of the range around 0, or the constant */
   bool decay;        /* weight decay applies */

@@ -236,6 +236,18 @@ static train_model_limits stated_limits(const train_session *session) {
   return limits;
 }
 
+/* Of the experts of a layer that one rank holds: the most of any layer and rank. */
+static double largest_share(const train_env *env) {
+  const train_settings *s = env->settings;
+  int64_t ranks = env->layout.expert_ranks, layers = s->model.moe.layer_experts_count;
+  double largest = 0;
+  for (int64_t i = 0; i < larger(layers, 1); i++) {
+    int64_t experts = train_settings_experts(s, i);
+    largest = fmax(largest, (double)((experts + ranks - 1) / ranks) / (double)experts);
+  }
+  return largest;
+}
+
 /* width: as train_session_options. */
 static train_model_limits find_limits(const train_session *session, const int64_t *width) {
   if (session->sizes) return stated_limits(session);
@@ -261,8 +273,7 @@ static train_model_limits find_limits(const train_session *session, const int64_
   int64_t own = 0, segments = 0;
   train_model_rows(env->settings, &limits, &own, &segments);
   train_model_rows(env->settings, &groups, &limits.group_tokens, &segments);
-  double share =
-      (double)(limits.group_tokens * K) / env->layout.expert_ranks * env->settings->model.moe.buffer;
+  double share = (double)(limits.group_tokens * K) * largest_share(env) * env->settings->model.moe.buffer;
   int64_t most = limits.group_tokens * K, rows = (int64_t)share + 1;
   limits.expert_rows = env->layout.expert_ranks == 1 ? own * K : rows < most ? rows : most > 0 ? most : 1;
   return limits;
@@ -282,8 +293,12 @@ static kern_limits kernel_limits(const train_session *session, const train_model
   const train_model *model = session->model;
   const train_settings *s = session->env.settings;
   int64_t F = larger(model->F, s->model.moe.hidden),
-          width = larger(model->C, 2 * F * (train_settings_dense(s) ? train_dense_experts(s) : 1));
-  kern_limits k = {.experts = s->model.moe.experts, .heads = model->H, .threads = threads_of(&session->env)};
+          all = s->model.dense_match == TRAIN_MATCH_TOTAL ? train_settings_most_experts(s)
+                                                          : s->model.moe.choose,
+          width = larger(model->C, 2 * F * (train_settings_dense(s) ? all : 1));
+  kern_limits k = {.experts = larger(train_settings_most_experts(s), TRAIN_CALIBRATION_WIDTH),
+                   .heads = model->H,
+                   .threads = threads_of(&session->env)};
   width = larger(width, (model->H + 2 * model->G) * model->A);
   width = larger(width, larger(model->Z, s->evaluate.batch));
   for (int32_t m = 0; m < session->env.layout.modalities; m++) {
@@ -611,7 +626,7 @@ core_status train_session_counts(train_session *session, train_counts *out) {
   train_env *env = &session->env;
   const train_settings *s = env->settings;
   const train_parameters *set = &session->model->parameters;
-  int64_t counts[4] = {0, 0, 0, 0}; /* all, of experts, frozen, of own trunks; each by its first holder */
+  int64_t counts[4] = {0, 0, 0, 0}; /* all, not passed, frozen, of own trunks; each by its first holder */
   for (int32_t scope = 0; scope < 2 + env->layout.modalities; scope++) {
     comm_group *group = scope == 0 ? env->world : scope == 1 ? env->replica : env->modality[scope - 2];
     if (!group || comm_rank(group) != 0) continue;
@@ -620,7 +635,7 @@ core_status train_session_counts(train_session *session, train_counts *out) {
       int32_t its = p->scope == TRAIN_SCOPE_MODALITY ? 2 + p->modality : (int32_t)p->scope;
       if (its != scope) continue;
       counts[0] += p->count;
-      counts[1] += scope == 1 ? p->count : 0;
+      counts[1] += p->expert >= s->model.moe.choose ? p->count : 0;
       counts[2] += p->frozen ? p->count : 0;
       counts[3] += strncmp(p->name, "trunk.", 6) == 0 ? p->count : 0;
     }
@@ -628,8 +643,7 @@ core_status train_session_counts(train_session *session, train_counts *out) {
   TRY(comm_all_reduce(env->world, COMM_SUM, CORE_INT64, counts, 4));
   out->frozen = counts[2];
   out->total = counts[0];
-  out->active = counts[0] - counts[1] + counts[1] / s->model.moe.experts * s->model.moe.choose -
-                counts[3] / env->layout.modalities * (env->layout.modalities - 1);
+  out->active = counts[0] - counts[1] - counts[3] / env->layout.modalities * (env->layout.modalities - 1);
   return CORE_OK;
 }
 

@@ -49,6 +49,13 @@ static const cyaml_strval_t trunk_words[] = {{"shared", TRAIN_TRUNK_SHARED},
                                              {"per_modality", TRAIN_TRUNK_PER_MODALITY}};
 static const cyaml_strval_t partition_words[] = {{"none", TRAIN_PARTITION_NONE},
                                                  {"modality", TRAIN_PARTITION_MODALITY}};
+static const cyaml_strval_t calibration_words[] = {{"none", TRAIN_CALIBRATION_NONE},
+                                                   {"add", TRAIN_CALIBRATION_ADD},
+                                                   {"multiply", TRAIN_CALIBRATION_MULTIPLY}};
+static const cyaml_strval_t second_words[] = {{"none", TRAIN_SECOND_PLAIN}, {"gumbel", TRAIN_SECOND_GUMBEL}};
+static const cyaml_strval_t scope_words[] = {{"global", TRAIN_BALANCE_GLOBAL},
+                                             {"local", TRAIN_BALANCE_LOCAL}};
+static const cyaml_strval_t shares_words[] = {{"first", TRAIN_SHARES_FIRST}, {"all", TRAIN_SHARES_ALL}};
 static const cyaml_strval_t regression_words[] = {{"squared", KERN_SQUARED}, {"smooth_l1", KERN_SMOOTH_L1}};
 static const cyaml_strval_t alternate_words[] = {{"none", TRAIN_ALTERNATE_NONE},
                                                  {"cyclic", TRAIN_ALTERNATE_CYCLIC},
@@ -111,10 +118,17 @@ static const cyaml_schema_field_t data_fields[] = {
     CYAML_FIELD_END};
 
 typedef PART(model.moe) moe_part;
+static const cyaml_schema_value_t count_value = {CYAML_VALUE_INT(NEEDED, int64_t)};
 static const cyaml_schema_field_t moe_fields[] = {
     TEXT("layers", moe_part, layers),
     CYAML_FIELD_INT("experts", NEEDED, moe_part, experts),
     CYAML_FIELD_INT("choose", NEEDED, moe_part, choose),
+    CYAML_FIELD_SEQUENCE("layer_experts", CYAML_FLAG_POINTER, moe_part, layer_experts, &count_value, 0, 4096),
+    CYAML_FIELD_SEQUENCE("added", CYAML_FLAG_POINTER, moe_part, added, &count_value, 0, 4096),
+    CORE_FIELD_BOOL("added_bias", moe_part, added_bias),
+    WORD("calibration", moe_part, calibration, calibration_words),
+    CORE_FIELD_BOOL("calibration_renormalize", moe_part, calibration_renormalize),
+    WORD("second_noise", moe_part, second_noise, second_words),
     CYAML_FIELD_INT("hidden", NEEDED, moe_part, hidden),
     WORD("gate", moe_part, gate, gate_words),
     WORD("partition", moe_part, partition, partition_words),
@@ -180,6 +194,9 @@ static const cyaml_schema_field_t objective_fields[] = {
     CYAML_FIELD_FLOAT("importance", NEEDED, objective_part, importance),
     CYAML_FIELD_FLOAT("load", NEEDED, objective_part, load),
     CYAML_FIELD_FLOAT("z", NEEDED, objective_part, z),
+    CYAML_FIELD_FLOAT("balance", NEEDED, objective_part, balance),
+    WORD("balance_scope", objective_part, balance_scope, scope_words),
+    WORD("balance_shares", objective_part, balance_shares, shares_words),
     CYAML_FIELD_SEQUENCE("directions", CYAML_FLAG_POINTER, objective_part, directions, &pair_value, 0,
                          TRAIN_MAX_DIRECTIONS),
     CYAML_FIELD_FLOAT("alpha", NEEDED, objective_part, alpha),
@@ -188,10 +205,9 @@ static const cyaml_schema_field_t objective_fields[] = {
     CYAML_FIELD_END};
 
 typedef PART(schedule) schedule_part;
-static const cyaml_schema_value_t steps_value = {CYAML_VALUE_INT(NEEDED, int64_t)};
 static const cyaml_schema_field_t schedule_fields[] = {
     WORD("alternate", schedule_part, alternate, alternate_words),
-    CYAML_FIELD_SEQUENCE("steps", CYAML_FLAG_POINTER, schedule_part, steps, &steps_value, 0,
+    CYAML_FIELD_SEQUENCE("steps", CYAML_FLAG_POINTER, schedule_part, steps, &count_value, 0,
                          TRAIN_MAX_DIRECTIONS),
     CYAML_FIELD_FLOAT("gain", NEEDED, schedule_part, gain),
     CYAML_FIELD_FLOAT("least", NEEDED, schedule_part, least),
@@ -268,10 +284,13 @@ static const char defaults[] =
     "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  trunks: shared\n  dense: false\n  dense_match: active\n"
     "  per_direction: false\n  recompute: false\n  lora: []\n  vocabulary: 0\n  tied: false\n"
     "  qkv_bias: false\n  rope_scaling: {kind: none, factor: 1, low: 1, high: 4, length: 8192}\n"
-    "  moe: {layers: every 2, experts: 8, choose: 1, hidden: 0, gate: softmax, partition: none,"
+    "  moe: {layers: every 2, experts: 8, choose: 1, layer_experts: [], added: [], added_bias: false, "
+    "calibration: none, calibration_renormalize: true, second_noise: none, "
+    "hidden: 0, gate: softmax, partition: none,"
     " dispatch: dropless, capacity: '1.05', group_samples: 8, priority: gate, bias: false, dropout: 0, "
     "noise: 1, buffer: 1.5}\n"
     "objective: {pairs: [], scale: 10, largest_scale: 100, importance: 0.005, load: 0.005, z: 0.001,"
+    " balance: 0, balance_scope: global, balance_shares: first,"
     " directions: [], alpha: 0.5, temperature: 0.03, regression: squared}\n"
     "schedule: {alternate: none, steps: [], gain: 1, least: 0, most: 1}\n"
     "parallel: {experts: 1, placement: shared, shard_optimizer: true, transport: auto}\n"
@@ -324,7 +343,8 @@ const char *train_settings_class(const train_settings *settings, int32_t c) {
 }
 
 bool train_settings_router_losses(const train_settings *settings) {
-  bool any = settings->objective.importance > 0 || settings->objective.load > 0 || settings->objective.z > 0;
+  bool any = settings->objective.importance > 0 || settings->objective.load > 0 ||
+             settings->objective.z > 0 || settings->objective.balance > 0;
   for (unsigned m = 0; m < settings->data.modalities_count; m++)
     any = any || settings->data.modalities[m].local > 0 || settings->data.modalities[m].global > 0;
   return any;

@@ -28,6 +28,17 @@ typedef enum train_kind { TRAIN_KIND_TOWER, TRAIN_KIND_CONNECTOR, TRAIN_KIND_DEC
 typedef enum train_trunks { TRAIN_TRUNK_SHARED, TRAIN_TRUNK_PER_MODALITY } train_trunks;
 /* Which experts a token may choose: all, or those of its modality (train_settings_expert_share). */
 typedef enum train_partition { TRAIN_PARTITION_NONE, TRAIN_PARTITION_MODALITY } train_partition;
+/* How added experts' layers correct the weights of the chosen (Zhong et al. 2024; moe_calibration.c). */
+typedef enum train_calibration {
+  TRAIN_CALIBRATION_NONE,
+  TRAIN_CALIBRATION_ADD,     /* p + c(p) */
+  TRAIN_CALIBRATION_MULTIPLY /* p (1 + c(x)) */
+} train_calibration;
+/* In training, how the second choice is made: by the logits, or drawn among the others. */
+typedef enum train_second { TRAIN_SECOND_PLAIN, TRAIN_SECOND_GUMBEL } train_second;
+/* Over which tokens a balance loss takes its means, and which choices it counts. */
+typedef enum train_balance_scope { TRAIN_BALANCE_GLOBAL, TRAIN_BALANCE_LOCAL } train_balance_scope;
+typedef enum train_balance_shares { TRAIN_SHARES_FIRST, TRAIN_SHARES_ALL } train_balance_shares;
 typedef enum train_rope_scaling {
   TRAIN_ROPE_PLAIN,
   TRAIN_ROPE_LINEAR, /* Chen et al. 2023: frequencies divided by the factor */
@@ -125,8 +136,19 @@ typedef struct train_settings {
     struct {
       char *layers; /* none, all, every 2, first half, second half, or a list "1,3" */
       int64_t experts, choose;
-      int64_t hidden; /* of an expert; 0: as dense layers */
-      int gate;       /* kern_gate */
+      int64_t *layer_experts; /* of each MoE layer, first to last; empty: `experts` of every one */
+      unsigned layer_experts_count;
+      int64_t *added; /* of each MoE layer's experts, how many of the last were added to a trained model:
+                         their router columns are parameters of their own; empty: none */
+      unsigned added_count;
+      int added_bias;  /* the logits of added experts have a bias also where model.moe.bias is false */
+      int calibration; /* train_calibration, in layers with added experts */
+      int calibration_renormalize; /* corrected weights are divided by their sum; model.moe.gate says it of
+                                      the layers without a calibration */
+      int second_noise; /* train_second: gumbel draws the second of two choices in proportion to the
+                           probabilities of the others, keyed by the token's place; noise must be 0 */
+      int64_t hidden;   /* of an expert; 0: as dense layers */
+      int gate;         /* kern_gate */
       int partition;  /* train_partition: modality is the baseline of experts divided among the modalities */
       int dispatch;   /* train_dispatch */
       char *capacity; /* factor, at most three decimals */
@@ -135,8 +157,8 @@ typedef struct train_settings {
       int bias;       /* the router and the experts have biases */
       double dropout; /* of an expert's output, in training */
       double noise;   /* router noise in units of 1 / experts */
-      double
-          buffer; /* expert buffers in units of the balanced share; what exceeds them takes another round */
+      double buffer;  /* expert buffers in units of the balanced share of the rank with the most experts; what
+                         exceeds them takes another round */
     } moe;
   } model;
   struct {
@@ -144,7 +166,13 @@ typedef struct train_settings {
     unsigned pairs_count;
     double scale, largest_scale; /* 1 / temperature: at the start, at most */
     double importance, load, z;
-    char **directions; /* "image:text": from, toward; of a connector */
+    double balance; /* coefficient of E sum_e me_e ce_e, mean over the MoE layers; me: mean probability, ce:
+                       share of the choices; 0: none */
+    int balance_scope;  /* train_balance_scope: means over the global batch, or over each group of
+                           model.moe.group_samples consecutive samples, and then over the groups that have a
+                           token */
+    int balance_shares; /* train_balance_shares: first choices, or all of a token's */
+    char **directions;  /* "image:text": from, toward; of a connector */
     unsigned directions_count;
     double alpha;       /* weight of the regression; 1 - alpha that of the contrastive term */
     double temperature; /* fixed */
@@ -200,6 +228,18 @@ CORE_NODISCARD core_status train_settings_check(const core_config *config, int32
 int64_t train_settings_thousandths(const char *text);
 /* Whether the model has no mixture at all: every MoE layer is replaced by a dense one. */
 bool train_settings_dense(const train_settings *settings);
+/* settings_mixture.c. MoE layers are numbered from 0, first to last (`mixture`); of a connector every block
+ * is one. How many the rule makes of a model's layers, also where they are replaced by dense ones; the number
+ * of layer l, which is one; experts of an MoE layer, those of them that are added, the most and the fewest of
+ * any. */
+int64_t train_settings_mixtures(const train_settings *settings);
+int64_t train_settings_mixture(const train_settings *settings, int64_t l);
+int64_t train_settings_experts(const train_settings *settings, int64_t mixture);
+int64_t train_settings_added(const train_settings *settings, int64_t mixture);
+int64_t train_settings_most_experts(const train_settings *settings);
+int64_t train_settings_fewest_experts(const train_settings *settings);
+/* What is refused of model.moe beyond the sizes of its numbers. ERR_CONFIG. */
+CORE_NODISCARD core_status train_settings_check_mixtures(const core_config *config);
 /* The experts [first, first + count) that are modality m's under model.moe.partition: even, contiguous shares
  * in the order of the modalities. Without a partition: all. */
 void train_settings_expert_share(const train_settings *settings, int32_t m, int64_t *first, int64_t *count);
@@ -216,6 +256,10 @@ bool train_settings_direction(const train_settings *settings, unsigned d, int32_
 enum { TRAIN_MAX_CLASSES = CORE_MAX_MODALITIES + 1 };
 int32_t train_settings_classes(const train_settings *settings);
 const char *train_settings_class(const train_settings *settings, int32_t c);
+/* Whether an MoE layer has a calibration: some of its experts are added, and model.moe.calibration. */
+bool train_settings_calibrated(const train_settings *settings, int64_t mixture);
+/* Groups of tokens whose balance is lost over: 1, those of a batch, or 0 where there is no such loss. */
+int64_t train_settings_balance_groups(const train_settings *settings);
 /* Whether any loss hangs on the router's sums. */
 bool train_settings_router_losses(const train_settings *settings);
 /* Index of a modality by name, -1 if there is none. */

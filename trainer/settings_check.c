@@ -25,6 +25,7 @@ static core_status check_bounds(const core_config *config, const bound *list, si
 static const double large = 1 << 24, huge = 1e15;
 
 static core_status check_sizes(const core_config *config, const train_settings *s) {
+  int64_t all = s->model.moe.layer_experts_count ? CORE_MAX_CHOICES : s->model.moe.experts;
   const bound list[] = {
       {"run.steps", (double)s->run.steps, 0, huge},
       {"run.threads", (double)s->run.threads, 0, 1024},
@@ -53,7 +54,7 @@ static core_status check_sizes(const core_config *config, const train_settings *
       {"model.rope_scaling.length", (double)s->model.rope_scaling.length, 1, huge},
       {"model.moe.experts", (double)s->model.moe.experts, 1, CORE_MAX_EXPERTS},
       {"model.moe.choose", (double)s->model.moe.choose, 1,
-       (double)(s->model.moe.experts < CORE_MAX_CHOICES ? s->model.moe.experts : CORE_MAX_CHOICES)},
+       (double)(all < CORE_MAX_CHOICES ? all : CORE_MAX_CHOICES)},
       {"model.moe.hidden", (double)s->model.moe.hidden, 0, large},
       {"model.moe.group_samples", (double)s->model.moe.group_samples, 1, large},
       {"model.moe.noise", s->model.moe.noise, 0, 1000},
@@ -64,6 +65,7 @@ static core_status check_sizes(const core_config *config, const train_settings *
       {"objective.importance", s->objective.importance, 0, 1e6},
       {"objective.load", s->objective.load, 0, 1e6},
       {"objective.z", s->objective.z, 0, 1e6},
+      {"objective.balance", s->objective.balance, 0, 1e6},
       {"objective.alpha", s->objective.alpha, 0, 1},
       {"objective.temperature", s->objective.temperature, 1e-6, 1e6},
       {"schedule.gain", s->schedule.gain, 0, 1e6},
@@ -105,7 +107,7 @@ static core_status check_modality(const core_config *config, const train_setting
       {key[1], (double)modality->length, 1, large},
       {key[2], modality->local, 0, 1e6},
       {key[3], modality->global, 0, 1e6},
-      {key[4], modality->experts, 0, (double)s->model.moe.experts},
+      {key[4], modality->experts, 0, (double)train_settings_most_experts(s)},
       {key[5], (double)modality->ranks, 0, (double)s->parallel.experts},
   };
   size_t length = strlen(modality->name);
@@ -154,9 +156,9 @@ static core_status check_connector(const core_config *config, const train_settin
   }
   if (s->objective.pairs_count > 0)
     return core_config_refuse(config, "objective.pairs", "a connector has directions, no pairs");
-  if (s->objective.importance > 0 || s->objective.load > 0 || s->objective.z > 0)
+  if (s->objective.importance > 0 || s->objective.load > 0 || s->objective.z > 0 || s->objective.balance > 0)
     return core_config_refuse(config, "objective.importance",
-                              "a connector has no router losses: importance, load and z must be 0");
+                              "a connector has no router losses: importance, load, z and balance must be 0");
   if (s->model.layers != 1) return core_config_refuse(config, "model.layers", "a connector has one layer");
   if (s->model.moe.dispatch != TRAIN_DROPLESS)
     return core_config_refuse(config, "model.moe.dispatch", "a connector drops nothing: expected dropless");
@@ -326,10 +328,6 @@ static core_status check_parallel(const core_config *config, const train_setting
   if (e < 1 || ranks % e != 0)
     return core_config_refuse(config, "parallel.experts",
                               "the expert-parallel size %lld must divide the %d ranks", (long long)e, ranks);
-  if (!train_settings_dense(s) && s->model.moe.experts % e != 0)
-    return core_config_refuse(config, "model.moe.experts",
-                              "%lld experts cannot be spread evenly over %lld ranks",
-                              (long long)s->model.moe.experts, (long long)e);
   int64_t parts = s->parallel.placement == TRAIN_SHARED ? ranks : ranks / e;
   if (batch % (micro * parts) != 0)
     return core_config_refuse(config, "optimizer.batch",
@@ -394,6 +392,7 @@ core_status train_settings_check(const core_config *config, int32_t ranks) {
                               (long long)s->parallel.experts);
   for (unsigned m = 0; m < s->data.modalities_count; m++) TRY(check_modality(config, s, m));
   TRY(check_model(config, s));
+  TRY(train_settings_check_mixtures(config));
   TRY(check_lora(config, s));
   TRY(check_baselines(config, s));
   TRY(check_schedule(config, s));

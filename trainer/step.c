@@ -49,8 +49,8 @@ core_status train_stepper_plan(train_stepper *stepper, const train_arenas *arena
                               : train_contrastive_plan(&stepper->contrastive, arenas));
   TRY(train_router_plan(&stepper->router, stepper->env, stepper->model->moe_layers, arenas));
   TRY(train_optimizer_plan(&stepper->optimizer, stepper->model, arenas));
-  stepper->reduced_count =
-      loss_parts(stepper) + cells * train_moe_value_stride(sums) + train_moe_gate_count(sums);
+  stepper->reduced_count = loss_parts(stepper) + cells * train_moe_value_stride(sums) +
+                           train_moe_gate_count(sums) + train_moe_balance_count(sums);
   stepper->counted_count = 2 * M + cells * train_moe_count_stride(sums);
   TRY(ARENA_TAKE(arenas->host, stepper->reduced_count, &stepper->reduced));
   TRY(ARENA_TAKE(arenas->host, stepper->counted_count, &stepper->counted));
@@ -130,17 +130,20 @@ static core_status reduce_sums(train_stepper *stepper) {
   train_moe_sums *sums = &stepper->model->sums;
   TRY(train_moe_sums_down(stepper->env, sums));
   int64_t pairs = loss_parts(stepper), gates = train_moe_gate_count(sums);
-  int64_t values = stepper->reduced_count - pairs - gates;
-  double *reduced_gates = stepper->reduced + pairs + values;
+  int64_t balances = train_moe_balance_count(sums);
+  int64_t values = stepper->reduced_count - pairs - gates - balances;
+  double *reduced_gates = stepper->reduced + pairs + values, *reduced_balances = reduced_gates + gates;
   int64_t M2 = 2 * classes(stepper), counts = stepper->counted_count - M2;
   put_losses(stepper);
   if (values > 0) memcpy(stepper->reduced + pairs, sums->value.host, (size_t)values * sizeof(double));
   if (gates > 0) memcpy(reduced_gates, sums->gate_sum, (size_t)gates * sizeof(double));
+  if (balances > 0) memcpy(reduced_balances, sums->balance.host, (size_t)balances * sizeof(double));
   if (counts > 0) memcpy(stepper->counted + M2, sums->count.host, (size_t)counts * sizeof(int64_t));
   TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_FLOAT64, stepper->reduced, stepper->reduced_count));
   TRY(comm_all_reduce(stepper->env->world, COMM_SUM, CORE_INT64, stepper->counted, stepper->counted_count));
   if (values > 0) memcpy(sums->value.host, stepper->reduced + pairs, (size_t)values * sizeof(double));
   if (gates > 0) memcpy(sums->gate_sum, reduced_gates, (size_t)gates * sizeof(double));
+  if (balances > 0) memcpy(sums->balance.host, reduced_balances, (size_t)balances * sizeof(double));
   if (counts > 0) memcpy(sums->count.host, stepper->counted + M2, (size_t)counts * sizeof(int64_t));
   return CORE_OK;
 }
@@ -158,8 +161,7 @@ static core_status fill_losses(train_stepper *stepper, train_report *report) {
   for (int32_t p = 0; p < c->pairs; p++)
     report->pair[p] = c->count[p] > 0 ? stepper->reduced[p] / (double)c->count[p] : 0;
   TRY(train_router_evaluate(&stepper->router, &stepper->model->sums, &report->router));
-  const train_router_loss *r = &report->router;
-  report->loss = report->contrastive + r->importance + r->load + r->z + r->local + r->global;
+  report->loss = report->contrastive + train_router_loss_total(&report->router);
   fill_counts(stepper, report);
   return CORE_OK;
 }
@@ -246,9 +248,8 @@ static core_status fill_decoder_losses(train_stepper *stepper, train_report *rep
   double count = report->predictions > 0 ? (double)report->predictions : 1;
   TRY(reduce_sums(stepper));
   TRY(train_router_evaluate(&stepper->router, &stepper->model->sums, &report->router));
-  const train_router_loss *r = &report->router;
   report->next_token = stepper->reduced[0] / count;
-  report->loss = report->next_token + r->importance + r->load + r->z + r->local + r->global;
+  report->loss = report->next_token + train_router_loss_total(&report->router);
   fill_counts(stepper, report);
   return CORE_OK;
 }

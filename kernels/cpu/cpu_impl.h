@@ -191,6 +191,20 @@ core_status kern_router_sums_bwd_cpu(kern_context *context, core_tensor weights,
                                      core_tensor dlogits);
 core_status kern_router_count_cpu(kern_context *context, core_tensor choice, core_tensor slot,
                                   core_tensor count);
+core_status kern_softmax_bwd_cpu(kern_context *context, core_tensor dprob, core_tensor prob, kern_write write,
+                                 core_tensor dlogits);
+core_status kern_router_second_cpu(kern_context *context, core_tensor logits, uint64_t seed, uint64_t stream,
+                                   core_tensor key, core_tensor choice);
+core_status kern_router_gate_fwd_cpu(kern_context *context, kern_gate form, kern_calibration kind,
+                                     core_tensor prob, core_tensor correction, core_tensor choice,
+                                     core_tensor gate);
+core_status kern_router_calibrated_bwd_cpu(kern_context *context, kern_gate form, kern_calibration kind,
+                                           core_tensor dgate, core_tensor prob, core_tensor correction,
+                                           core_tensor choice, core_tensor dprob, core_tensor dcorrection);
+core_status kern_router_balance_cpu(kern_context *context, core_tensor prob, core_tensor choice,
+                                    core_tensor group, int64_t columns, core_tensor sums);
+core_status kern_router_balance_bwd_cpu(kern_context *context, core_tensor weights, core_tensor group,
+                                        core_tensor prob, core_tensor dlogits);
 core_status kern_dispatch_plan_cpu(kern_context *context, core_tensor choice, core_tensor keep,
                                    int64_t experts, int64_t *count, core_tensor slot, core_tensor index);
 core_status kern_gather_rows_cpu(kern_context *context, core_tensor x, core_tensor index, core_tensor y);

@@ -41,7 +41,8 @@ enum {
   X(rmsnorm_fwd) X(rmsnorm_bwd) X(layernorm_fwd) X(layernorm_bwd) X(rope)                                  \
   X(attention_fwd) X(attention_bwd) X(attention_cached) X(router_logits) X(router_logits_bwd) X(router_noise) X(softmax_fwd)   \
   X(router_choose) X(router_gate_bwd) X(router_sums) X(router_sums_bwd) X(router_count) X(dispatch_plan)   \
-  X(gather_rows) X(combine_fwd) X(combine_bwd) X(segment_mean_fwd) X(segment_mean_bwd)                     \
+  X(softmax_bwd) X(router_second) X(router_gate_fwd) X(router_calibrated_bwd) X(router_balance)            \
+  X(router_balance_bwd) X(gather_rows) X(combine_fwd) X(combine_bwd) X(segment_mean_fwd) X(segment_mean_bwd)                     \
   X(position_fwd) X(position_bwd) X(l2norm_fwd) X(l2norm_bwd) X(contrastive_fwd) X(contrastive_bwd)        \
   X(cross_entropy_fwd) X(cross_entropy_bwd) X(embedding_bwd) X(standardize) X(adamw) X(sum_squares) X(cast) X(axpy)         \
   X(scale) X(fill) X(bias_grouped_fwd) X(bias_grouped_bwd) X(dropout) X(regression)

@@ -66,6 +66,8 @@ golden_case *golden_read(const char *path, const char *name) {
   golden->config = read_text(group, "config");
   read_attribute(group, "consumed", H5T_NATIVE_INT64, sizeof golden->consumed, &golden->consumed);
   read_attribute(group, "scalars", H5T_NATIVE_DOUBLE, sizeof golden->scalar, &golden->scalar);
+  if (H5Aexists(group, "balance") > 0)
+    read_attribute(group, "balance", H5T_NATIVE_DOUBLE, sizeof golden->balance, &golden->balance);
   golden->name = read_all(group, "names", H5T_NATIVE_CHAR, &bytes);
   golden->size = read_all(group, "sizes", H5T_NATIVE_INT64, &golden->parameters);
   assert_int_equal(bytes, golden->parameters * GOLDEN_NAME);

@@ -1,4 +1,5 @@
-/* One case of golden.h5 (see make_golden.py): a configuration, parameters by name, and what PyTorch computes.
+/* One case of golden.h5 (see make_golden.py; make_decoder.py, make_mixture.py): a configuration, parameters
+ * by name, and what PyTorch computes.
  */
 #ifndef GOLDEN_CASE_H
 #define GOLDEN_CASE_H
@@ -15,6 +16,7 @@ typedef struct golden_scalars {
 typedef struct golden_case {
   char *config;     /* YAML */
   int64_t consumed; /* samples of the first epoch before the batch */
+  double balance;   /* weighted balance loss; 0 in a file that has none */
   golden_scalars scalar;
   int64_t parameters;                     /* N */
   char (*name)[GOLDEN_NAME];              /* [N] */

@@ -362,7 +362,7 @@ def rate(optimizer, t, steps):
 def decays(name):
     """Weight decay is for matrices: not for norms, biases, embeddings, routers, the temperature."""
     return not (name.endswith("norm.weight") or name.endswith(".bias") or name.endswith(".position")
-                or name.endswith("router.weight") or name in ("log_scale", "embedding.weight"))
+                or ".router." in name or name in ("log_scale", "embedding.weight"))
 
 
 class Optimizer:

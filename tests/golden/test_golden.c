@@ -1,5 +1,6 @@
 /* The trainer against PyTorch: losses, router sums, counts, every gradient, the norm, two AdamW steps,
- * on every layout that this number of ranks allows. See make_golden.py for the other side. */
+ * on every layout that this number of ranks allows. See make_golden.py, make_decoder.py and make_mixture.py
+ * for the other side. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -221,6 +222,7 @@ static void compare_report(check *c, const train_report *report, const train_ste
   compare_number(c, "z loss", router->z, want->z);
   compare_number(c, "local loss", router->local, want->local);
   compare_number(c, "global loss", router->global, want->global);
+  compare_number(c, "balance loss", router->balance, c->golden->balance);
   compare_number(c, "scale", report->scale, want->scale);
   compare_number(c, "norm", report->norm, want->norm);
   if (is_decoder(stepper->model)) {
@@ -421,6 +423,12 @@ static void adapted_decoder_agrees_with_pytorch(void **state) {
   agree(FOLDER "/lora.h5", *state);
 }
 
+static void mixture_agrees_with_pytorch(void **state) {
+  agree(FOLDER "/mixture.h5", *state);
+}
+
+#define MIXTURE(name) \
+  { name, mixture_agrees_with_pytorch, NULL, NULL, name }
 #define DECODER(name) \
   { name, decoder_agrees_with_pytorch, NULL, NULL, name }
 #define CASE(name) \
@@ -438,7 +446,9 @@ int main(int argc, char **argv) {
       CASE("alternating"), CASE("connector"),
       CASE("mlp"),         DECODER("spliced"),
       DECODER("tied"),     DECODER("noisy"),
-      DECODER("plain"),    {"lora", adapted_decoder_agrees_with_pytorch, NULL, NULL, "lora"}};
+      DECODER("plain"),    MIXTURE("unequal"),
+      MIXTURE("by_input"), MIXTURE("by_weight"),
+      MIXTURE("drawn"),    {"lora", adapted_decoder_agrees_with_pytorch, NULL, NULL, "lora"}};
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;
   int failed = test_device_missing(extra, comm_local_rank(world));

@@ -241,6 +241,7 @@ void battery_run_all(const kern_ops *ops, core_dtype active) {
   battery_run(ops, active, battery_flat, battery_flat_count);
   battery_run(ops, active, battery_sequence, battery_sequence_count);
   battery_run(ops, active, battery_router, battery_router_count);
+  battery_run(ops, active, battery_gates, battery_gates_count);
   battery_run(ops, active, battery_permutation, battery_permutation_count);
   battery_run(ops, active, battery_loss, battery_loss_count);
 }

@@ -94,8 +94,8 @@ void battery_run(const kern_ops *ops, core_dtype active, const battery_case *cas
 void battery_run_all(const kern_ops *ops, core_dtype active);
 
 extern const battery_case battery_dense[], battery_flat[], battery_sequence[], battery_router[],
-    battery_permutation[], battery_loss[];
+    battery_gates[], battery_permutation[], battery_loss[];
 extern const int battery_dense_count, battery_flat_count, battery_sequence_count, battery_router_count,
-    battery_permutation_count, battery_loss_count;
+    battery_gates_count, battery_permutation_count, battery_loss_count;
 
 #endif

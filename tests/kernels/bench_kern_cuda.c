@@ -35,8 +35,9 @@ typedef struct bench {
   /* Real [T,C], and vectors of T and of C */
   core_tensor real, other, m, v, cosine, one_row, other_row, inv, stat, loss, lse, weight, bias, dweight,
       dbias, frequency, table;
-  core_tensor logits, prob, noisy, gate, dgate, w_router, dw_router, dx_router;
-  core_tensor copy, position, entry, target, choice, slot, key, sums, one, count, valid;
+  core_tensor logits, prob, noisy, dprob, gate, dgate, w_router, dw_router, dx_router;
+  core_tensor copy, position, entry, target, choice, slot, group, key, sums, balance, balance_weights, one,
+      count, valid;
   /* of products */
   kern_form form;
   core_tensor a, b, result;
@@ -112,57 +113,65 @@ static double seconds(bench *b, core_status (*run)(bench *b)) {
 
 /* --- memory-bound ops: name, bytes in units of an Active and a Real tensor [T,C], of [T,E] and of [T,K] ---
  */
-#define OPS(X)                                                                                             \
-  X(bias_fwd, 2, 0, 0, 0, (b->context, line(b->bias), b->x))                                               \
-  X(bias_bwd, 1, 0, 0, 0, (b->context, b->x, line(b->dbias)))                                              \
-  X(gelu_fwd, 2, 0, 0, 0, (b->context, KERN_GELU_ERF, b->x, b->y))                                         \
-  X(gelu_bwd, 3, 0, 0, 0, (b->context, KERN_GELU_TANH, b->y, b->x, KERN_SET, b->dx))                       \
-  X(swiglu_fwd, 3, 0, 0, 0, (b->context, b->two, b->y))                                                    \
-  X(swiglu_bwd, 5, 0, 0, 0, (b->context, b->y, b->two, KERN_SET, b->dtwo))                                 \
-  X(rmsnorm_fwd, 2, 0, 0, 0, (b->context, b->x, line(b->weight), 1e-5, b->y, line(b->inv)))                \
-  X(rmsnorm_bwd, 4, 0, 0, 0,                                                                               \
-    (b->context, b->y, b->x, line(b->weight), line(b->inv), KERN_ADD, b->dx, line(b->dweight)))            \
-  X(layernorm_fwd, 2, 0, 0, 0, (b->context, b->x, line(b->weight), line(b->bias), 1e-5, b->y, b->stat))    \
-  X(layernorm_bwd, 3, 0, 0, 0,                                                                             \
-    (b->context, b->y, b->x, line(b->weight), b->stat, KERN_SET, b->dx, line(b->dweight), line(b->dbias))) \
-  X(rope, 2, 0, 0, 0,                                                                                      \
-    (b->context, KERN_ROTATE, (int32_t)(b->c / HEAD), line(b->position), line(b->frequency), b->dx))       \
-  X(router_noise, 0, 0, 2, 0, (b->context, b->logits, 1, 2, line(b->key), 0.1, b->noisy))                  \
-  X(softmax_fwd, 0, 0, 2, 0, (b->context, b->logits, b->prob))                                             \
-  X(router_choose, 0, 0, 2, 2, (b->context, KERN_GATE_SOFTMAX, b->logits, b->prob, b->choice, b->gate))    \
-  X(router_gate_bwd, 0, 0, 2, 2,                                                                           \
-    (b->context, KERN_GATE_SOFTMAX, b->dgate, b->prob, b->choice, b->gate, KERN_SET, b->noisy))            \
-  X(router_sums, 0, 0, 3, 1, (b->context, b->logits, b->prob, b->noisy, b->choice, 0.1, line(b->sums)))    \
-  X(router_sums_bwd, 0, 0, 4, 1,                                                                           \
-    (b->context, line(b->sums), b->logits, b->prob, b->logits, b->choice, 0, b->noisy))                    \
-  X(router_count, 0, 0, 0, 2, (b->context, b->choice, b->slot, line(b->count)))                            \
-  X(gather_rows, 2, 0, 0, 0, (b->context, b->x, line(b->position), b->y))                                  \
-  X(combine_fwd, 3, 0, 0, 2, (b->context, b->taken, b->slot, b->gate, KERN_SET, b->y))                     \
-  X(combine_bwd, 5, 0, 0, 3, (b->context, b->y, b->taken, b->slot, b->gate, b->dtaken, b->dgate))          \
-  X(segment_mean_fwd, 1, 0, 0, 0, (b->context, b->attention.segments, b->x, b->means))                     \
-  X(segment_mean_bwd, 2, 0, 0, 0, (b->context, b->attention.segments, b->means, KERN_ADD, b->dx))          \
-  X(position_fwd, 2, 0, 0, 0, (b->context, b->attention.segments, b->table, b->dx))                        \
-  X(position_bwd, 1, 0, 0, 0, (b->context, b->attention.segments, b->x, b->table))                         \
-  X(l2norm_fwd, 0, 2, 0, 0, (b->context, b->real, b->other, line(b->inv)))                                 \
-  X(l2norm_bwd, 1, 2, 0, 0, (b->context, b->real, b->other, line(b->inv), KERN_SET, b->dx))                \
-  X(contrastive_fwd, 0, 1, 0, 0, (b->context, &b->contrastive, b->cosine, b->one_row, b->other_row))       \
-  X(cross_entropy_fwd, 0, 1, 0, 0,                                                                         \
-    (b->context, b->real, 0, b->c, line(b->target), line(b->inv), line(b->loss)))                          \
-  X(cross_entropy_bwd, 0, 2, 0, 0,                                                                         \
-    (b->context, 1e-3, line(b->inv), 0, b->c, line(b->target), b->other, b->other))                        \
-  X(embedding_bwd, 1, 1, 0, 0,                                                                             \
-    (b->context, b->attention.segments, line(b->position), line(b->entry), b->dx, b->other))               \
-  X(standardize, 1, 1, 0, 0, (b->context, b->real, line(b->weight), line(b->bias), b->y))                  \
-  X(adamw, 0, 7.5, 0, 0, (b->context, b->list, RANGES, b->real, b->other, b->m, b->v, b->copy))            \
-  X(sum_squares, 0, 1, 0, 0, (b->context, b->real, line(b->one)))                                          \
-  X(cast, 1, 1, 0, 0, (b->context, b->real, b->y))                                                         \
-  X(axpy, 0, 3, 0, 0, (b->context, 0.5, b->real, b->other))                                                \
-  X(scale, 0, 2, 0, 0, (b->context, 0.999, b->other))                                                      \
-  X(fill, 1, 0, 0, 0, (b->context, 0, b->y))                                                               \
-  X(bias_grouped_fwd, 2, 0, 0, 0, (b->context, b->row, b->w_router, part(b->x, b->row[b->e], b->c)))       \
-  X(bias_grouped_bwd, 1, 0, 0, 0, (b->context, b->row, part(b->x, b->row[b->e], b->c), b->dw_router))      \
-  X(dropout, 4, 0, 0, 0, (b->context, 1, 2, 0.1, line(b->key), b->slot, b->taken))                         \
-  X(regression, 1, 2, 0, 0,                                                                                \
+#define OPS(X)                                                                                               \
+  X(bias_fwd, 2, 0, 0, 0, (b->context, line(b->bias), b->x))                                                 \
+  X(bias_bwd, 1, 0, 0, 0, (b->context, b->x, line(b->dbias)))                                                \
+  X(gelu_fwd, 2, 0, 0, 0, (b->context, KERN_GELU_ERF, b->x, b->y))                                           \
+  X(gelu_bwd, 3, 0, 0, 0, (b->context, KERN_GELU_TANH, b->y, b->x, KERN_SET, b->dx))                         \
+  X(swiglu_fwd, 3, 0, 0, 0, (b->context, b->two, b->y))                                                      \
+  X(swiglu_bwd, 5, 0, 0, 0, (b->context, b->y, b->two, KERN_SET, b->dtwo))                                   \
+  X(rmsnorm_fwd, 2, 0, 0, 0, (b->context, b->x, line(b->weight), 1e-5, b->y, line(b->inv)))                  \
+  X(rmsnorm_bwd, 4, 0, 0, 0,                                                                                 \
+    (b->context, b->y, b->x, line(b->weight), line(b->inv), KERN_ADD, b->dx, line(b->dweight)))              \
+  X(layernorm_fwd, 2, 0, 0, 0, (b->context, b->x, line(b->weight), line(b->bias), 1e-5, b->y, b->stat))      \
+  X(layernorm_bwd, 3, 0, 0, 0,                                                                               \
+    (b->context, b->y, b->x, line(b->weight), b->stat, KERN_SET, b->dx, line(b->dweight), line(b->dbias)))   \
+  X(rope, 2, 0, 0, 0,                                                                                        \
+    (b->context, KERN_ROTATE, (int32_t)(b->c / HEAD), line(b->position), line(b->frequency), b->dx))         \
+  X(router_noise, 0, 0, 2, 0, (b->context, b->logits, 1, 2, line(b->key), 0.1, b->noisy))                    \
+  X(softmax_fwd, 0, 0, 2, 0, (b->context, b->logits, b->prob))                                               \
+  X(router_choose, 0, 0, 2, 2, (b->context, KERN_GATE_SOFTMAX, b->logits, b->prob, b->choice, b->gate))      \
+  X(router_gate_bwd, 0, 0, 2, 2,                                                                             \
+    (b->context, KERN_GATE_SOFTMAX, b->dgate, b->prob, b->choice, b->gate, KERN_SET, b->noisy))              \
+  X(router_sums, 0, 0, 3, 1, (b->context, b->logits, b->prob, b->noisy, b->choice, 0.1, line(b->sums)))      \
+  X(router_sums_bwd, 0, 0, 4, 1,                                                                             \
+    (b->context, line(b->sums), b->logits, b->prob, b->logits, b->choice, 0, b->noisy))                      \
+  X(router_gate_fwd, 0, 0, 0, 3,                                                                             \
+    (b->context, KERN_GATE_RENORMALISED, KERN_CALIBRATE_ADD, b->prob, (core_tensor){0}, b->choice, b->gate)) \
+  X(router_calibrated_bwd, 0, 0, 4, 2,                                                                       \
+    (b->context, KERN_GATE_RENORMALISED, KERN_CALIBRATE_MULTIPLY, b->dgate, b->prob, b->logits, b->choice,   \
+     b->noisy, b->dprob))                                                                                    \
+  X(softmax_bwd, 0, 0, 3, 0, (b->context, b->dprob, b->prob, KERN_SET, b->noisy))                            \
+  X(router_balance, 0, 0, 1, 1, (b->context, b->prob, b->choice, line(b->group), 1, b->balance))             \
+  X(router_balance_bwd, 0, 0, 3, 0, (b->context, b->balance_weights, line(b->group), b->prob, b->noisy))     \
+  X(router_count, 0, 0, 0, 2, (b->context, b->choice, b->slot, line(b->count)))                              \
+  X(gather_rows, 2, 0, 0, 0, (b->context, b->x, line(b->position), b->y))                                    \
+  X(combine_fwd, 3, 0, 0, 2, (b->context, b->taken, b->slot, b->gate, KERN_SET, b->y))                       \
+  X(combine_bwd, 5, 0, 0, 3, (b->context, b->y, b->taken, b->slot, b->gate, b->dtaken, b->dgate))            \
+  X(segment_mean_fwd, 1, 0, 0, 0, (b->context, b->attention.segments, b->x, b->means))                       \
+  X(segment_mean_bwd, 2, 0, 0, 0, (b->context, b->attention.segments, b->means, KERN_ADD, b->dx))            \
+  X(position_fwd, 2, 0, 0, 0, (b->context, b->attention.segments, b->table, b->dx))                          \
+  X(position_bwd, 1, 0, 0, 0, (b->context, b->attention.segments, b->x, b->table))                           \
+  X(l2norm_fwd, 0, 2, 0, 0, (b->context, b->real, b->other, line(b->inv)))                                   \
+  X(l2norm_bwd, 1, 2, 0, 0, (b->context, b->real, b->other, line(b->inv), KERN_SET, b->dx))                  \
+  X(contrastive_fwd, 0, 1, 0, 0, (b->context, &b->contrastive, b->cosine, b->one_row, b->other_row))         \
+  X(cross_entropy_fwd, 0, 1, 0, 0,                                                                           \
+    (b->context, b->real, 0, b->c, line(b->target), line(b->inv), line(b->loss)))                            \
+  X(cross_entropy_bwd, 0, 2, 0, 0,                                                                           \
+    (b->context, 1e-3, line(b->inv), 0, b->c, line(b->target), b->other, b->other))                          \
+  X(embedding_bwd, 1, 1, 0, 0,                                                                               \
+    (b->context, b->attention.segments, line(b->position), line(b->entry), b->dx, b->other))                 \
+  X(standardize, 1, 1, 0, 0, (b->context, b->real, line(b->weight), line(b->bias), b->y))                    \
+  X(adamw, 0, 7.5, 0, 0, (b->context, b->list, RANGES, b->real, b->other, b->m, b->v, b->copy))              \
+  X(sum_squares, 0, 1, 0, 0, (b->context, b->real, line(b->one)))                                            \
+  X(cast, 1, 1, 0, 0, (b->context, b->real, b->y))                                                           \
+  X(axpy, 0, 3, 0, 0, (b->context, 0.5, b->real, b->other))                                                  \
+  X(scale, 0, 2, 0, 0, (b->context, 0.999, b->other))                                                        \
+  X(fill, 1, 0, 0, 0, (b->context, 0, b->y))                                                                 \
+  X(bias_grouped_fwd, 2, 0, 0, 0, (b->context, b->row, b->w_router, part(b->x, b->row[b->e], b->c)))         \
+  X(bias_grouped_bwd, 1, 0, 0, 0, (b->context, b->row, part(b->x, b->row[b->e], b->c), b->dw_router))        \
+  X(dropout, 4, 0, 0, 0, (b->context, 1, 2, 0.1, line(b->key), b->slot, b->taken))                           \
+  X(regression, 1, 2, 0, 0,                                                                                  \
     (b->context, KERN_SQUARED, 0.5, b->real, b->other, b->valid, line(b->loss), b->dx))
 
 #define RUN(op, active, real, experts, choices, arguments) \
@@ -374,8 +383,9 @@ static void make_real(bench *b) {
   for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) *rows[i] = normals(b, CORE_FLOAT32, t, c);
   core_tensor *const columns[] = {&b->weight, &b->bias, &b->dweight, &b->dbias};
   for (size_t i = 0; i < sizeof columns / sizeof *columns; i++) *columns[i] = normals(b, CORE_FLOAT32, 1, c);
-  core_tensor *const router[] = {&b->logits, &b->prob, &b->noisy};
+  core_tensor *const router[] = {&b->logits, &b->prob, &b->noisy, &b->dprob};
   for (size_t i = 0; i < sizeof router / sizeof *router; i++) *router[i] = normals(b, CORE_FLOAT32, t, e);
+  b->balance = make(b, CORE_FLOAT64, 1, 1 + 2 * e), b->balance_weights = make(b, CORE_FLOAT64, 1, e);
   b->inv = normals(b, CORE_FLOAT32, 1, t), b->stat = normals(b, CORE_FLOAT32, t, 2);
   b->loss = make(b, CORE_FLOAT32, 1, t), b->lse = make(b, CORE_FLOAT32, t, c / HEAD);
   b->gate = normals(b, CORE_FLOAT32, t, CHOICES), b->dgate = normals(b, CORE_FLOAT32, t, CHOICES);
@@ -386,11 +396,17 @@ static void make_real(bench *b) {
   b->count = make(b, CORE_INT64, 1, 2 * e + 2), b->copy = make(b, CORE_BFLOAT16, t, c);
 }
 
+static int64_t the_only(const bench *b, int64_t i) {
+  (void)b, (void)i;
+  return 0;
+}
+
 static void make_integers(bench *b) {
   b->position = integers(b, CORE_INT32, 1, b->t, some_row);
   b->target = integers(b, CORE_INT32, 1, b->t, some_column);
   b->choice = integers(b, CORE_INT32, b->t, CHOICES, some_expert);
   b->slot = integers(b, CORE_INT32, b->t, CHOICES, own_slot);
+  b->group = integers(b, CORE_INT32, 1, b->t, the_only);
   b->key = integers(b, CORE_UINT64, 1, b->t, itself);
   b->valid = line(integers(b, CORE_UINT8, 1, b->t, one_of));
 }

@@ -118,6 +118,19 @@ static void bad_indices_are_reported_and_harmless(void **state) {
   expect_fault(cuda->combine_bwd(c, four, x, list, none, y, gate), "combine_bwd", "is ");
   expect_fault(cuda->router_gate_bwd(c, KERN_GATE_SOFTMAX, gate, four, list, gate, KERN_SET, four),
                "router_gate_bwd", "is ");
+  expect_fault(cuda->router_gate_fwd(c, KERN_GATE_SOFTMAX, KERN_CALIBRATE_ADD, four, none, list, gate),
+               "router_gate_fwd", "is ");
+  expect_fault(cuda->router_calibrated_bwd(c, KERN_GATE_SOFTMAX, KERN_CALIBRATE_ADD, gate, four, four, list,
+                                           four, four),
+               "router_calibrated_bwd", "is ");
+  expect_fault(cuda->router_second(c, four, 1, 2, core_tensor_1(zeros.data, CORE_UINT64, 4), list),
+               "router_second", "is ");
+  expect_fault(cuda->router_balance(c, four, list, core_tensor_1(zeros.data, CORE_INT32, 4), 2,
+                                    core_tensor_2(zeros.data, CORE_FLOAT64, 1, 25)),
+               "router_balance", "is ");
+  expect_fault(cuda->router_balance_bwd(c, core_tensor_2(zeros.data, CORE_FLOAT64, 2, 12),
+                                        core_tensor_1(list.data, CORE_INT32, 4), four, four),
+               "router_balance_bwd", "is ");
   expect_fault(cuda->cross_entropy_fwd(c, x, 0, 12, line(list), line(row), line(row)), "cross_entropy_fwd",
                "is ");
   expect_fault(cuda->cross_entropy_bwd(c, 1, line(row), 0, 12, line(list), x, x), "cross_entropy_bwd", "is ");

@@ -135,6 +135,44 @@ static void router_matches_at_every_number_of_experts(void **state) {
   each_type(run_router);
 }
 
+/* What follows the choice, likewise. */
+static void run_gates(session *s) {
+  const int64_t experts[] = {8, 16, 20, 32, 64, 100, 128, 256, 300, 1024};
+  for (size_t w = 0; w < sizeof experts / sizeof *experts; w++) {
+    const int64_t t = 70, e = experts[w], k = 8, groups = 3;
+    twin *logits = twin_add_real(s, "logits", 1, t, e), *prob = twin_add_real(s, "prob", 0, t, e);
+    twin *choice = twin_add(s, "choice", CORE_INT32, 0, t, k), *gate = twin_add_real(s, "gate", 0, t, k);
+    twin *correction = twin_add_real(s, "correction", 0.3, t, e), *dgate = twin_add_real(s, "dgate", 1, t, k);
+    twin *dprob = twin_add_real(s, "dprob", 1, t, e), *dlogits = twin_add_real(s, "dlogits", 1, t, e);
+    twin *dcorrection = twin_add_real(s, "dcorrection", 1, t, e),
+         *two = twin_add(s, "two", CORE_INT32, 0, t, 2);
+    twin *key = twin_add(s, "key", CORE_UINT64, 0, 1, t), *group = twin_add(s, "group", CORE_INT32, 0, 1, t);
+    twin *sums = twin_add(s, "sums", CORE_FLOAT64, 0, groups, 1 + 2 * e);
+    twin *weights = twin_add(s, "weights", CORE_FLOAT64, 0, groups, e);
+    for (int64_t i = 0; i < t; i++) {
+      ((uint64_t *)key->of[CPU].data)[i] = (uint64_t)(i * i * 1000003);
+      ((int32_t *)group->of[CPU].data)[i] = (int32_t)(i * 7 % groups);
+    }
+    for (int64_t i = 0; i < groups * e; i++) ((double *)weights->of[CPU].data)[i] = (double)(i % 5) - 1.5;
+    twin_publish(s, key), twin_publish(s, group), twin_publish(s, weights);
+    BOTH(s, router_choose, KERN_GATE_SOFTMAX, logits->of[side], prob->of[side], choice->of[side],
+         gate->of[side]);
+    BOTH(s, router_gate_fwd, KERN_GATE_RENORMALISED, KERN_CALIBRATE_MULTIPLY, prob->of[side],
+         correction->of[side], choice->of[side], gate->of[side]);
+    BOTH(s, router_calibrated_bwd, KERN_GATE_SOFTMAX, KERN_CALIBRATE_MULTIPLY, dgate->of[side],
+         prob->of[side], correction->of[side], choice->of[side], dprob->of[side], dcorrection->of[side]);
+    BOTH(s, softmax_bwd, dprob->of[side], prob->of[side], KERN_ADD, dlogits->of[side]);
+    BOTH(s, router_second, logits->of[side], 1, 2, line(key->of[side]), two->of[side]);
+    BOTH(s, router_balance, prob->of[side], choice->of[side], line(group->of[side]), k, sums->of[side]);
+    BOTH(s, router_balance_bwd, weights->of[side], line(group->of[side]), prob->of[side], dlogits->of[side]);
+    twin_finish(s, e);
+  }
+}
+static void gates_match_at_every_number_of_experts(void **state) {
+  (void)state;
+  each_type(run_gates);
+}
+
 /* Enough pairs that a stretch grows beyond its least length, and experts that nobody chooses. */
 static void dispatch_plans_are_the_same(void **state) {
   (void)state;
@@ -334,6 +372,7 @@ int main(void) {
       cmocka_unit_test(norms_match_at_every_width),
       cmocka_unit_test(wide_rows_match),
       cmocka_unit_test(router_matches_at_every_number_of_experts),
+      cmocka_unit_test(gates_match_at_every_number_of_experts),
       cmocka_unit_test(dispatch_plans_are_the_same),
       cmocka_unit_test(attention_matches_at_every_head_width),
       cmocka_unit_test(positions_of_many_segments_match),

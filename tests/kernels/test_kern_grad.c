@@ -376,6 +376,56 @@ static void sums_backward(grad *g) {
                                g->out, choice_of(), 0.4, g->gradient[0]));
 }
 
+/* Gates of a choice that stays, as a function of the logits and of a correction; aux keeps the probabilities.
+ * variant: form + 2 kind. The gradient by the probabilities goes on through the softmax. */
+static void calibrated_setup(grad *g) {
+  input(g, T, E);
+  input(g, T, E);
+  spread_logits(g);
+  for (int64_t i = 0; i < T * E; i++) values(g->value[1])[i] /= 40; /* no weight near the bound */
+  output(g, T, K);
+  g->aux = take(g, T, E, 0);
+  for (int i = 0; i < T * K; i++) chosen[i] = (i / K + 2 * (i % K)) % E;
+}
+static double calibrated_loss(grad *g) {
+  must(g->ops->softmax_fwd(g->context, g->value[0], g->aux));
+  must(g->ops->router_gate_fwd(g->context, (kern_gate)(g->variant % 2), (kern_calibration)(g->variant / 2),
+                               g->aux, g->value[1], choice_of(), g->out));
+  return dot(g->seed, g->out);
+}
+static void calibrated_backward(grad *g) {
+  const core_tensor dprob = take(g, T, E, 0), dcorrection = take(g, T, E, 0);
+  must(g->ops->router_calibrated_bwd(g->context, (kern_gate)(g->variant % 2),
+                                     (kern_calibration)(g->variant / 2), g->seed, g->aux, g->value[1],
+                                     choice_of(), dprob, dcorrection));
+  must(g->ops->softmax_bwd(g->context, dprob, g->aux, KERN_ADD, g->gradient[0]));
+  must(g->ops->axpy(g->context, 1, dcorrection, g->gradient[1]));
+  g->used -= 2 * T * E;
+}
+
+/* A weighted sum of the probabilities' sums of two groups. */
+enum { GROUPS = 2 };
+static int32_t groups[T] = {0, 1, 1, 0, 0, 1, 0};
+static double balance_weights[GROUPS * E] = {0.3, -0.7, 1.1, 0, 0.4, -0.2, 0.9, 0.5, -1.3, 0.1};
+static void balance_setup(grad *g) {
+  input(g, T, E);
+  output(g, T, E);
+  g->aux = take(g, T, E, 0);
+  for (int i = 0; i < T * K; i++) chosen[i] = i % E;
+}
+static double balance_loss(grad *g) {
+  double sums[GROUPS * (1 + 2 * E)] = {0}, loss = 0;
+  must(g->ops->softmax_fwd(g->context, g->value[0], g->aux));
+  must(g->ops->router_balance(g->context, g->aux, choice_of(), core_tensor_1(groups, CORE_INT32, T), 1,
+                              core_tensor_2(sums, CORE_FLOAT64, GROUPS, 1 + 2 * E)));
+  for (int i = 0; i < GROUPS * E; i++) loss += balance_weights[i] * sums[i / E * (1 + 2 * E) + 1 + i % E];
+  return loss;
+}
+static void balance_backward(grad *g) {
+  must(g->ops->router_balance_bwd(g->context, core_tensor_2(balance_weights, CORE_FLOAT64, GROUPS, E),
+                                  core_tensor_1(groups, CORE_INT32, T), g->aux, g->gradient[0]));
+}
+
 /* --- permutation --- */
 static int32_t slots[T * K] = {3, 0, -1, 5, 7, 1, 2, -1, -1, -1, 4, 8, 6, 9};
 static core_tensor slot_of(void) {
@@ -563,7 +613,7 @@ static const grad_case cases[] = {
     CASE(rope, 1),         CASE(attention, 4),   CASE(segment_mean, 1),  CASE(position, 1),
     CASE(gate, 2),         CASE(logits, 2),      CASE(sums, 5),          CASE(combine, 1),
     CASE(gather, 1),       CASE(contrastive, 1), CASE(cross_entropy, 1), CASE(regression, 2),
-    CASE(bias_grouped, 1), CASE(embedding, 1),
+    CASE(bias_grouped, 1), CASE(embedding, 1),   CASE(calibrated, 4),    CASE(balance, 1),
 };
 
 /* Each element of each input: (L(x + h) - L(x - h)) / 2h. */

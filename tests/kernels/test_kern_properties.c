@@ -194,6 +194,37 @@ static void choices_survive_nan(void **state) {
   kern_cpu()->context_destroy(context);
 }
 
+/* Drawn second choices are as frequent as the others' probabilities say, whatever the first is; the same key
+ * draws the same. A share of n draws is off by four of its deviations at most. */
+static void second_choices_follow_the_probabilities(void **state) {
+  (void)state;
+  enum { DRAWS = 20000, E = 5 };
+  static const core_real logits[E] = {0.3f, 1.2f, -0.7f, 0, 2};
+  kern_context *context = context_of(2);
+  core_real *all = malloc(sizeof *all * DRAWS * E);
+  uint64_t *key = malloc(sizeof *key * DRAWS);
+  int32_t *choice = malloc(sizeof *choice * DRAWS * 2), *again = malloc(sizeof *again * DRAWS * 2);
+  double count[E] = {0}, rest = 0;
+  assert_true(all && key && choice && again);
+  for (int64_t i = 0; i < DRAWS * E; i++) all[i] = logits[i % E];
+  for (int64_t i = 0; i < DRAWS; i++) key[i] = (uint64_t)i << 24;
+  for (int64_t i = 0; i < 2 * DRAWS; i++) choice[i] = again[i] = 4;
+  for (int32_t *to = choice; to; to = to == choice ? again : NULL)
+    must(kern_cpu()->router_second(context, core_tensor_2(all, CORE_REAL_DTYPE, DRAWS, E), 1, 2,
+                                   core_tensor_1(key, CORE_UINT64, DRAWS),
+                                   core_tensor_2(to, CORE_INT32, DRAWS, 2)));
+  assert_memory_equal(choice, again, sizeof *choice * DRAWS * 2);
+  for (int64_t i = 0; i < DRAWS; i++) count[choice[2 * i + 1]]++;
+  for (int e = 0; e < 4; e++) rest += exp((double)logits[e]);
+  assert_true(count[4] == 0);
+  for (int e = 0; e < 4; e++) {
+    const double share = exp((double)logits[e]) / rest;
+    assert_true(fabs(count[e] / DRAWS - share) < 4 * sqrt(share * (1 - share) / DRAWS));
+  }
+  free(all), free(key), free(choice), free(again);
+  kern_cpu()->context_destroy(context);
+}
+
 /* One segment of 1100 tokens equals its causal self computed row by row with a prefix as the segment. */
 static void long_causal_attention_equals_its_prefixes(void **state) {
   (void)state;
@@ -312,6 +343,7 @@ int main(void) {
       cmocka_unit_test(backward_is_deterministic),
       cmocka_unit_test(combine_undoes_gather),
       cmocka_unit_test(choices_survive_nan),
+      cmocka_unit_test(second_choices_follow_the_probabilities),
       cmocka_unit_test(long_causal_attention_equals_its_prefixes),
       cmocka_unit_test(extreme_values_are_handled),
       cmocka_unit_test(nothing_needs_no_memory),

@@ -79,7 +79,8 @@ if ! "$ANTIPHON" --version | grep -q CUDA; then
 fi
 refused "heads do not divide the width" "model.heads|3|16" --set model.heads=3
 numbers=$all
-refused "experts not divisible" "experts" --set parallel.experts=2 --set model.moe.experts=3
+refused "more ranks than experts" "parallel.experts|at most 1 experts" --set parallel.experts=2 \
+  --set model.moe.experts=1 --set data.modalities.image.experts=1
 refused "expert-parallel size does not divide the ranks" "parallel.experts|3" --set parallel.experts=3
 refused "batch not divisible" "optimizer.batch|9" --set optimizer.batch=9 --set optimizer.accumulate=2
 refused "group does not divide a micro-batch" "model.moe.group_samples|3" \

@@ -47,6 +47,12 @@ original 2 $towers --set parallel.experts=2 --set parallel.placement=partitioned
 continue_on "a tower for each modality, 2 ranks to 1" 1 $towers
 continue_on "a tower for each modality, partitioned to shared on 4" 4 $towers
 
+counts="--set model.moe.layer_experts=[3,5] --set model.moe.added=[0,2]"
+original 2 $counts --set parallel.experts=2
+continue_on "layers of 3 and of 5 experts, 2 ranks to 1" 1 $counts
+continue_on "layers of 3 and of 5 experts, over 4 ranks, one of which holds none of the 3" 4 $counts \
+  --set parallel.experts=4
+
 # A run directory that has seen three layouts still has every step once.
 what="three layouts in one run directory"
 rm -rf "$work/run"

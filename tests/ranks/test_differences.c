@@ -57,7 +57,7 @@ static const char decoder[] =
 
 static const struct {
   const char *name, *config;
-  const char *set[6];
+  const char *set[7];
   const char *sized; /* a parameter that must have so many rows; NULL: none */
   int64_t rows;
 } cases[] = {
@@ -87,7 +87,35 @@ static const struct {
      {"model.recompute=true", "optimizer.accumulate=2", NULL},
      NULL,
      0},
+    {"tower, unequal counts, added experts",
+     tower,
+     {"model.moe.layer_experts=[3, 5]", "model.moe.added=[1, 2]", NULL},
+     "blocks.2.router.added.weight",
+     2},
+    {"tower, calibration of probabilities, balance of groups",
+     tower,
+     {"model.moe.added=[1, 2]", "model.moe.calibration=add", "objective.balance=0.7",
+      "objective.balance_scope=local", "model.moe.group_samples=2", NULL},
+     "blocks.2.calibration.in.weight",
+     16},
+    {"tower, second choices drawn, balance of the batch",
+     tower,
+     {"model.moe.noise=0", "model.moe.second_noise=gumbel", "objective.balance=0.7", NULL},
+     NULL,
+     0},
     {"decoder", decoder, {NULL}, "output.weight", 40},
+    {"decoder, calibration by the input, weights not divided, balance of all choices",
+     decoder,
+     {"model.moe.added=[2, 1]", "model.moe.calibration=multiply", "model.moe.calibration_renormalize=false",
+      "objective.balance=0.7", "objective.balance_shares=all", "optimizer.accumulate=2"},
+     "blocks.0.calibration.out.weight",
+     4},
+    {"decoder, unequal counts, bias of added experts alone, recomputed",
+     decoder,
+     {"model.moe.layer_experts=[5, 3]", "model.moe.added=[2, 0]", "model.moe.added_bias=true",
+      "model.moe.bias=false", "model.recompute=true", NULL},
+     "blocks.0.router.added.bias",
+     2},
     {"decoder, tied, linear positions, recomputed, accumulated",
      decoder,
      {"model.tied=true", "model.rope_scaling.kind=linear", "model.rope_scaling.factor=4",

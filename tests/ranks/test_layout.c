@@ -135,6 +135,30 @@ static const layout_case cases[] = {
      {"model.moe.partition=modality", "model.moe.experts=12", "model.moe.dispatch=capacity",
       "model.moe.bias=true", NULL},
      false},
+    {base,
+     "unequal counts",
+     "plain",
+     {"model.moe.layer_experts=[3, 5]", "model.moe.choose=2", "model.moe.bias=true", NULL},
+     false},
+    {base,
+     "unequal counts, added experts, capacity, holes",
+     "holes",
+     {"model.moe.layer_experts=[5, 3]", "model.moe.added=[2, 0]", "model.moe.added_bias=true",
+      "model.moe.dispatch=capacity", NULL},
+     false},
+    /* groups of four samples straddle ranks and micro-batches; one group has no tokens */
+    {base,
+     "balance of groups, added experts, calibration by the input, holes",
+     "holes",
+     {"model.moe.added=[1, 2]", "model.moe.calibration=multiply", "objective.balance=0.5",
+      "objective.balance_scope=local", "model.moe.group_samples=4", NULL},
+     false},
+    {base,
+     "second choices drawn, balance of the batch",
+     "plain",
+     {"model.moe.choose=2", "model.moe.noise=0", "model.moe.second_noise=gumbel", "objective.balance=0.5",
+      "model.moe.gate=renormalised", NULL},
+     false},
     {connector_base, "connector, joint", "plain", {NULL}, false},
     {connector_base, "connector, alternating, holes", "holes", {"schedule.alternate=cyclic", NULL}, false},
     {connector_base,
@@ -144,6 +168,19 @@ static const layout_case cases[] = {
      false},
     {connector_base, "connector, dense", "plain", {"model.dense=true", NULL}, false},
     {decoder_base, "decoder, router losses", "plain", {NULL}, false},
+    {decoder_base,
+     "decoder, unequal counts, added experts, some frozen",
+     "plain",
+     {"model.moe.layer_experts=[3, 5]", "model.moe.added=[0, 2]", "model.moe.bias=true",
+      "optimizer.frozen=['blocks.*.router.weight', 'blocks.2.experts.[023].*', 'blocks.0.experts.1.*']",
+      NULL},
+     false},
+    {decoder_base,
+     "decoder, calibration of probabilities, balance of groups",
+     "holes",
+     {"model.moe.added=[1, 0]", "model.moe.calibration=add", "objective.balance=0.5",
+      "objective.balance_scope=local", "objective.balance_shares=all", NULL},
+     false},
     {decoder_base,
      "decoder, tied, holes, no router losses",
      "holes",
@@ -426,6 +463,7 @@ static void compare(const outcome *got, const outcome *expected, const char *whe
     expect_close("z loss", where, a->router.z, b->router.z, allowed.loss * grown);
     expect_close("local loss", where, a->router.local, b->router.local, allowed.loss * grown);
     expect_close("global loss", where, a->router.global, b->router.global, allowed.loss * grown);
+    expect_close("balance loss", where, a->router.balance, b->router.balance, allowed.loss * grown);
     expect_close("gradient norm", where, a->norm, b->norm, 10 * allowed.loss * grown);
     for (int m = 0; m < MOST_MODALITIES; m++)
       if (a->tokens[m] != b->tokens[m] || a->items[m] != b->items[m])

@@ -91,6 +91,9 @@ static const step_case cases[] = {
     {{"parallel.placement=partitioned", "optimizer.accumulate=2", NULL}, 2},
     {{"parallel.placement=partitioned", "model.moe.dispatch=capacity", NULL}, 2},
     {{"model.moe.buffer=0.05", NULL}, 2}, /* many rounds */
+    {{"model.moe.added=[1, 2]", "model.moe.calibration=add", "objective.balance=0.1",
+      "objective.balance_scope=local", NULL},
+     2},
 };
 
 static comm_world *job;

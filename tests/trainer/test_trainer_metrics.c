@@ -103,7 +103,7 @@ static void a_line_says_what_the_step_did(void **state) {
   train_report report = {.loss = 2.5,
                          .contrastive = 2.25,
                          .pair = {2.25},
-                         .router = {.importance = 0.125},
+                         .router = {.importance = 0.125, .balance = 0.375},
                          .rate = 1e-3,
                          .norm = 3,
                          .clip = 0.5,
@@ -125,6 +125,7 @@ static void a_line_says_what_the_step_did(void **state) {
   assert_true(get(line, "loss")->valuedouble == 2.5 &&
               get(get(line, "pairs"), "image:text")->valuedouble == 2.25);
   assert_true(get(get(line, "router"), "importance")->valuedouble == 0.125);
+  assert_true(get(get(line, "router"), "balance")->valuedouble == 0.375);
   assert_true(get(get(line, "tokens_per_second"), "image")->valuedouble == 50);
   assert_true(cJSON_IsFalse(get(line, "skipped")));
   const cJSON *layers = get(line, "layers"), *layer = cJSON_GetArrayItem(layers, 1);

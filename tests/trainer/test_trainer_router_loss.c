@@ -228,6 +228,80 @@ static void derivatives_are_those_of_the_losses(void **state) {
   check_derivatives();
 }
 
+/* ---- balance ---- */
+
+enum { GROUPS = 3, CELL = 1 + 2 * E };
+
+/* Counts of the two layers' experts: 3 and E. Three groups, of which one has no tokens. */
+static const int64_t layer_experts[LAYERS] = {3, E};
+
+static void give_balance(int shares) {
+  settings.objective.balance = 0.5;
+  settings.objective.balance_shares = shares;
+  sums.layer_experts = layer_experts;
+  sums.choices = 2;
+  sums.groups = GROUPS;
+  sums.balance.host = calloc(LAYERS * GROUPS * CELL, sizeof(double));
+  sums.balance_weights.host = calloc(LAYERS * GROUPS * E, sizeof(double));
+  assert_true(sums.balance.host && sums.balance_weights.host);
+  sums.balance_weights.device = core_tensor_2(sums.balance_weights.host, CORE_FLOAT64, LAYERS * GROUPS, E);
+}
+
+static void take_balance(void) {
+  free(sums.balance.host);
+  free(sums.balance_weights.host);
+}
+
+static void set_group(int layer, int group, const double *numbers) {
+  int64_t cell = 1 + 2 * layer_experts[layer];
+  memcpy(train_moe_balance(&sums, layer) + group * cell, numbers, (size_t)cell * sizeof *numbers);
+}
+
+/* Layer 0: groups of 4 and of 2 tokens; layer 1: none at all. tokens, sums of p, choices of each expert. */
+static void balance_is_the_mean_over_groups_with_tokens(void **state) {
+  (void)state;
+  for (int shares = TRAIN_SHARES_FIRST; shares <= TRAIN_SHARES_ALL; shares++) {
+    double choices = shares == TRAIN_SHARES_FIRST ? 1 : 2;
+    give_balance(shares);
+    set_group(0, 0, (const double[]){4, 2, 1, 1, 3 * choices, 1 * choices, 0});
+    set_group(0, 2, (const double[]){2, 0.5, 0.5, 1, 0, 0, 2 * choices});
+    /* 3 (1/2 3/4 + 1/4 1/4) and 3 (1/2 1), halved by the mean over groups and by the two layers */
+    double first = 3 * (0.375 + 0.0625), second = 3 * 0.5;
+    assert_near(evaluate().balance, 0.5 * (first + second) / 2 / LAYERS);
+    const double *weight = train_moe_balance_weights(&sums, 0);
+    assert_near(weight[0], 0.5 / 2 / LAYERS * 3 * 0.75 / 4);
+    assert_near(weight[2], 0);
+    for (int e = 0; e < 3; e++) assert_near(weight[3 + e], 0);
+    assert_near(weight[2 * 3 + 2], 0.5 / 2 / LAYERS * 3 * 1 / 2);
+    for (int i = 0; i < GROUPS * E; i++) assert_near(train_moe_balance_weights(&sums, 1)[i], 0);
+    take_balance();
+  }
+}
+
+/* Uniform probabilities cost the coefficient whatever is chosen, and their derivatives are its differences.
+ */
+static void balance_derivatives_are_its_differences(void **state) {
+  (void)state;
+  give_balance(TRAIN_SHARES_FIRST);
+  for (int g = 0; g < GROUPS; g++) {
+    set_group(0, g, (const double[]){3, 1, 1, 1, 2, 0, 1});
+    set_group(1, g, (const double[]){5, 1, 1, 1, 1, 1, 4, 0, 0, 1, 0});
+  }
+  assert_near(evaluate().balance, 0.5);
+  for (int layer = 0; layer < LAYERS; layer++)
+    for (int g = 0; g < GROUPS; g++)
+      for (int64_t e = 0; e < layer_experts[layer]; e++) {
+        double *p = train_moe_balance(&sums, layer) + g * (1 + 2 * layer_experts[layer]) + 1 + e;
+        double got = train_moe_balance_weights(&sums, layer)[g * layer_experts[layer] + e], expected;
+        *p += 0.5;
+        expected = (evaluate().balance - 0.5) / 0.5; /* linear in p */
+        *p -= 0.5;
+        assert_near(got, expected);
+        (void)evaluate();
+      }
+  take_balance();
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
 
 int main(void) {
@@ -237,6 +311,8 @@ int main(void) {
       TEST(the_global_loss_is_a_hinge),
       TEST(an_absent_modality_costs_nothing),
       TEST(derivatives_are_those_of_the_losses),
+      TEST(balance_is_the_mean_over_groups_with_tokens),
+      TEST(balance_derivatives_are_its_differences),
   };
   return cmocka_run_group_tests_name("trainer, router losses", tests, NULL, NULL);
 }

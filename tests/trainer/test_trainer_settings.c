@@ -172,8 +172,37 @@ static const bad_value bad_values[] = {
     {1, "parallel.experts=2", NULL, "parallel.experts: the expert-parallel size 2 must divide the 1 ranks"},
     {4, "parallel.experts=0", NULL, "parallel.experts"},
     {4, "parallel.experts=3", NULL, "parallel.experts"},
-    {4, "model.moe.experts=6", "parallel.experts=4",
-     "model.moe.experts: 6 experts cannot be spread evenly over 4"},
+    {4, "model.moe.experts=3", "parallel.experts=4", "parallel.experts: 4 ranks for at most 3 experts"},
+    {4, "model.moe.layer_experts=[3, 2]", "parallel.experts=4",
+     "parallel.experts: 4 ranks for at most 3 experts"},
+    {1, "model.moe.layer_experts=[3]", NULL,
+     "model.moe.layer_experts: expected a number for each of the 2 MoE layers, got 1"},
+    {1, "model.moe.layer_experts=[3, 4, 5]", NULL, "the 2 MoE layers, got 3"},
+    {1, "model.moe.layer_experts=[3, 0]", NULL, "model.moe.layer_experts: expected 1 to 1024 experts"},
+    {1, "model.moe.layer_experts=[1025, 3]", NULL, "model.moe.layer_experts: expected 1 to 1024 experts"},
+    {1, "model.moe.layer_experts=[3, 2]", "model.moe.choose=3",
+     "model.moe.layer_experts: expected 3 to 1024 experts, as many as a token chooses or more, got 2"},
+    {1, "model.moe.layer_experts=[3, 2]", "model.moe.partition=modality",
+     "model.moe.layer_experts: with model.moe.partition"},
+    {1, "model.moe.layer_experts=[3, two]", NULL, "layer_experts"},
+    {1, "model.moe.added=[1]", NULL,
+     "model.moe.added: expected a number for each of the 2 MoE layers, got 1"},
+    {1, "model.moe.added=[0, 8]", NULL,
+     "model.moe.added: expected 0 to 7 added experts among the 8 of MoE layer 1, got 8"},
+    {1, "model.moe.added=[-1, 0]", NULL, "model.moe.added: expected 0 to 7"},
+    {1, "model.moe.added=[1, 0]", "model.moe.partition=modality",
+     "model.moe.added: with model.moe.partition"},
+    {1, "model.moe.added_bias=true", NULL, "model.moe.added_bias: no layer has added experts"},
+    {1, "model.moe.added_bias=true", "model.moe.added=[0, 0]", "model.moe.added_bias: no layer has added"},
+    {1, "model.moe.calibration=add", NULL, "model.moe.calibration: no layer has added experts"},
+    {1, "model.moe.calibration=divide", NULL, "model.moe.calibration"},
+    {1, "model.moe.second_noise=gumbel", NULL, "model.moe.second_noise: draws the second of two choices"},
+    {1, "model.moe.second_noise=gumbel", "model.moe.choose=2",
+     "model.moe.noise: with model.moe.second_noise the first choice is that of the plain logits"},
+    {1, "model.moe.second_noise=normal", NULL, "model.moe.second_noise"},
+    {1, "objective.balance=-1", NULL, "objective.balance: expected 0 to"},
+    {1, "objective.balance_scope=rank", NULL, "objective.balance_scope"},
+    {1, "objective.balance_shares=second", NULL, "objective.balance_shares"},
     {4, "optimizer.batch=18", NULL,
      "optimizer.batch: 18 samples must divide evenly into 1 micro-batches of 4 ranks"},
     {4, "optimizer.batch=17", "parallel.placement=partitioned", "optimizer.batch: 17"},
@@ -209,7 +238,10 @@ static const bad_value bad_connectors[] = {
     {1, "model.moe.partition=modality", NULL, "model.moe.partition: a step of a connector has tokens of one"},
     {1, "evaluate.capacity=2", NULL, "evaluate.capacity: a connector drops nothing"},
     {1, "model.kind=tower", "model.heads=2", "a tower has pairs, no directions"},
-    {2, "model.moe.experts=7", "parallel.experts=2", "model.moe.experts: 7 experts cannot be spread evenly"},
+    {4, "model.moe.experts=3", "parallel.experts=4", "parallel.experts: 4 ranks for at most 3 experts"},
+    {1, "objective.balance=0.1", NULL, "a connector has no router losses"},
+    {1, "model.moe.layer_experts=[3]", NULL, "model.moe.layer_experts: a connector's blocks are alike"},
+    {1, "model.moe.added=[1]", NULL, "model.moe.added: a connector's blocks are alike"},
 };
 
 static const bad_value bad_decoders[] = {
@@ -280,6 +312,24 @@ static void bad_values_are_refused_by_their_key(void **state) {
   refuse_all(decoder, bad_decoders, sizeof bad_decoders / sizeof *bad_decoders);
 }
 
+/* What takes three settings to be wrong, or right. */
+static void local_balance_has_bounds(void **state) {
+  (void)state;
+  const char *set[] = {"objective.balance=0.1", "objective.balance_scope=local", "model.moe.group_samples=3",
+                       "optimizer.batch=16"};
+  assert_error(
+      check(set, 4, 1), CORE_ERR_CONFIG,
+      "model.moe.group_samples: with objective.balance_scope local, groups of 3 samples must divide");
+  set[2] = "model.moe.group_samples=4";
+  assert_ok(check(set, 4, 1));
+  set[3] = "optimizer.batch=8000000";
+  assert_error(check(set, 4, 1), CORE_ERR_CONFIG, "2000000 groups of a batch have 68000000 sums");
+  const char *drawn[] = {"model.moe.second_noise=gumbel", "model.moe.choose=2", "model.moe.noise=0"};
+  assert_ok(check(drawn, 3, 1));
+  const char *calibrated[] = {"model.moe.calibration=add", "model.moe.added=[0, 1]"};
+  assert_ok(check(calibrated, 2, 1));
+}
+
 static void good_values_pass(void **state) {
   (void)state;
   static const struct {
@@ -291,6 +341,9 @@ static void good_values_pass(void **state) {
       {8, {"parallel.experts=8", NULL}},
       {8, {"parallel.experts=4", "parallel.placement=partitioned", "optimizer.batch=2", NULL}},
       {1, {"model.dense=true", "model.moe.experts=7", NULL}},
+      {4, {"model.moe.experts=6", "parallel.experts=4", NULL}},
+      {4, {"model.moe.layer_experts=[3, 5]", "model.moe.added=[0, 4]", "parallel.experts=4", NULL}},
+      {4, {"model.dense=true", "model.moe.experts=3", "parallel.experts=4", NULL}},
       {4, {"model.dense=true", "model.moe.experts=7", "parallel.experts=4", NULL}},
       {1, {"model.heads=3", "model.head_width=8", NULL}},
       {1, {"model.kv_heads=2", "model.moe.layers='0,3'", "optimizer.accumulate=16", NULL}},
@@ -374,6 +427,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       TEST(bad_values_are_refused_by_their_key),
       TEST(good_values_pass),
+      TEST(local_balance_has_bounds),
       TEST(good_connectors_pass),
       TEST(good_decoders_pass),
       TEST(decimals_become_thousandths),

@@ -69,23 +69,32 @@ static void share_inside(train_block *block, const train_block *from) {
   block->moe.index = own.moe.index;
   block->moe.router = own.moe.router;
   block->moe.router_bias = own.moe.router_bias;
+  block->moe.router_added = own.moe.router_added;
+  block->moe.calibration_in = own.moe.calibration_in;
+  block->moe.calibration_out = own.moe.calibration_out;
+  block->moe.router_added_bias = own.moe.router_added_bias;
   block->moe.in = own.moe.in;
   block->moe.out = own.moe.out;
+}
+
+static bool alike(const train_block *a, const train_block *b) {
+  if (a->has_moe != b->has_moe) return false;
+  return a->has_moe ? a->moe.experts == b->moe.experts && a->moe.added == b->moe.added
+                    : a->dense.width == b->dense.width;
 }
 
 /* The first block of the trunk that has the same kind and sizes. */
 static const train_block *first_alike(const train_model *model, const train_block *block) {
   const train_block *first = &model->block[block->trunk * model->L];
-  while (first->has_moe != block->has_moe || (!block->has_moe && first->dense.width != block->dense.width))
-    first++;
+  while (!alike(first, block)) first++;
   return first;
 }
 
 core_status train_block_plan(train_model *model, int32_t b, const train_arenas *arenas) {
   train_block *block = &model->block[b];
-  const train_block *alike = first_alike(model, block);
-  if (model->recomputes && alike != block)
-    share_inside(block, alike);
+  const train_block *first = first_alike(model, block);
+  if (model->recomputes && first != block)
+    share_inside(block, first);
   else
     TRY(plan_inside(model, block, arenas));
   TRY(train_take_active(model, arenas->activations, block->rows, model->C, &block->output));

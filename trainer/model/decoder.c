@@ -254,6 +254,7 @@ core_status train_decoder_take(train_model *model, const data_batch *batch, int6
   d->predicted = at.prediction;
   list_lookups(d);
   TRY(send_items(model));
+  TRY(train_moe_groups_take(model));
   return CORE_OK;
 }
 

@@ -32,9 +32,10 @@ core_status train_activate_backward(train_model *model, core_tensor d_active, co
   return CORE_OK;
 }
 
-int64_t train_dense_experts(const train_settings *settings) {
-  return settings->model.dense_match == TRAIN_MATCH_TOTAL ? settings->model.moe.experts
-                                                          : settings->model.moe.choose;
+int64_t train_dense_experts(const train_settings *settings, int64_t layer) {
+  return settings->model.dense_match == TRAIN_MATCH_TOTAL
+             ? train_settings_experts(settings, train_settings_mixture(settings, layer))
+             : settings->model.moe.choose;
 }
 
 /* A layer that stands for a mixture is as wide as its experts; every block of a connector does. */
@@ -43,7 +44,7 @@ static int64_t hidden_width(const train_model *model, const train_block *block) 
   bool mixture = s->model.kind == TRAIN_KIND_CONNECTOR ||
                  train_settings_moe_layer(s->model.moe.layers, model->L, block->layer);
   if (!mixture) return model->F;
-  return train_dense_experts(s) * (s->model.moe.hidden ? s->model.moe.hidden : model->F);
+  return train_dense_experts(s, block->layer) * (s->model.moe.hidden ? s->model.moe.hidden : model->F);
 }
 
 static core_status declare_matrix(train_model *model, train_block *block, train_parameter matrix,

@@ -6,7 +6,8 @@
 #include "trainer/model/tower.h"
 
 core_status train_linear_plan(train_model *model, const train_arenas *arenas) {
-  TRY(ARENA_TAKE(arenas->host, train_experts_local(model) + 1, &model->linear.group));
+  int64_t ranks = model->env->layout.expert_ranks, E = train_settings_most_experts(model->env->settings);
+  TRY(ARENA_TAKE(arenas->host, (E + ranks - 1) / ranks + 1, &model->linear.group));
   return CORE_OK;
 }
 

@@ -55,6 +55,7 @@ static core_status declare_side(train_model *model, const train_linear *map, cha
                          .shape = {rows, columns},
                          .scope = base.scope,
                          .modality = base.modality,
+                         .expert = base.expert,
                          .init = side == 'a' ? TRAIN_INIT_UNIFORM : TRAIN_INIT_ZERO,
                          .init_value = 1 / sqrt((double)columns),
                          .decay = true};

@@ -1,7 +1,7 @@
 /* Capacity (METHODS section 1): per routing group of `group_samples` consecutive samples with S tokens each
- * expert keeps at most ceil(S K C / E) choices, in thousandths to stay exact; E counts all experts, whatever
- * a partition leaves of them to a token. An evaluation drops nothing unless evaluate.capacity says so.
- * Buffers are filled by first choices before second, and within a choice by the largest gate, descending,
+ * expert keeps at most ceil(S K C / E) choices, in thousandths to stay exact; E counts all of a layer,
+ * whatever a partition leaves of them to a token. An evaluation drops nothing unless evaluate.capacity says
+ * so. Buffers are filled by first choices before second, and within a choice by the largest gate, descending,
  * ties by the lower token (Batch Priority Routing, Riquelme et al. 2021), or by token order alone.
  *
  * The order of tokens is sample, modality, position. When modalities are partitioned, a group's tokens lie on
@@ -43,7 +43,7 @@ core_status train_capacity_plan(train_model *model, const train_arenas *arenas) 
   TRY(ARENA_TAKE(arena, all, &s->order));
   TRY(ARENA_TAKE(arena, all, &s->ranked));
   TRY(ARENA_TAKE(arena, all, &s->spare));
-  int64_t E = settings->model.moe.experts, K = settings->model.moe.choose;
+  int64_t E = train_settings_most_experts(settings), K = settings->model.moe.choose;
   TRY(ARENA_TAKE(arena, needed ? E : 0, &s->used));
   if (arenas->host_access) return CORE_OK;
   TRY(ARENA_TAKE(arena, own * E, &s->host_prob));
@@ -139,7 +139,7 @@ static void sort_indices(const train_capacity_record *record, int32_t *index, in
 static void fill_group(train_model *model, train_moe *moe, int64_t first, int64_t last) {
   const train_settings *settings = model->env->settings;
   train_moe_scratch *s = &model->moe_scratch;
-  int64_t E = settings->model.moe.experts, K = settings->model.moe.choose, n = last - first;
+  int64_t E = moe->experts, K = settings->model.moe.choose, n = last - first;
   int64_t capacity = (n * K * moe->capacity + 1000 * E - 1) / (1000 * E);
   uint8_t *keep = s->host_keep ? s->host_keep : moe->keep.data;
   memcpy(s->ranked, s->order + first, (size_t)n * sizeof *s->order);

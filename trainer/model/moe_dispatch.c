@@ -6,16 +6,19 @@
 #include "trainer/model/tower.h"
 
 typedef struct shape {
-  int64_t E, local; /* experts, experts of a rank */
-  int32_t e, slot;  /* ranks of the group, this one */
+  int64_t E;       /* experts */
+  int32_t e, slot; /* ranks of the group, this one */
   const int64_t *counts;
 } shape;
 
 static shape shape_of(const train_model *model, const train_moe *moe) {
   const train_env *env = model->env;
-  int64_t E = env->settings->model.moe.experts;
-  return (shape){E, E / env->layout.expert_ranks, env->layout.expert_ranks, env->layout.slot,
-                 moe->dispatch.counts};
+  return (shape){moe->experts, env->layout.expert_ranks, env->layout.slot, moe->dispatch.counts};
+}
+
+/* The first expert of rank r of the group; of r + 1: the one behind its last. */
+static int64_t first_of(const shape *s, int64_t r) {
+  return train_experts_first(s->E, r, s->e);
 }
 
 /* Rows that all ranks together send to expert j. */
@@ -43,7 +46,7 @@ core_status train_dispatch_make(train_model *model, train_moe *moe, int64_t toke
   env->seconds[TRAIN_PHASE_EXCHANGE] += core_clock_now() - start;
   for (int32_t r = 0; r < s.e; r++) {
     int64_t total = 0, R = model->limits.expert_rows;
-    for (int64_t j = r * s.local; j < (r + 1) * s.local; j++) total += expert_total(&s, j);
+    for (int64_t j = first_of(&s, r); j < first_of(&s, r + 1); j++) total += expert_total(&s, j);
     int64_t rounds = (total + R - 1) / R;
     if (rounds > d->rounds) d->rounds = rounds;
   }
@@ -60,11 +63,12 @@ void train_dispatch_round(train_model *model, train_moe *moe, int64_t round) {
   int64_t first = round * model->limits.expert_rows, last = first + model->limits.expert_rows, at = 0;
   if (s.e == 1) last = d->sent;
   d->group[0] = 0;
-  for (int64_t j = 0; j < s.local; j++) {
-    at += expert_total(&s, s.slot * s.local + j);
+  int64_t own = first_of(&s, s.slot), local = first_of(&s, s.slot + 1) - own;
+  for (int64_t j = 0; j < local; j++) {
+    at += expert_total(&s, own + j);
     d->group[j + 1] = clamp(at, first, last) - first;
   }
-  d->rows = d->group[s.local];
+  d->rows = d->group[local];
 }
 
 /* Pieces of one round between this rank's rows, sorted by expert, and the experts' streams. `width` bytes a
@@ -75,7 +79,7 @@ static int32_t pieces_at_sender(const train_model *model, const shape *s, int64_
   int32_t n = 0;
   for (int32_t r = 0; r < s->e; r++) {
     int64_t stream = 0;
-    for (int64_t j = r * s->local; j < (r + 1) * s->local; j++) {
+    for (int64_t j = first_of(s, r); j < first_of(s, r + 1); j++) {
       int64_t before = 0, count = s->counts[s->slot * s->E + j];
       for (int32_t q = 0; q < s->slot; q++) before += s->counts[q * s->E + j];
       int64_t start = stream + before, lo = clamp(start, first, last), hi = clamp(start + count, first, last);
@@ -91,7 +95,7 @@ static int32_t pieces_at_expert(const train_model *model, const shape *s, int64_
                                 int64_t width, comm_piece *out) {
   int64_t first = round * model->limits.expert_rows, last = first + model->limits.expert_rows, stream = 0;
   int32_t n = 0;
-  for (int64_t j = s->slot * s->local; j < (s->slot + 1) * s->local; j++)
+  for (int64_t j = first_of(s, s->slot); j < first_of(s, s->slot + 1); j++)
     for (int32_t r = 0; r < s->e; r++) {
       int64_t count = s->counts[r * s->E + j], lo = clamp(stream, first, last),
               hi = clamp(stream + count, first, last);

@@ -5,8 +5,9 @@
 #include "trainer/model/lora.h"
 #include "trainer/model/tower.h"
 
-int64_t train_experts_local(const train_model *model) {
-  return model->env->settings->model.moe.experts / model->env->layout.expert_ranks;
+int64_t train_experts_local(const train_model *model, const train_moe *moe) {
+  int64_t slot = model->env->layout.slot, ranks = model->env->layout.expert_ranks;
+  return train_experts_first(moe->experts, slot + 1, ranks) - train_experts_first(moe->experts, slot, ranks);
 }
 
 static int64_t expert_hidden(const train_model *model) {
@@ -15,11 +16,12 @@ static int64_t expert_hidden(const train_model *model) {
 }
 
 /* One kind of parameter of all local experts, one after another; *index: the first's. */
-static core_status declare_kind(train_model *model, train_parameter parameter, int32_t layer,
-                                const char *which, int32_t *index) {
-  int64_t count = train_experts_local(model), first = model->env->layout.slot * count;
-  for (int64_t j = 0; j < count; j++) {
+static core_status declare_kind(train_model *model, const train_moe *moe, train_parameter parameter,
+                                int32_t layer, const char *which, int32_t *index) {
+  int64_t first = train_experts_first(moe->experts, model->env->layout.slot, model->env->layout.expert_ranks);
+  for (int64_t j = 0; j < train_experts_local(model, moe); j++) {
     int32_t each;
+    parameter.expert = first + j;
     TRY(train_declare(model, parameter, &each, "blocks.%d.experts.%d.%s", layer, (int)(first + j), which));
     if (j == 0) *index = each;
   }
@@ -40,16 +42,16 @@ core_status train_experts_declare(train_model *model, train_moe *moe, int32_t la
   out.shape[0] = C;
   out.shape[1] = F;
   out.init_value = 1 / sqrt((double)F * 2 * (double)model->L);
-  moe->in = moe->out = (train_linear){.weight = -1, .bias = -1, .groups = train_experts_local(model)};
-  TRY(declare_kind(model, in, layer, "in.weight", &moe->in.weight));
-  TRY(declare_kind(model, out, layer, "out.weight", &moe->out.weight));
+  moe->in = moe->out = (train_linear){.weight = -1, .bias = -1, .groups = train_experts_local(model, moe)};
+  TRY(declare_kind(model, moe, in, layer, "in.weight", &moe->in.weight));
+  TRY(declare_kind(model, moe, out, layer, "out.weight", &moe->out.weight));
   TRY(train_linear_add(model, &moe->in));
   TRY(train_linear_add(model, &moe->out));
   if (!model->env->settings->model.moe.bias) return CORE_OK;
   train_parameter in_bias = {.rank = 1, .shape = {in.shape[0]}, .scope = TRAIN_SCOPE_EXPERT};
   train_parameter out_bias = {.rank = 1, .shape = {C}, .scope = TRAIN_SCOPE_EXPERT};
-  TRY(declare_kind(model, in_bias, layer, "in.bias", &moe->in.bias));
-  TRY(declare_kind(model, out_bias, layer, "out.bias", &moe->out.bias));
+  TRY(declare_kind(model, moe, in_bias, layer, "in.bias", &moe->in.bias));
+  TRY(declare_kind(model, moe, out_bias, layer, "out.bias", &moe->out.bias));
   return CORE_OK;
 }
 

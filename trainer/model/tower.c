@@ -176,7 +176,10 @@ static core_status plan_sums(train_model *model, const train_arenas *arenas) {
   train_moe_sums *sums = &model->sums;
   sums->layers = model->moe_layers;
   sums->modalities = train_settings_classes(model->env->settings);
-  sums->experts = model->env->settings->model.moe.experts;
+  sums->experts = train_settings_most_experts(model->env->settings);
+  sums->layer_experts = model->env->settings->model.moe.layer_experts_count
+                            ? model->env->settings->model.moe.layer_experts
+                            : NULL;
   sums->choices = model->env->settings->model.moe.choose;
   int64_t cells = (int64_t)sums->layers * sums->modalities;
   core_arena *arena = arenas->activations;
@@ -184,6 +187,12 @@ static core_status plan_sums(train_model *model, const train_arenas *arenas) {
   TRY(train_mirror_plan(arenas, arena, CORE_INT64, cells, train_moe_count_stride(sums), &sums->count));
   TRY(train_mirror_plan(arenas, arena, CORE_REAL_DTYPE, cells, sums->choices, &sums->gate));
   TRY(ARENA_TAKE(arenas->host, train_moe_gate_count(sums), &sums->gate_sum));
+  bool balanced = sums->layers > 0 && model->limits.training;
+  sums->groups = balanced ? train_settings_balance_groups(model->env->settings) : 0;
+  if (sums->groups == 0) return CORE_OK;
+  cells = sums->layers * sums->groups;
+  TRY(train_mirror_plan(arenas, arena, CORE_FLOAT64, cells, 1 + 2 * sums->experts, &sums->balance));
+  TRY(train_mirror_plan(arenas, arena, CORE_FLOAT64, cells, sums->experts, &sums->balance_weights));
   return CORE_OK;
 }
 
@@ -345,6 +354,7 @@ core_status train_model_take(train_model *model, const data_batch *batch, int64_
   TRY(train_mirror_up(env, &items->offset, items->segments + 1));
   TRY(train_mirror_up(env, &items->key, items->tokens));
   TRY(train_mirror_up(env, &items->position, items->tokens));
+  TRY(train_moe_groups_take(model));
   return CORE_OK;
 }
 

@@ -9,7 +9,8 @@
  * (model.trunks per_modality) a dense one for each, of equal FLOPs per token, which only its rows pass.
  *
  * Reading order: tower.c, linear.c, lora.c, connector.c, trunk.c, block.c, self_attention.c, feed_forward.c,
- * moe_layer.c, moe_experts.c, moe_dispatch.c, moe_capacity.c, pooled_head.c. */
+ * moe_layer.c, moe_router.c, moe_calibration.c, moe_sums.c, moe_capacity.c, moe_dispatch.c, moe_experts.c,
+ * pooled_head.c. */
 #ifndef TRAIN_TOWER_H
 #define TRAIN_TOWER_H
 
@@ -212,8 +213,8 @@ core_status train_feed_forward_backward(train_model *model, train_block *block, 
 core_status train_activate(train_model *model, core_tensor hidden, core_tensor active);
 core_status train_activate_backward(train_model *model, core_tensor d_active, core_tensor hidden,
                                     core_tensor d_hidden);
-/* Experts that the dense baseline of a mixture is as wide as: the chosen ones, or all. */
-int64_t train_dense_experts(const train_settings *settings);
+/* Experts that the dense baseline of the mixture of this layer is as wide as: the chosen ones, or all. */
+int64_t train_dense_experts(const train_settings *settings, int64_t layer);
 /* 2 for gated activations: columns of `hidden` per column of `active`. */
 int64_t train_activation_columns(const train_model *model);
 

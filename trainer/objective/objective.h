@@ -57,10 +57,15 @@ double train_contrastive_total(const train_contrastive *loss, const double *summ
 
 /* Router losses (METHODS section 1), per MoE layer, summed over layers:
  *   importance CV^2(sum p_e), load CV^2(sum (1 - Phi)), z mean lse^2: all modalities together;
- *   local mean H(p), global max(0, log S_m - H(mean p)): per modality. */
+ *   local mean H(p), global max(0, log S_m - H(mean p)): per modality;
+ * and the balance loss (METHODS sections 3 and 4; Lepikhin et al. 2021; Fedus et al. 2022), mean over layers:
+ *   E sum_e me_e ce_e, me the mean probability and ce the share of the choices, which is held constant; over
+ * the global batch, or the mean over its groups of samples. */
 typedef struct train_router_loss {
   double importance, load, z, local, global; /* weighted, summed over layers and modalities */
+  double balance;                            /* weighted */
 } train_router_loss;
+double train_router_loss_total(const train_router_loss *loss);
 
 typedef struct train_router_objective {
   const train_env *env;

@@ -10,9 +10,9 @@ core_status train_router_plan(train_router_objective *objective, const train_env
                               const train_arenas *arenas) {
   objective->env = env;
   objective->layers = layers;
-  TRY(train_mirror_plan(arenas, arenas->objective, CORE_FLOAT64,
-                        (int64_t)layers * train_settings_classes(env->settings),
-                        kern_router_sums_count(env->settings->model.moe.experts), &objective->weights));
+  TRY(train_mirror_plan(
+      arenas, arenas->objective, CORE_FLOAT64, (int64_t)layers * train_settings_classes(env->settings),
+      kern_router_sums_count(train_settings_most_experts(env->settings)), &objective->weights));
   return CORE_OK;
 }
 
@@ -57,7 +57,7 @@ static double squared_variation(const double *x, int64_t n, double weight, doubl
 static void joint_losses(train_router_objective *objective, const train_moe_sums *sums, int32_t layer,
                          train_router_loss *out) {
   const train_settings *s = objective->env->settings;
-  int64_t M = sums->modalities, E = sums->experts;
+  int64_t M = sums->modalities, E = train_moe_layer_experts(sums, layer);
   double prob[CORE_MAX_EXPERTS] = {0}, load[CORE_MAX_EXPERTS] = {0}, d_prob[CORE_MAX_EXPERTS] = {0},
          d_load[CORE_MAX_EXPERTS] = {0}, tokens = 0, z = 0;
   for (int64_t m = 0; m < M; m++) {
@@ -89,14 +89,15 @@ static void entropy_losses(train_router_objective *objective, const train_moe_su
   const train_modality_settings *s =
       m < (int32_t)settings->data.modalities_count ? &settings->data.modalities[m] : &none;
   const double *value = train_moe_values(sums, layer, m);
-  int64_t E = sums->experts;
+  int64_t E = train_moe_layer_experts(sums, layer);
   double tokens = value[0], *weights = weights_of(objective, (int64_t)layer * sums->modalities + m);
   if (tokens <= 0) return;
   out->local += s->local * value[2] / tokens;
   weights[2] = s->local / tokens;
   if (s->global <= 0) return;
   int64_t first, own; /* a baseline that divides the experts is one key: S_m follows */
-  train_settings_expert_share(objective->env->settings, m, &first, &own);
+  train_settings_expert_share(settings, m, &first, &own);
+  if (settings->model.moe.partition == TRAIN_PARTITION_NONE) own = E;
   double missing = log(fmin(s->experts, (double)own)) - train_entropy(value + 3, E);
   if (missing <= 0) return;
   out->global += s->global * missing;
@@ -106,13 +107,46 @@ static void entropy_losses(train_router_objective *objective, const train_moe_su
   }
 }
 
+double train_router_loss_total(const train_router_loss *loss) {
+  return loss->importance + loss->load + loss->z + loss->local + loss->global + loss->balance;
+}
+
+/* E sum_e me_e ce_e of one group, and its derivatives by the sums of p_e, times weight. of: the group's sums;
+ * counted: choices of a token that ce counts. */
+static double group_balance(const double *of, int64_t E, double counted, double weight, double *derivative) {
+  double tokens = of[0], loss = 0;
+  for (int64_t e = 0; e < E; e++) {
+    double share = tokens > 0 ? of[1 + E + e] / (tokens * counted) : 0;
+    derivative[e] = tokens > 0 ? weight * (double)E * share / tokens : 0;
+    loss += derivative[e] * of[1 + e];
+  }
+  return loss;
+}
+
+/* Mean over the groups that have tokens. */
+static void balance_loss(const train_router_objective *objective, const train_moe_sums *sums, int32_t layer,
+                         train_router_loss *out) {
+  const train_settings *s = objective->env->settings;
+  int64_t E = train_moe_layer_experts(sums, layer), full = 0;
+  const double *of = train_moe_balance(sums, layer);
+  double *derivative = train_moe_balance_weights(sums, layer);
+  double counted = s->objective.balance_shares == TRAIN_SHARES_FIRST ? 1 : (double)sums->choices;
+  for (int64_t g = 0; g < sums->groups; g++) full += of[g * (1 + 2 * E)] > 0;
+  double weight = full > 0 ? s->objective.balance / ((double)objective->layers * (double)full) : 0;
+  for (int64_t g = 0; g < sums->groups; g++)
+    out->balance += group_balance(of + g * (1 + 2 * E), E, counted, weight, derivative + g * E);
+}
+
 core_status train_router_evaluate(train_router_objective *objective, const train_moe_sums *sums,
                                   train_router_loss *out) {
   memset(out, 0, sizeof *out);
   for (int32_t layer = 0; layer < objective->layers; layer++) {
     joint_losses(objective, sums, layer, out);
     for (int32_t m = 0; m < sums->modalities; m++) entropy_losses(objective, sums, layer, m, out);
+    if (sums->groups > 0) balance_loss(objective, sums, layer, out);
   }
+  if (sums->groups > 0 && objective->layers > 0)
+    TRY(train_mirror_up(objective->env, &sums->balance_weights, sums->balance_weights.device.shape[0]));
   TRY(train_mirror_up(objective->env, &objective->weights, objective->weights.device.shape[0]));
   return CORE_OK;
 }
