@@ -112,9 +112,15 @@ bool data_set_has_labels(const data_set *set);
 /* A shard of any modality may carry the prompts and responses of its samples; where several do, they must
  * agree. */
 typedef struct data_text_options {
-  int64_t vocabulary; /* a token lies in [0, vocabulary); of a prompt also -1 - m, once for each modality m */
-  bool responses;     /* every sample must have one */
+  int64_t vocabulary;  /* a token lies in [0, vocabulary); of a prompt also a mark, each at most once */
+  bool responses;      /* every sample must have one */
+  const int32_t *mark; /* [modalities] the token -1 - mark[m] marks modality m; NULL: -1 - m. In memory it is
+                          -1 - m in either case */
+  int32_t marks; /* marks of which those that are nobody's stand for nothing (DATA_MARK_NOBODY in memory);
+                    0: only those of the set's modalities may come */
 } data_text_options;
+/* A mark in a prompt of a modality that the set was opened without. */
+enum { DATA_MARK_NOBODY = INT32_MIN };
 
 /* Reads the tokens of all shards into memory, where they stay until the set is closed: 4 bytes a token and 16
  * a sample. They then belong to the fingerprint. Errors name file and sample: ERR_FORMAT (no tokens, a sample

@@ -14,10 +14,15 @@
 static core_status open_set(train_session *session, const train_session_options *options, const char *path,
                             const char *split, const train_span *modalities, data_set **out) {
   const train_settings *s = session->env.settings;
-  const data_text_options text = {s->model.vocabulary, !options->without_responses};
+  int32_t mark[CORE_MAX_MODALITIES];
+  const data_text_options text = {s->model.vocabulary, !options->without_responses, mark,
+                                  s->data.use_count > 0 ? CORE_MAX_MODALITIES : 0};
   const char *names[CORE_MAX_MODALITIES];
   const int32_t first = (int32_t)modalities->first, count = (int32_t)modalities->count;
-  for (int32_t m = 0; m < count; m++) names[m] = s->data.modalities[first + m].name;
+  for (int32_t m = 0; m < count; m++) {
+    names[m] = s->data.modalities[first + m].name;
+    mark[m] = (int32_t)s->data.modalities[first + m].mark;
+  }
   TRY(data_set_open(path, split, names, count, out));
   if (data_set_samples(*out) == 0) FAIL(CORE_ERR_FORMAT, "%s/%s holds no samples", path, split);
   if (s->model.kind == TRAIN_KIND_DECODER) TRY(data_set_take_text(*out, &text));

@@ -195,7 +195,7 @@ static void modalities_must_agree_on_tokens(void **state) {
   const sample one = {{1, 1}, {4}, {3}, 1, 1}, other = {{1, 1}, {4}, {2}, 1, 1};
   data_set *set = NULL;
   const char *names[] = {"image", "text"};
-  const data_text_options options = {50, true};
+  const data_text_options options = {.vocabulary = 50, .responses = true};
   write_modality(0, 0, &one, 1);
   write_modality(1, 1, &one, 1);
   assert_ok(data_set_open(root, "train", names, 2, &set));
