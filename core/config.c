@@ -538,6 +538,26 @@ static core_status select_items(core_config *config, const core_config_items *it
   return CORE_OK;
 }
 
+/* The value as a node of the merged document: a mapping is merged over the one that is there. slot: of its
+ * key, NULL where that is new; adding nodes leaves the list or mapping that it lies in where it is. */
+static core_status take_value(core_config *config, const int *slot, yaml_document_t *value, int *out) {
+  const yaml_node_t *root = yaml_document_get_root_node(value);
+  int64_t visits = 0;
+  if (root) TRY(check_tree("--set", value, 1, 0, &visits));
+  if (root && slot && root->type == YAML_MAPPING_NODE &&
+      yaml_document_get_node(&config->merged, *slot)->type == YAML_MAPPING_NODE) {
+    *out = *slot;
+    TRY(merge(&config->merged, *out, value, 1, 0));
+    return CORE_OK;
+  }
+  if (root) TRY(copy_node(&config->merged, value, 1, 0, out));
+  if (!root) /* nothing, blanks or a comment: an empty text */
+    *out = yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)"", 0,
+                                    YAML_SINGLE_QUOTED_SCALAR_STYLE);
+  CHECK(*out, CORE_ERR_MEMORY, "no memory for the configuration");
+  return CORE_OK;
+}
+
 static core_status apply_override(core_config *config, int32_t index) {
   const char *text = config->overrides[index], *equals = strchr(text, '=');
   char *key = config->override_key[index];
@@ -545,19 +565,11 @@ static core_status apply_override(core_config *config, int32_t index) {
   snprintf(key, KEY, "%.*s", (int)(equals - text), text);
   yaml_document_t value;
   TRY(parse_text("--set", equals + 1, strlen(equals + 1), &value));
-  bool empty = !yaml_document_get_root_node(&value); /* nothing, blanks or a comment: an empty text */
-  int made = 0;
-  int64_t visits = 0;
-  core_status status = empty ? CORE_OK : check_tree("--set", &value, 1, 0, &visits);
-  if (status == CORE_OK && !empty) status = copy_node(&config->merged, &value, 1, 0, &made);
+  char canonical[KEY];
+  int made = 0, *slot = find_slot(&config->merged, key, canonical); /* before a value renames its item */
+  core_status status = take_value(config, slot, &value, &made);
   yaml_document_delete(&value);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
-  if (empty)
-    made = yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)"", 0,
-                                    YAML_SINGLE_QUOTED_SCALAR_STYLE);
-  CHECK(made, CORE_ERR_MEMORY, "no memory for the configuration");
-  char canonical[KEY];
-  int *slot = find_slot(&config->merged, key, canonical);
   if (slot) {
     *slot = made;
     memcpy(key, canonical, KEY);

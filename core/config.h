@@ -1,10 +1,10 @@
 /* YAML configuration: a libcyaml schema, defaults written as YAML, and refusals that name file, line, key and
  * what was expected. Local: rank 0's text is what ranks agree on.
  *
- * A file is merged over the defaults, `--set a.b.c=value` over both; the result must match the schema
- * exactly. All fields of the schema are required: what the user may leave out is in the defaults. List items
- * are addressed by index or, where they are mappings with a `name`, by that name:
- * data.modalities.image.length */
+ * A file is merged over the defaults, `--set a.b.c=value` over both, where a mapping is merged key by key
+ * and anything else replaced; the result must match the schema exactly. All fields of the schema are
+ * required: what the user may leave out is in the defaults. List items are addressed by index or, where they
+ * are mappings with a `name`, by that name: data.modalities.image.length */
 #ifndef CORE_CONFIG_H
 #define CORE_CONFIG_H
 

@@ -11,6 +11,14 @@
 
 enum { TRAIN_RUN_PATH = 1024 };
 
+/* What a new run took over from a checkpoint. */
+typedef struct train_begun {
+  char path[TRAIN_RUN_PATH]; /* empty: nothing */
+  int64_t step;
+  uint64_t content;
+  char *fresh; /* names of this rank's tensors that the checkpoint lacks, a line each; malloc'ed, or NULL */
+} train_begun;
+
 typedef struct train_run_state {
   train_session *session;
   train_env *env;
@@ -19,6 +27,9 @@ typedef struct train_run_state {
   int lock;
   data_stream *stream;
   data_position position;
+  const char *stage; /* NULL: none */
+  train_begun begun;
+  bool resumed;       /* at a checkpoint of its own */
   int64_t saved_step; /* step of the newest checkpoint begun, -1 none */
   bool save_due;      /* since a step when the writer was still at the save before */
   int64_t failures;   /* non-finite steps in a row */
@@ -48,6 +59,13 @@ double train_run_peak_mebibytes_priv(void);
 /* The run's own newest checkpoint, the one that `resume` names, or a new run that takes what `from` (NULL:
  * nothing) has. */
 core_status train_run_start_or_resume_priv(train_run_state *r, const char *resume, const char *from);
+
+/* ---- run_manifest.c ---- */
+
+/* Prints what trains and what is frozen, group by group, and what the memory for it is on every rank, and
+ * writes it to manifest.json with what the run began from; a run that was resumed keeps what stands there of
+ * that. */
+core_status train_run_manifest_priv(const train_run_state *r);
 
 /* ---- run_save.c ---- */
 

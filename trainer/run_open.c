@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h> /* flock */
 #include <sys/resource.h>
@@ -113,6 +114,8 @@ core_status train_run_open_priv(train_run_state *r, const train_run_options *opt
       train_run_peak_mebibytes_priv() - (double)train_session_memory(r->session).total / 1048576;
   r->env = &r->session->env;
   r->settings = s;
+  r->stage = options->stage;
+  r->position.stage = options->number;
   train_early_stopping_make(s, &r->stopping);
   CHECK(strlen(s->run.directory) + 64 < TRAIN_RUN_PATH, CORE_ERR_CONFIG, "run.directory is too long");
   snprintf(r->directory, sizeof r->directory, "%s", s->run.directory);
@@ -129,6 +132,7 @@ core_status train_run_open_priv(train_run_state *r, const train_run_options *opt
   TRY(train_run_start_or_resume_priv(r, options->resume, options->from));
   TRY(comm_agree(r->env->control, open_local(r)));
   TRY(describe(r));
+  TRY(train_run_manifest_priv(r));
   return CORE_OK;
 }
 
@@ -138,6 +142,7 @@ void train_run_close_priv(train_run_state *r) {
   data_stream_close(r->stream);
   train_metrics_close(r->metrics);
   train_state_free(&r->saved);
+  free(r->begun.fresh);
   if (r->lock >= 0) close(r->lock);
   train_session_close(r->session);
   core_log_close();

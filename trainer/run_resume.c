@@ -112,13 +112,16 @@ static core_status find_checkpoint(const train_run_state *r, const char *resume,
 
 /* Keeps of `wanted` what the checkpoint has. Equal name and another shape is no new parameter but a mistake.
  */
-static core_status keep_known(const ckpt_reader *reader, train_state_tensors *wanted, int64_t *fresh) {
+static core_status keep_known(const ckpt_reader *reader, train_state_tensors *wanted, train_begun *begun) {
   int32_t kept = 0;
+  size_t used = 0;
+  begun->fresh = calloc((size_t)wanted->count + 1, CORE_NAME);
+  CHECK(begun->fresh, CORE_ERR_MEMORY, "no memory for the names of %d tensors", wanted->count);
   for (int32_t i = 0; i < wanted->count; i++) {
     ckpt_tensor found;
     if (ckpt_reader_find(reader, wanted->list[i].name, &found) != CORE_OK) {
       core_error_clear();
-      if (++*fresh <= 8) LOG_INFO("new: %s", wanted->list[i].name);
+      used += (size_t)snprintf(begun->fresh + used, CORE_NAME, "%s\n", wanted->list[i].name);
     } else {
       wanted->list[kept++] = wanted->list[i];
     }
@@ -132,16 +135,17 @@ static core_status keep_known(const ckpt_reader *reader, train_state_tensors *wa
 static core_status begin_from(train_run_state *r, const char *path) {
   ckpt_reader *reader = NULL;
   train_state_tensors wanted = {0};
-  int64_t fresh = 0;
   TRY(train_session_standardise(r->session));
   TRY(ckpt_reader_open(r->env->control, path, &reader));
+  snprintf(r->begun.path, sizeof r->begun.path, "%s", path);
+  r->begun.step = ckpt_reader_step(reader);
+  r->begun.content = ckpt_reader_content_hash(reader);
   core_status status =
       comm_agree(r->env->control, train_state_list(r->session->model, NULL, TRAIN_STATE_LOAD_MODEL, &wanted));
-  if (status == CORE_OK) status = comm_agree(r->env->control, keep_known(reader, &wanted, &fresh));
+  if (status == CORE_OK) status = comm_agree(r->env->control, keep_known(reader, &wanted, &r->begun));
   if (status == CORE_OK) status = ckpt_reader_load(reader, wanted.list, wanted.count);
   if (status == CORE_OK) status = comm_agree(r->env->control, train_state_loaded(r->session->model));
-  if (status == CORE_OK)
-    LOG_INFO("began with %d tensors of %s; %lld are new", wanted.count, path, (long long)fresh);
+  if (status == CORE_OK) LOG_INFO("began with %d tensors of %s", wanted.count, path);
   train_state_free(&wanted);
   ckpt_reader_close(reader);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
@@ -162,6 +166,7 @@ core_status train_run_start_or_resume_priv(train_run_state *r, const char *resum
   if (status == CORE_OK)
     status = comm_broadcast(r->env->control, 0, &own, sizeof own); /* one answer for all */
   if (own) r->saved_step = r->env->step;
+  r->resumed = own;
   if (own && r->settings->checkpoint.keep_best) ckpt_writer_spare(r->writer, r->stopping.best_step);
   if (own) train_run_mark_best_priv(r); /* a crash may have come between publishing and marking */
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);

@@ -203,6 +203,13 @@ static void overrides_win_and_the_last_wins(void **state) {
   assert_true(s->seed == UINT64_MAX);
 }
 
+static void a_mapping_in_an_override_is_merged(void **state) {
+  (void)state;
+  assert_ok(load_with(good, "inner={depth: 6}"));
+  assert_int_equal(data()->inner.depth, 6);
+  assert_true(data()->inner.scale == 2);
+}
+
 static void items_of_an_override_get_the_defaults_too(void **state) {
   (void)state;
   assert_ok(load_with(good, "items=[{name: new, size: 4}, {name: newer}]"));
@@ -430,6 +437,7 @@ int main(void) {
       TEST(the_merged_text_loads_to_the_same),
       TEST(items_that_are_not_used_leave_the_list),
       TEST(a_derived_configuration_has_all_overrides),
+      TEST(a_mapping_in_an_override_is_merged),
       TEST(overrides_win_and_the_last_wins),
       TEST(items_of_an_override_get_the_defaults_too),
       TEST(refusals_name_file_line_key_and_what_was_expected),
