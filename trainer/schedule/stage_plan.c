@@ -49,8 +49,8 @@ static core_status refuse_source(const train_stages *stages, int32_t i, const ch
                             stages->list[i].settings->name, text, why);
 }
 
-core_status train_stage_source_priv(const train_stages *stages, int32_t i, const char *text,
-                                    train_stage_source *out) {
+static core_status find_source(const train_stages *stages, int32_t i, const char *text,
+                               train_stage_source *out) {
   size_t length = strcspn(text, "@");
   *out = (train_stage_source){.text = text, .stage = -1, .best = strcmp(text + length, "@best") == 0};
   if (strchr(text, '/')) {
@@ -74,21 +74,23 @@ core_status train_stage_source_priv(const train_stages *stages, int32_t i, const
   return CORE_OK;
 }
 
-static core_status add_source(train_stages *stages, int32_t i, const char *text) {
+core_status train_stage_add_source_priv(train_stages *stages, int32_t i, const char *text) {
   train_stage *stage = &stages->list[i];
   train_stage_source *grown = realloc(stage->source, (size_t)(stage->sources + 1) * sizeof *grown);
   CHECK(grown, CORE_ERR_MEMORY, "no memory for the sources of a stage");
   stage->source = grown;
-  TRY(train_stage_source_priv(stages, i, text, &grown[stage->sources]));
+  TRY(find_source(stages, i, text, &grown[stage->sources]));
   stage->sources++;
   return CORE_OK;
 }
 
 static core_status find_sources(train_stages *stages, int32_t i) {
   const train_stage_settings *s = stages->list[i].settings;
-  if (s->kind != TRAIN_STAGE_TRAIN)
-    return core_config_refuse(stages->config, "stages", "'%s': assembly is not part of this build", s->name);
-  if (strcmp(s->from, "none") != 0) TRY(add_source(stages, i, s->from));
+  if (s->kind == TRAIN_STAGE_ASSEMBLE) {
+    TRY(train_stage_assembly_sources_priv(stages, i));
+  } else if (strcmp(s->from, "none") != 0) {
+    TRY(train_stage_add_source_priv(stages, i, s->from));
+  }
   return CORE_OK;
 }
 
@@ -219,6 +221,10 @@ void train_stages_free_priv(train_stages *stages) {
   for (int32_t i = 0; stages->list && i < stages->count; i++) {
     core_config_destroy(stages->list[i].config);
     free(stages->list[i].source);
+    free(stages->list[i].layer_slots);
+    for (unsigned k = 0; stages->list[i].lines && k < stages->list[i].settings->assemble.layers_count; k++)
+      free(stages->list[i].lines[k]);
+    free(stages->list[i].lines);
   }
   free(stages->list);
 }

@@ -101,9 +101,13 @@ static core_status run_stage(comm_world *world, const train_stages *stages, trai
                              train_outcome *outcome) {
   comm_group *control = comm_control_group(world);
   place_sources(stages, stage);
+  comm_note(world, 0, -1, "stage");
   TRY(train_stage_open_sources_priv(control, stage));
   TRY(train_stage_write_priv(control, stage));
-  TRY(train(world, stages, stage, outcome));
+  if (stage->settings->kind == TRAIN_STAGE_ASSEMBLE)
+    TRY(train_stage_assemble_priv(control, stage));
+  else
+    TRY(train(world, stages, stage, outcome));
   if (*outcome == TRAIN_FINISHED) TRY(record_done(control, stage));
   return CORE_OK;
 }

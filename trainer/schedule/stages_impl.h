@@ -22,6 +22,10 @@ typedef struct train_stage {
   char directory[TRAIN_STAGE_PATH - 128];
   train_stage_source *source; /* train: at most one; assemble: the base, the slots, the connectors */
   int32_t sources;
+  /* of an assembly, whose sources are the base, the slots, the connectors: */
+  int32_t slots, *layer_slots;            /* all of them; [layers] of each, NULL: all are for each */
+  int32_t connector[CORE_MAX_MODALITIES]; /* number of the source, -1: the base's */
+  char **lines;                           /* [assemble.layers_count] that sources' texts lie in */
   int32_t ranks, first_rank; /* that it runs on; less than the world's: beside the others of its group */
   /* of stage.json: */
   bool begun, done;
@@ -47,9 +51,15 @@ core_status train_stages_plan_priv(train_stages *stages, int32_t ranks);
 void train_stages_free_priv(train_stages *stages);
 /* Stages [i, the result) form a group, maybe of one. */
 int32_t train_stages_group_end_priv(const train_stages *stages, int32_t i);
-/* Source text -> source; i: the stage that names it. ERR_CONFIG. */
-core_status train_stage_source_priv(const train_stages *stages, int32_t i, const char *text,
-                                    train_stage_source *out);
+/* Adds the source that stage i names by `text`, which is borrowed. ERR_CONFIG. */
+core_status train_stage_add_source_priv(train_stages *stages, int32_t i, const char *text);
+
+/* ---- stage_assemble.c ---- */
+
+/* Finds the sources of stage i, which is an assembly. Local. ERR_CONFIG. */
+core_status train_stage_assembly_sources_priv(train_stages *stages, int32_t i);
+/* Makes its checkpoint, manifest and config.yaml; a checkpoint that is there already stays. Collective. */
+core_status train_stage_assemble_priv(comm_group *control, const train_stage *stage);
 
 /* ---- stage_record.c ---- */
 
