@@ -16,9 +16,12 @@ static void compare_config(const train_run_state *r, const char *stored, const c
   if (core_config_load(train_settings_spec(), "the stored configuration", stored, NULL, 0, &old) != CORE_OK)
     return;
   const train_settings *before = core_config_data(old);
-  if (before->run.seed != r->settings->run.seed || before->data.shuffle != r->settings->data.shuffle)
+  if (before->run.seed != r->settings->run.seed || before->data.shuffle != r->settings->data.shuffle ||
+      before->data.batches != r->settings->data.batches ||
+      before->data.incomplete != r->settings->data.incomplete)
     LOG_WARNING(
-        "run.seed or data.shuffle has changed: the rest of this epoch comes in another order, so some of its "
+        "run.seed, data.shuffle, data.batches or data.incomplete has changed: the rest of this epoch comes "
+        "in another order, so some of its "
         "samples are seen twice and some not at all");
   core_config_destroy(old);
 }

@@ -1,4 +1,4 @@
-#include "trainer/session.h"
+#include "trainer/session_impl.h"
 
 #include <sched.h> /* sched_getaffinity */
 #include <stdio.h>
@@ -66,6 +66,19 @@ static core_status open_part(train_session *session, const train_session_options
   return CORE_OK;
 }
 
+/* Training on batches of one signature each. */
+static core_status group_set(const train_session *session, data_set *set) {
+  const train_settings *s = session->env.settings;
+  const data_group_options options = {.batch = s->optimizer.batch,
+                                      .incomplete = s->data.incomplete == TRAIN_INCOMPLETE_DROP
+                                                        ? DATA_INCOMPLETE_DROP
+                                                        : DATA_INCOMPLETE_CARRY,
+                                      .non_finite = train_session_non_finite_priv(session)};
+  if (s->data.batches == TRAIN_BATCHES_HOMOGENEOUS && session->purpose == TRAIN_PURPOSE_TRAIN)
+    TRY(data_set_group(set, &options));
+  return CORE_OK;
+}
+
 static core_status open_data_local(train_session *session, const train_session_options *options) {
   const train_settings *s = session->env.settings;
   const char *path = options->data_path ? options->data_path : s->data.path;
@@ -74,6 +87,7 @@ static core_status open_data_local(train_session *session, const train_session_o
   const train_span all = {0, s->data.modalities_count};
   if (options->training_split)
     TRY(open_set(session, options, path, options->training_split, &all, &session->training));
+  if (session->training) TRY(group_set(session, session->training));
   if (options->evaluation_split)
     TRY(open_set(session, options, path, options->evaluation_split, &all, &session->evaluation));
   TRY(check_widths(session));

@@ -33,6 +33,7 @@ core_status train_session_stream(train_session *session, data_set *set, const tr
                                  .cache_bytes = s->data.cache << 20,
                                  .device = session->arenas.host_access ? NULL : session->env.ops->device,
                                  .non_finite = train_session_non_finite_priv(session),
+                                 .grouped = training && s->data.batches == TRAIN_BATCHES_HOMOGENEOUS,
                                  .repeat = training};
   core_status status = data_stream_open(set, &options, out);
   free(range);

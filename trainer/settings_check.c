@@ -311,6 +311,18 @@ static core_status check_pairs(const core_config *config, const train_settings *
   return CORE_OK;
 }
 
+static core_status check_batches(const core_config *config, const train_settings *s) {
+  bool homogeneous = s->data.batches == TRAIN_BATCHES_HOMOGENEOUS;
+  if (homogeneous && s->parallel.placement != TRAIN_SHARED)
+    return core_config_refuse(
+        config, "parallel.placement",
+        "with homogeneous batches the ranks of other modalities would wait: expected shared");
+  if (!homogeneous && s->data.incomplete != TRAIN_INCOMPLETE_CARRY)
+    return core_config_refuse(config, "data.incomplete",
+                              "only homogeneous batches are incomplete: expected carry");
+  return CORE_OK;
+}
+
 static core_status check_parallel(const core_config *config, const train_settings *s, int32_t ranks) {
   int64_t e = s->parallel.experts, batch = s->optimizer.batch, micro = s->optimizer.accumulate;
   if (e < 1 || ranks % e != 0)
@@ -396,6 +408,7 @@ core_status train_settings_check(const core_config *config, int32_t ranks) {
   TRY(check_baselines(config, s));
   TRY(check_schedule(config, s));
   TRY(check_pairs(config, s));
+  TRY(check_batches(config, s));
   TRY(check_parallel(config, s, ranks));
   TRY(check_evaluate(config, s, ranks));
   return CORE_OK;

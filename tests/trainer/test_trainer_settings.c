@@ -65,6 +65,8 @@ static const bad_value bad_values[] = {
     {1, "data.queue=0", NULL, "data.queue"},
     {1, "data.queue=65", NULL, "data.queue"},
     {1, "data.cache=0", NULL, "data.cache"},
+    {1, "data.incomplete=drop", NULL, "data.incomplete: only homogeneous batches"},
+    {1, "data.batches=homogeneous", "parallel.placement=partitioned", "parallel.placement: with homogeneous"},
     {1, "data.use=[image, smell]", NULL, "data.use: data.modalities has no 'smell'"},
     {1, "data.modalities.image.mark=1", NULL, "data.modalities.text.mark: 'image' has the mark 1 too"},
     {1, "data.modalities.image.mark=16", NULL, "data.modalities.image.mark: expected 0 to 15"},
