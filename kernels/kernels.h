@@ -22,8 +22,9 @@
  *   - Shapes and dtypes are checked by every op (ERR_ARGUMENT names op, argument and sizes). Indices that lie
  * in device memory are checked before use by the CPU; another backend may report a bad one at a later call or
  *     wait, but never touches memory outside the tensors.
- *   - Gradients of parameters are always ACCUMULATED. Gradients of activations follow `kern_write`: KERN_SET
- *     overwrites, KERN_ADD accumulates.
+ *   - Gradients of parameters are always ACCUMULATED. Those of norms and of the router may be absent: the
+ *     parameter is frozen, and what only they need is not computed. Gradients of activations follow
+ * `kern_write`: KERN_SET overwrites, KERN_ADD accumulates.
  *   - Zero rows, zero segments and zero expert rows are legal in every op.
  *   - Deterministic: fixed summation order for given shapes and thread count; no atomics on floats.
  *   - Local: no op communicates. A context belongs to one thread at a time.
@@ -176,7 +177,8 @@ typedef struct kern_ops {
    * never depend on how many rows lie beside it. bias optional. x Active. */
   core_status (*router_logits)(kern_context *, core_tensor x, core_tensor weight, core_tensor bias,
                                core_tensor logits);
-  /* dx[T,C] from dlogits[T,E]; dweight, dbias (optional) accumulate. Products in float32. x, dx Active. */
+  /* dx[T,C] from dlogits[T,E]; dweight, dbias (both optional) accumulate. Products in float32. x, dx Active.
+   */
   core_status (*router_logits_bwd)(kern_context *, core_tensor dlogits, core_tensor x, core_tensor weight,
                                    kern_write, core_tensor dx, core_tensor dweight, core_tensor dbias);
   /* noisy[t,e] = logits[t,e] + sigma * normal(seed, stream, key[t] * E + e); key: uint64 [T]. */

@@ -178,6 +178,9 @@ static core_status time_all(replay *r, launch_products *out) {
     if (r->blas && p->dtype == CORE_FLOAT32) TRY(time_product(r, p, by_blas, &other));
     out->seconds += fmin(best, other);
     out->flops += flops_of(p, r->rows);
+    out->forward += p->form == KERN_NT;
+    out->input_gradients += p->form == KERN_NN;
+    out->weight_gradients += p->form == KERN_TN;
   }
   return CORE_OK;
 }

@@ -7,9 +7,10 @@
 /* One step's products on this rank. One record exists at a time: the op table's functions carry no context of
  * the bench. */
 typedef struct launch_products {
-  double seconds;      /* all of them, each its shortest time alone, by the fastest library at hand */
-  double flops;        /* 2 m n k, summed */
-  const char *library; /* who repeated them */
+  double seconds; /* all of them, each its shortest time alone, by the fastest library at hand */
+  double flops;   /* 2 m n k, summed */
+  int64_t forward, input_gradients, weight_gradients; /* how many of each kind */
+  const char *library;                                /* who repeated them */
 } launch_products;
 
 /* Runs one step of `batch` with a table that records. Collective. */

@@ -129,6 +129,9 @@ static void print_result(const train_session *session, const train_report *repor
   printf("its matrix products alone %.2f ms, %.1f GFLOP/s a rank (%s); a large product reaches %.1f\n",
          1e3 * f->products.seconds, f->products.flops / ranks / f->products.seconds / 1e9,
          f->products.library, f->ceiling / 1e9);
+  printf("of rank 0: %lld forward, %lld gradients by inputs, %lld gradients by weights (grouped ones once)\n",
+         (long long)f->products.forward, (long long)f->products.input_gradients,
+         (long long)f->products.weight_gradients);
   printf("step / products = %.3f\n", f->shortest / f->products.seconds);
   printf("share of the ceiling: products %.3f, 6 x active parameters x tokens %.3f\n",
          f->products.flops / f->shortest / peak,
@@ -152,11 +155,13 @@ static void print_json(const train_session *session, const figures *f) {
       (long long)f->tokens, session->env.layout.ranks, session->env.ops->context_threads(session->env.kern));
   printf(
       "\"step_seconds\": %.6g, \"median_seconds\": %.6g, \"tokens_per_second\": %.6g, "
+      "\"forward_products\": %lld, \"input_gradient_products\": %lld, \"weight_gradient_products\": %lld, "
       "\"products_seconds\": %.6g, \"products_flops\": %.6g, \"ceiling_flops_per_second\": %.6g, "
       "\"active_parameters\": %lld, \"step_over_products\": %.4f, \"products_share\": %.4f, "
       "\"active_share\": %.4f}\n",
-      f->shortest, f->median, (double)f->tokens / f->shortest, f->products.seconds, f->products.flops,
-      f->ceiling, (long long)f->active, f->shortest / f->products.seconds,
+      f->shortest, f->median, (double)f->tokens / f->shortest, (long long)f->products.forward,
+      (long long)f->products.input_gradients, (long long)f->products.weight_gradients, f->products.seconds,
+      f->products.flops, f->ceiling, (long long)f->active, f->shortest / f->products.seconds,
       f->products.flops / f->shortest / peak,
       6.0 * (double)f->active * (double)f->tokens / f->shortest / peak);
 }

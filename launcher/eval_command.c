@@ -11,7 +11,7 @@
 #include "trainer/health.h"
 #include "trainer/metrics.h"
 #include "trainer/retrieval.h"
-#include "trainer/state.h"
+#include "trainer/source.h"
 #include "trainer/zero_shot.h"
 
 enum { PATH = 1024 };
@@ -32,7 +32,8 @@ static core_status load(train_session *session, const evaluation *e) {
   train_state_tensors tensors;
   core_status status = comm_agree(session->env.control,
                                   train_state_list(session->model, NULL, TRAIN_STATE_LOAD_MODEL, &tensors));
-  if (status == CORE_OK) status = ckpt_reader_load(e->reader, tensors.list, tensors.count);
+  if (status == CORE_OK)
+    status = train_source_read(session->env.control, e->reader, tensors.list, tensors.count);
   train_state_free(&tensors);
   session->env.step = e->meta->step;
   if (status == CORE_OK) status = comm_agree(session->env.control, train_state_loaded(session->model));

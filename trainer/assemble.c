@@ -33,10 +33,24 @@ static core_status list_sources(train_assembly_work *work) {
   return CORE_OK;
 }
 
+static void find_adapters(train_assembly_source *source) {
+  for (int32_t f = 0; f < source->files.count; f++)
+    for (int32_t i = 0; i < ckpt_reader_count(source->files.reader[f]); i++) {
+      ckpt_tensor tensor;
+      ckpt_reader_at(source->files.reader[f], i, &tensor);
+      const char *name = strchr(tensor.name, '/');
+      source->adapters = source->adapters || (name && train_lora_is_adapter(name + 1));
+    }
+}
+
 static core_status open_sources(train_assembly_work *work) {
   TRY(comm_agree(work->assembly->control, list_sources(work)));
-  for (int32_t i = 0; i < work->sources; i++)
-    TRY(ckpt_reader_open(work->assembly->control, work->source[i].path, &work->source[i].reader));
+  for (int32_t i = 0; i < work->sources; i++) {
+    train_assembly_source *source = &work->source[i];
+    TRY(ckpt_reader_open(work->assembly->control, source->path, &source->reader));
+    TRY(train_source_open(work->assembly->control, source->reader, &source->files));
+    find_adapters(source);
+  }
   return CORE_OK;
 }
 
@@ -90,6 +104,20 @@ static ckpt_tensor as_stored(const train_assembly_tensor *t, void *data) {
   return tensor;
 }
 
+/* Fills the list from a source: of its files, or of what was merged. Collective. */
+static core_status fill(const train_assembly_source *source, const ckpt_tensor *wanted, int32_t count) {
+  if (!source->merged.list) {
+    TRY(train_source_load(&source->files, wanted, count));
+    return CORE_OK;
+  }
+  for (int32_t i = 0; i < count; i++) {
+    ckpt_tensor found = {0};
+    if (train_assembly_find_tensor_priv(source, wanted[i].name, &found)) /* checked before */
+      memcpy(wanted[i].data, found.data, (size_t)wanted[i].count * sizeof(core_real));
+  }
+  return CORE_OK;
+}
+
 /* What this rank takes from source s, all at once: the reader goes through its files once. */
 static core_status load_from(const train_assembly_work *work, const share *own, int32_t s) {
   ckpt_tensor *wanted = calloc((size_t)own->count + 1, sizeof *wanted);
@@ -101,7 +129,7 @@ static core_status load_from(const train_assembly_work *work, const share *own, 
     const train_assembly_tensor *t = &work->tensor[own->number[i]];
     if (t->kind != TRAIN_ASSEMBLY_FRESH && t->source == s) wanted[count++] = as_stored(t, own->list[i].data);
   }
-  core_status status = ckpt_reader_load(work->source[s].reader, wanted, count);
+  core_status status = fill(&work->source[s], wanted, count);
   free(wanted);
   TRY(status);
   return CORE_OK;
@@ -125,7 +153,7 @@ static core_status compare_one(const train_assembly_work *work, const share *own
   bool compares = t && t->kind == TRAIN_ASSEMBLY_SHARED;
   ckpt_tensor wanted = {0};
   if (compares) wanted = as_stored(t, own->other);
-  core_status status = ckpt_reader_load(work->source[s].reader, &wanted, compares);
+  core_status status = fill(&work->source[s], &wanted, compares);
   if (status == CORE_OK && compares &&
       memcmp(own->other, own->list[n].data, (size_t)t->count * sizeof *own->other) != 0)
     status = core_error_begin(CORE_ERR_MISMATCH, __func__, __FILE__, __LINE__,
@@ -137,11 +165,26 @@ static core_status compare_one(const train_assembly_work *work, const share *own
   return CORE_OK;
 }
 
-static core_status compare_all(const train_assembly_work *work, const share *own) {
-  int64_t most = own->count;
+static core_status compare_all(const train_assembly_work *work, const share *own, int32_t s) {
+  int64_t most = s > 0 ? own->count : 0; /* the base is what the others are compared with */
   TRY(comm_all_reduce(work->assembly->control, COMM_MAX, CORE_INT64, &most, 1));
-  for (int32_t n = 0; n < most; n++)
-    for (int32_t s = 1; s < work->sources; s++) TRY(compare_one(work, own, n, s));
+  for (int32_t n = 0; n < most; n++) TRY(compare_one(work, own, n, s));
+  return CORE_OK;
+}
+
+/* One source after the other, so that only one is held merged. */
+static core_status take_source(train_assembly_work *work, const share *own, int32_t s) {
+  train_assembly_source *source = &work->source[s];
+  comm_group *control = work->assembly->control;
+  core_status status =
+      source->adapters ? train_merged_read(control, source->reader, &source->merged) : CORE_OK;
+  if (status == CORE_OK && source->adapters && comm_rank(control) == 0)
+    LOG_INFO("%s: %lld adapters are merged", source->path, (long long)source->merged.adapters);
+  if (status == CORE_OK) status = comm_agree(control, train_assembly_check_priv(work, s));
+  if (status == CORE_OK) status = load_from(work, own, s);
+  if (status == CORE_OK) status = compare_all(work, own, s);
+  train_merged_free(&source->merged);
+  TRY(status);
   return CORE_OK;
 }
 
@@ -173,12 +216,11 @@ static core_status check_target(const char *directory) {
   return CORE_OK;
 }
 
-static core_status make(const train_assembly_work *work, share *own) {
+static core_status make(train_assembly_work *work, share *own) {
   comm_group *control = work->assembly->control;
   TRY(comm_agree(control, make_share(work, own)));
-  for (int32_t s = 0; s < work->sources; s++) TRY(load_from(work, own, s));
+  for (int32_t s = 0; s < work->sources; s++) TRY(take_source(work, own, s));
   draw_fresh(work, own);
-  TRY(compare_all(work, own));
   TRY(write_checkpoint(work, own));
   return CORE_OK;
 }
@@ -200,7 +242,10 @@ static core_status run(train_assembly_work *work) {
 core_status train_assemble(const train_assembly *assembly) {
   train_assembly_work work = {.assembly = assembly, .settings = core_config_data(assembly->config)};
   core_status status = run(&work);
-  for (int32_t i = 0; i < work.sources; i++) ckpt_reader_close(work.source[i].reader);
+  for (int32_t i = 0; i < work.sources; i++) {
+    train_source_close(&work.source[i].files);
+    ckpt_reader_close(work.source[i].reader);
+  }
   free(work.source);
   free(work.tensor);
   train_model_destroy(work.model);

@@ -7,8 +7,10 @@
  *   all else                        of the base; attention, norms, embedding and head must be the same bits
  * in every source, the feed-forwards of layers without a mixture need not
  *
- * Every rank reads, compares and writes whole tensors of its own, about 1/W of the bytes, which it holds
- * twice (the second is the writer's copy); sources are compared one tensor at a time. */
+ * Adapters (trainer/model/lora.h) of a source are merged into its matrices on the way. Every rank reads,
+ * compares and writes whole tensors of its own, about 1/W of the bytes, which it holds twice (the second is
+ * the writer's copy); sources are compared one tensor at a time. A source with adapters is held whole on
+ * every rank while it is worked on, one at a time. */
 #ifndef TRAIN_ASSEMBLE_H
 #define TRAIN_ASSEMBLE_H
 

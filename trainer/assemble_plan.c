@@ -49,7 +49,7 @@ static core_status compare_settings(const train_settings *t, const train_setting
   return CORE_OK;
 }
 
-static core_status check_source(const train_assembly_work *work, const train_assembly_source *source) {
+static core_status check_source(const train_assembly_work *work, train_assembly_source *source) {
   train_state_meta meta;
   core_config *config = NULL;
   TRY(train_state_meta_read(ckpt_reader_meta(source->reader), &meta));
@@ -59,13 +59,18 @@ static core_status check_source(const train_assembly_work *work, const train_ass
   core_config_destroy(config);
   free(meta.config);
   TRY(status);
-  for (int32_t i = 0; i < ckpt_reader_count(source->reader); i++) {
-    ckpt_tensor tensor;
-    ckpt_reader_at(source->reader, i, &tensor);
-    CHECK(!strstr(tensor.name, ".lora_"), CORE_ERR_MISMATCH,
-          "%s holds adapters ('%s'): merge them into the matrices first", source->path, tensor.name);
-  }
   return CORE_OK;
+}
+
+bool train_assembly_find_tensor_priv(const train_assembly_source *source, const char *name,
+                                     ckpt_tensor *found) {
+  if (!source->merged.list) return train_source_find(&source->files, name, found) != NULL;
+  for (int32_t i = 0; i < source->merged.count; i++)
+    if (strcmp(source->merged.list[i].name, name) == 0) {
+      *found = source->merged.list[i];
+      return true;
+    }
+  return false;
 }
 
 int32_t train_assembly_find_priv(const train_assembly_work *work, const char *path) {
@@ -84,11 +89,9 @@ static core_status find_widths(train_assembly_work *work) {
     work->connector[m] = path ? train_assembly_find_priv(work, path) : 0;
     const train_assembly_source *source = &work->source[work->connector[m]];
     snprintf(name, sizeof name, "latent_shift/%.80s", work->settings->data.modalities[m].name);
-    core_status status = ckpt_reader_find(source->reader, name, &found);
-    if (status == CORE_ERR_NOT_FOUND)
-      FAIL(CORE_ERR_MISMATCH, "%s has no connector of '%s'; name another source of it", source->path,
-           work->settings->data.modalities[m].name);
-    TRY(status);
+    CHECK(train_assembly_find_tensor_priv(source, name, &found), CORE_ERR_MISMATCH,
+          "%s has no connector of '%s'; name another source of it", source->path,
+          work->settings->data.modalities[m].name);
     CHECK(found.rank == 1, CORE_ERR_MISMATCH, "%s: '%s' has rank %d, expected 1", source->path, name,
           found.rank);
     work->width[m] = found.shape[0];
@@ -174,10 +177,8 @@ static void place(const train_assembly_work *work, const train_parameter *p, tra
 static core_status check_tensor(const train_assembly_work *work, const train_assembly_tensor *t, int32_t s) {
   ckpt_tensor found;
   const char *path = work->source[s].path;
-  core_status status = ckpt_reader_find(work->source[s].reader, t->from, &found);
-  CHECK(status != CORE_ERR_NOT_FOUND, CORE_ERR_MISMATCH, "%s lacks '%s', of which '%s' is to be made", path,
-        t->from, t->name);
-  TRY(status);
+  CHECK(train_assembly_find_tensor_priv(&work->source[s], t->from, &found), CORE_ERR_MISMATCH,
+        "%s lacks '%s', of which '%s' is to be made", path, t->from, t->name);
   bool same = found.dtype == CORE_REAL_DTYPE && found.rank == t->shape_rank;
   for (int32_t i = 0; same && i < t->shape_rank; i++) same = found.shape[i] == t->shape[i];
   CHECK(same, CORE_ERR_MISMATCH, "%s: '%s' is %s [%lld, %lld], '%s' is to be %s [%lld, %lld]", path, t->from,
@@ -187,15 +188,16 @@ static core_status check_tensor(const train_assembly_work *work, const train_ass
   return CORE_OK;
 }
 
-static core_status add_tensor(train_assembly_work *work, const train_assembly_tensor *t) {
-  if (t->kind == TRAIN_ASSEMBLY_TAKEN) TRY(check_tensor(work, t, t->source));
-  for (int32_t s = 0; t->kind == TRAIN_ASSEMBLY_SHARED && s < work->sources; s++)
-    TRY(check_tensor(work, t, s));
-  work->tensor[work->tensors++] = *t;
+core_status train_assembly_check_priv(const train_assembly_work *work, int32_t s) {
+  for (int32_t i = 0; i < work->tensors; i++) {
+    const train_assembly_tensor *t = &work->tensor[i];
+    bool wanted = t->kind == TRAIN_ASSEMBLY_SHARED || (t->kind == TRAIN_ASSEMBLY_TAKEN && t->source == s);
+    if (wanted) TRY(check_tensor(work, t, s));
+  }
   return CORE_OK;
 }
 
-static core_status add_parameters(train_assembly_work *work) {
+static void add_parameters(train_assembly_work *work) {
   const train_parameters *set = &work->model->parameters;
   for (int32_t i = 0; i < set->count; i++) {
     const train_parameter *p = &set->list[i];
@@ -203,12 +205,11 @@ static core_status add_parameters(train_assembly_work *work) {
     memcpy(t.shape, p->shape, sizeof t.shape);
     snprintf(t.name, sizeof t.name, "parameter/%s", p->name);
     place(work, p, &t);
-    TRY(add_tensor(work, &t));
+    work->tensor[work->tensors++] = t;
   }
-  return CORE_OK;
 }
 
-static core_status add_standardisation(train_assembly_work *work) {
+static void add_standardisation(train_assembly_work *work) {
   for (unsigned m = 0; m < work->settings->data.modalities_count; m++)
     for (int i = 0; i < 2; i++) {
       train_assembly_tensor t = {.parameter = -1,
@@ -220,9 +221,8 @@ static core_status add_standardisation(train_assembly_work *work) {
       snprintf(t.name, sizeof t.name, "%s/%.80s", i == 0 ? "latent_shift" : "latent_scale",
                work->settings->data.modalities[m].name);
       memcpy(t.from, t.name, sizeof t.from);
-      TRY(add_tensor(work, &t));
+      work->tensor[work->tensors++] = t;
     }
-  return CORE_OK;
 }
 
 /* Whole tensors to ranks, about as many bytes to each. */
@@ -233,18 +233,29 @@ static void share(train_assembly_work *work) {
     work->tensor[i].rank = (int32_t)((double)before / (double)total * (double)ranks);
 }
 
+/* The target has no adapters: they are for training. */
+static core_status check_target(const train_assembly_work *work) {
+  for (int32_t i = 0; i < work->model->parameters.count; i++)
+    CHECK(!train_lora_is_adapter(work->model->parameters.list[i].name), CORE_ERR_MISMATCH,
+          "an assembly has no adapters ('%s'): leave model.lora empty, and give it to the run that begins "
+          "with it",
+          work->model->parameters.list[i].name);
+  return CORE_OK;
+}
+
 core_status train_assembly_plan_priv(train_assembly_work *work) {
   CHECK(work->settings->model.kind == TRAIN_KIND_DECODER, CORE_ERR_MISMATCH,
         "only decoders are assembled (model.kind)");
   for (int32_t i = 0; i < work->sources; i++) TRY(check_source(work, &work->source[i]));
   TRY(find_widths(work));
   TRY(declare(work));
+  TRY(check_target(work));
   TRY(check_slots(work));
   size_t most = (size_t)work->model->parameters.count + 2 * CORE_MAX_MODALITIES;
   work->tensor = calloc(most, sizeof *work->tensor);
   CHECK(work->tensor, CORE_ERR_MEMORY, "no memory for a list of %zu tensors", most);
-  TRY(add_parameters(work));
-  TRY(add_standardisation(work));
+  add_parameters(work);
+  add_standardisation(work);
   share(work);
   return CORE_OK;
 }

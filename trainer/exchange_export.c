@@ -1,5 +1,6 @@
-/* Outline: every parameter and standardisation of the checkpoint into memory; each cut into the tensors that
- * it is published as, which are rows of it and need no copy; all files into a directory that is renamed last.
+/* Outline: every parameter and standardisation of the checkpoint into memory, adapters folded in; each cut
+ * into the tensors that it is published as, which are rows of it and need no copy; all files into a directory
+ * that is renamed last.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,17 +11,14 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "trainer/exchange.h"
-#include "trainer/state.h"
+#include "trainer/lora_merge.h"
 
 enum { PATH = 2048 };
 
 typedef struct export {
   ckpt_reader *reader;
-  core_config *config;
+  train_merged model;
   const train_settings *settings;
-  ckpt_tensor *tensor; /* of the checkpoint, [count] */
-  int32_t count;
-  core_real *value;
   ckpt_safetensors_source *source; /* [sources] */
   int32_t sources;
 }
@@ -47,33 +45,6 @@ static const char *outside_name(const char *name, char text[CORE_NAME + 32]) {
   return NULL;
 }
 
-static core_status choose(export *ex) {
-  int32_t all = ckpt_reader_count(ex->reader);
-  char text[CORE_NAME + 32];
-  int64_t total = 0;
-  ex->tensor = calloc((size_t)all + 1, sizeof *ex->tensor);
-  CHECK(ex->tensor, CORE_ERR_MEMORY, "no memory for %d tensors", all);
-  for (int32_t i = 0; i < all; i++) {
-    ckpt_tensor found;
-    ckpt_reader_at(ex->reader, i, &found);
-    if (!outside_name(found.name, text)) continue;
-    CHECK(found.dtype == CORE_REAL_DTYPE, CORE_ERR_UNSUPPORTED, "%s: tensor %s is %s, expected %s",
-          ckpt_reader_path(ex->reader), found.name, core_dtype_text(found.dtype),
-          core_dtype_text(CORE_REAL_DTYPE));
-    ex->tensor[ex->count++] = found;
-    total += found.count;
-  }
-  CHECK(ex->count > 0, CORE_ERR_FORMAT, "%s holds no parameters", ckpt_reader_path(ex->reader));
-  ex->value = malloc((size_t)total * sizeof *ex->value);
-  CHECK(ex->value, CORE_ERR_MEMORY, "no memory for %lld parameters", (long long)total);
-  core_real *value = ex->value;
-  for (int32_t i = 0; i < ex->count; i++) {
-    ex->tensor[i].data = value;
-    value += ex->tensor[i].count;
-  }
-  return CORE_OK;
-}
-
 /* ---- cutting ---- */
 
 static core_status cut(export *ex, const ckpt_tensor *tensor) {
@@ -97,9 +68,9 @@ static core_status cut(export *ex, const ckpt_tensor *tensor) {
 }
 
 static core_status cut_all(export *ex) {
-  ex->source = calloc((size_t)ex->count * TRAIN_EXCHANGE_PIECES, sizeof *ex->source);
-  CHECK(ex->source, CORE_ERR_MEMORY, "no memory for %d tensors", ex->count);
-  for (int32_t i = 0; i < ex->count; i++) TRY(cut(ex, &ex->tensor[i]));
+  ex->source = calloc((size_t)ex->model.count * TRAIN_EXCHANGE_PIECES, sizeof *ex->source);
+  CHECK(ex->source, CORE_ERR_MEMORY, "no memory for %d tensors", ex->model.count);
+  for (int32_t i = 0; i < ex->model.count; i++) TRY(cut(ex, &ex->model.list[i]));
   return CORE_OK;
 }
 
@@ -122,7 +93,7 @@ static core_status write_files(const export *ex, const char *directory, core_dty
   core_status status = json ? write_text(directory, "config.json", json) : CORE_OK;
   free(json);
   TRY(status);
-  TRY(write_text(directory, "config.yaml", core_config_text(ex->config)));
+  TRY(write_text(directory, "config.yaml", core_config_text(ex->model.config)));
   snprintf(path, sizeof path, "%s/model.safetensors", directory);
   TRY(ckpt_safetensors_write(path, ex->source, ex->sources, dtype, metadata));
   return CORE_OK;
@@ -152,28 +123,16 @@ static core_status publish(const export *ex, const char *directory, core_dtype d
 
 /* ---- the whole ---- */
 
-static core_status open_checkpoint(export *ex, comm_group *control, const char *path) {
-  train_state_meta meta;
-  TRY(ckpt_reader_open(control, path, &ex->reader));
-  TRY(train_state_meta_read(ckpt_reader_meta(ex->reader), &meta));
-  core_status status = core_config_load(train_settings_spec(), "the checkpoint's configuration", meta.config,
-                                        NULL, 0, &ex->config);
-  free(meta.config);
-  TRY(status);
-  ex->settings = core_config_data(ex->config);
-  return CORE_OK;
-}
-
 static core_status run(export *ex, comm_group *control, const char *checkpoint, const char *directory,
                        core_dtype dtype) {
   CHECK(strlen(directory) + 8 < PATH, CORE_ERR_ARGUMENT, "a directory name of %zu bytes", strlen(directory));
   CHECK(!core_file_exists(directory), CORE_ERR_ARGUMENT, "%s is there already", directory);
-  TRY(open_checkpoint(ex, control, checkpoint));
-  TRY(choose(ex));
-  TRY(ckpt_reader_load(ex->reader, ex->tensor, ex->count));
+  TRY(ckpt_reader_open(control, checkpoint, &ex->reader));
+  TRY(train_merged_read(control, ex->reader, &ex->model));
+  ex->settings = core_config_data(ex->model.config);
   TRY(cut_all(ex));
   TRY(publish(ex, directory, dtype));
-  LOG_INFO("exported %d parameters of %s as %d tensors into %s", ex->count, checkpoint, ex->sources,
+  LOG_INFO("exported %d parameters of %s as %d tensors into %s", ex->model.count, checkpoint, ex->sources,
            directory);
   return CORE_OK;
 }
@@ -184,8 +143,8 @@ core_status train_export(comm_group *control, const char *checkpoint, const char
   CHECK(comm_size(control) == 1, CORE_ERR_ARGUMENT, "export runs on one rank, not on %d", comm_size(control));
   core_status status = run(&ex, control, checkpoint, directory, dtype);
   ckpt_reader_close(ex.reader);
-  core_config_destroy(ex.config);
-  free(ex.tensor), free(ex.value), free(ex.source);
+  train_merged_free(&ex.model);
+  free(ex.source);
   TRY(status);
   return CORE_OK;
 }

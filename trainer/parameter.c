@@ -18,7 +18,7 @@ core_status train_parameters_add(train_parameters *set, const train_parameter *p
   train_parameter *added = &set->list[set->count];
   *added = *parameter;
   added->count = 1;
-  added->active = true;
+  added->active = !added->frozen;
   for (int32_t i = 0; i < added->rank; i++) {
     CHECK(added->shape[i] > 0 && added->count <= ((int64_t)1 << 48) / added->shape[i], CORE_ERR_ARGUMENT,
           "the parameter '%s' has dimension %lld", added->name, (long long)added->shape[i]);
@@ -28,15 +28,22 @@ core_status train_parameters_add(train_parameters *set, const train_parameter *p
   return CORE_OK;
 }
 
-int32_t train_parameters_freeze(train_parameters *set, const char *pattern) {
-  int32_t matches = 0;
+static bool matches(const train_parameter *p, const char *pattern) {
+  return fnmatch(pattern, p->name, 0) == 0;
+}
+
+void train_parameters_freeze(train_parameters *set, const char *pattern) {
   for (int32_t i = 0; i < set->count; i++) {
-    if (fnmatch(pattern, set->list[i].name, 0) != 0) continue;
+    if (!matches(&set->list[i], pattern)) continue;
     set->list[i].frozen = true;
     set->list[i].active = false;
-    matches++;
   }
-  return matches;
+}
+
+int32_t train_parameters_match(const train_parameters *set, const char *pattern) {
+  int32_t count = 0;
+  for (int32_t i = 0; i < set->count; i++) count += matches(&set->list[i], pattern);
+  return count;
 }
 
 int32_t train_scope_number(const train_parameter *parameter) {
@@ -49,18 +56,27 @@ comm_group *train_scope_group(const train_env *env, int32_t scope) {
                                        : env->modality[scope - 2];
 }
 
+/* A scope begins on a cache line. */
+static int64_t aligned(int64_t at) {
+  return (at + 15) / 16 * 16;
+}
+
 void train_parameters_place(train_parameters *set) {
-  int64_t at = 0;
+  int64_t at = 0, gradient = 0;
   for (int32_t scope = 0; scope < TRAIN_SCOPES; scope++) {
-    at = (at + 15) / 16 * 16; /* a scope begins on a cache line */
-    set->scope_first[scope] = at;
+    set->scope_first[scope] = at = aligned(at);
+    set->gradient_scope[scope] = gradient = aligned(gradient);
     for (int32_t i = 0; i < set->count; i++) {
-      if (train_scope_number(&set->list[i]) != scope) continue;
-      set->list[i].first = at;
-      at += set->list[i].count;
+      train_parameter *p = &set->list[i];
+      if (train_scope_number(p) != scope) continue;
+      p->first = at;
+      at += p->count;
+      p->gradient_first = p->frozen ? -1 : gradient;
+      if (!p->frozen) gradient += p->count;
     }
   }
   set->scope_first[TRAIN_SCOPES] = set->total = at;
+  set->gradient_scope[TRAIN_SCOPES] = set->gradient_total = gradient;
 }
 
 train_span train_span_common(train_span a, train_span b) {
@@ -74,58 +90,88 @@ train_span train_parameter_within(const train_parameter *p, train_span span) {
   return train_span_common((train_span){p->first, p->count}, span);
 }
 
+train_span train_gradient_within(const train_parameter *p, train_span span) {
+  if (p->frozen) return (train_span){span.first, 0};
+  return train_span_common((train_span){p->gradient_first, p->count}, span);
+}
+
 bool train_parameters_next_active(const train_parameters *set, int32_t scope, int32_t *from,
-                                  train_span *out) {
-  *out = (train_span){0, 0};
+                                  train_stretch *out) {
+  *out = (train_stretch){{0, 0}, {0, 0}};
   for (; *from < set->count; ++*from) {
     const train_parameter *p = &set->list[*from];
     if (train_scope_number(p) != scope) continue;
-    if (!p->active && out->count > 0) break;
+    if (!p->active && out->value.count > 0) break;
     if (!p->active) continue;
-    if (out->count == 0) out->first = p->first;
-    out->count = p->first + p->count - out->first;
+    if (out->value.count == 0) out->value.first = p->first;
+    if (out->value.count == 0) out->gradient.first = p->gradient_first;
+    out->value.count = out->gradient.count = p->first + p->count - out->value.first;
   }
-  return out->count > 0;
+  return out->value.count > 0;
 }
 
-/* End of a scope's last parameter: gaps lie only between scopes. */
-static int64_t scope_end(const train_parameters *set, int32_t scope) {
-  int64_t end = set->scope_first[scope];
+/* The two flat spaces. */
+typedef enum space { VALUES, GRADIENTS } space;
+
+static int64_t first_in(const train_parameter *p, space where) {
+  return where == VALUES ? p->first : p->gradient_first;
+}
+
+/* Whether parameter i lies in this scope of this space. */
+static bool lies_in(const train_parameters *set, int32_t i, int32_t scope, space where) {
+  return train_scope_number(&set->list[i]) == scope && (where == VALUES || !set->list[i].frozen);
+}
+
+/* All of a scope, to the end of its last parameter: gaps lie only between scopes. */
+static train_span scope_span(const train_parameters *set, int32_t scope, space where) {
+  int64_t first = where == VALUES ? set->scope_first[scope] : set->gradient_scope[scope], end = first;
   for (int32_t i = 0; i < set->count; i++)
-    if (train_scope_number(&set->list[i]) == scope) end = set->list[i].first + set->list[i].count;
-  return end;
+    if (lies_in(set, i, scope, where)) end = first_in(&set->list[i], where) + set->list[i].count;
+  return (train_span){first, end - first};
 }
 
 /* The place nearest to `ideal` where a scope may be cut: at a parameter's ends or cells. */
-static int64_t nearest_cut(const train_parameters *set, int32_t scope, int64_t ideal) {
+static int64_t nearest_cut(const train_parameters *set, int32_t scope, space where, int64_t ideal) {
   for (int32_t i = 0; i < set->count; i++) {
     const train_parameter *p = &set->list[i];
-    int64_t inside = ideal - p->first;
-    if (train_scope_number(p) != scope || inside < 0 || inside >= p->count) continue;
+    int64_t inside = ideal - first_in(p, where);
+    if (!lies_in(set, i, scope, where) || inside < 0 || inside >= p->count) continue;
     int64_t low = inside / CKPT_CELL * CKPT_CELL,
             high = low + CKPT_CELL < p->count ? low + CKPT_CELL : p->count;
-    return p->first + (inside - low <= high - inside ? low : high);
+    return first_in(p, where) + (inside - low <= high - inside ? low : high);
   }
   return ideal;
 }
 
-train_span train_parameters_share_of(const train_parameters *set, int32_t scope, int32_t rank, int32_t size) {
-  int64_t first = set->scope_first[scope], end = scope_end(set, scope), count = end - first;
-  if (count == 0) return (train_span){first, 0};
-  int64_t lo = rank == 0 ? first : nearest_cut(set, scope, first + count / size * rank);
-  int64_t hi = rank == size - 1 ? end : nearest_cut(set, scope, first + count / size * (rank + 1));
+static train_span share_of(const train_parameters *set, int32_t scope, space where, int32_t rank,
+                           int32_t size) {
+  train_span all = scope_span(set, scope, where);
+  int64_t each = all.count / size, end = all.first + all.count;
+  if (all.count == 0) return all;
+  int64_t lo = rank == 0 ? all.first : nearest_cut(set, scope, where, all.first + each * rank);
+  int64_t hi = rank == size - 1 ? end : nearest_cut(set, scope, where, all.first + each * (rank + 1));
   return (train_span){lo, hi - lo};
+}
+
+train_span train_parameters_share_of(const train_parameters *set, int32_t scope, int32_t rank, int32_t size) {
+  return share_of(set, scope, VALUES, rank, size);
+}
+
+train_span train_gradients_share_of(const train_parameters *set, int32_t scope, int32_t rank, int32_t size) {
+  return share_of(set, scope, GRADIENTS, rank, size);
 }
 
 void train_parameters_share(train_parameters *set, const train_env *env, bool sharded) {
   set->state_first[0] = 0;
   for (int32_t scope = 0; scope < TRAIN_SCOPES; scope++) {
-    int64_t first = set->scope_first[scope];
     const comm_group *group = train_scope_group(env, scope);
-    set->share[scope] = (train_span){first, 0};
-    if (group) set->share[scope] = train_parameters_share_of(set, scope, comm_rank(group), comm_size(group));
-    set->update[scope] = sharded ? set->share[scope] : (train_span){first, scope_end(set, scope) - first};
-    set->state_first[scope + 1] = set->state_first[scope] + (set->update[scope].count + 15) / 16 * 16;
+    int32_t rank = group ? comm_rank(group) : 0, size = group ? comm_size(group) : 1;
+    train_span *share = &set->share[scope], *gradient = &set->gradient_share[scope];
+    *share = train_parameters_share_of(set, scope, rank, size);
+    *gradient = train_gradients_share_of(set, scope, rank, size);
+    if (!group) share->count = gradient->count = 0;
+    set->update[scope] = sharded ? *gradient : scope_span(set, scope, GRADIENTS);
+    set->state_first[scope + 1] = set->state_first[scope] + aligned(set->update[scope].count);
   }
 }
 
@@ -134,7 +180,7 @@ core_status train_parameters_plan(train_parameters *set, const train_env *env, c
   TRY(ARENA_TAKE(arena, set->total, &set->value));
   if (env->active == CORE_BFLOAT16) TRY(ARENA_TAKE(arena, set->total, &set->copy));
   if (!training) return CORE_OK;
-  TRY(ARENA_TAKE(arena, set->total, &set->gradient));
+  TRY(ARENA_TAKE(arena, set->gradient_total, &set->gradient));
   TRY(ARENA_TAKE(arena, set->state_first[TRAIN_SCOPES], &set->m));
   TRY(ARENA_TAKE(arena, set->state_first[TRAIN_SCOPES], &set->v));
   return CORE_OK;
@@ -145,10 +191,14 @@ void train_parameter_draw(const train_parameter *parameter, uint64_t seed, core_
   double fixed = parameter->init == TRAIN_INIT_ZERO  ? 0
                  : parameter->init == TRAIN_INIT_ONE ? 1
                                                      : parameter->init_value;
-  for (int64_t i = 0; i < parameter->count; i++)
-    value[i] = parameter->init == TRAIN_INIT_NORMAL
-                   ? (core_real)(parameter->init_value * core_random_normal(seed, stream, (uint64_t)i))
-                   : (core_real)fixed;
+  for (int64_t i = 0; i < parameter->count; i++) {
+    double number = fixed;
+    if (parameter->init == TRAIN_INIT_NORMAL)
+      number = parameter->init_value * core_random_normal(seed, stream, (uint64_t)i);
+    if (parameter->init == TRAIN_INIT_UNIFORM)
+      number = parameter->init_value * (2 * core_random_uniform(seed, stream, (uint64_t)i) - 1);
+    value[i] = (core_real)number;
+  }
 }
 
 /* Draws on the host; `stage` [largest parameter] is NULL where the host writes the values itself. */
@@ -177,7 +227,7 @@ core_status train_parameters_initialise(train_parameters *set, const train_env *
     CHECK(stage, CORE_ERR_MEMORY, "no memory for a parameter of %lld numbers", (long long)largest);
   }
   TRY(zero(env, set->value, set->total)); /* gaps between scopes too */
-  TRY(zero(env, set->gradient, set->total));
+  TRY(zero(env, set->gradient, set->gradient_total));
   TRY(zero(env, set->m, set->state_first[TRAIN_SCOPES]));
   TRY(zero(env, set->v, set->state_first[TRAIN_SCOPES]));
   core_status status = draw_all(set, env, stage);
@@ -199,12 +249,12 @@ void train_parameters_free(train_parameters *set) {
   memset(set, 0, sizeof *set);
 }
 
-/* One parameter, or `count` > 0 neighbours, in one of the flat arrays. */
-static core_tensor view(const train_parameters *set, void *base, core_dtype dtype, int32_t index,
-                        int64_t count) {
+/* One parameter, or `count` > 0 neighbours, from element `first` of a flat array on; -1: absent. */
+static core_tensor view(const train_parameters *set, void *base, core_dtype dtype, int64_t first,
+                        int32_t index, int64_t count) {
   const train_parameter *p = &set->list[index];
   core_tensor tensor = {NULL, dtype, p->rank, {1, 1, 1, 1}};
-  if (base) tensor.data = (char *)base + (size_t)p->first * core_dtype_size(dtype);
+  if (base && first >= 0) tensor.data = (char *)base + (size_t)first * core_dtype_size(dtype);
   if (count > 0) {
     tensor.rank = p->rank + 1;
     tensor.shape[0] = count;
@@ -214,20 +264,22 @@ static core_tensor view(const train_parameters *set, void *base, core_dtype dtyp
 }
 
 core_tensor train_parameter_value(const train_parameters *set, int32_t index) {
-  return view(set, set->value, CORE_REAL_DTYPE, index, 0);
+  return train_parameter_vectors(set, index, 0);
 }
 
 core_tensor train_parameter_gradient(const train_parameters *set, int32_t index) {
-  return view(set, set->gradient, CORE_REAL_DTYPE, index, 0);
+  return train_parameter_gradients(set, index, 0);
 }
 
 core_tensor train_parameter_matrices(const train_parameters *set, int32_t index, int64_t count) {
-  return set->copy ? view(set, set->copy, CORE_BFLOAT16, index, count)
-                   : view(set, set->value, CORE_REAL_DTYPE, index, count);
+  int64_t first = set->list[index].first;
+  return set->copy ? view(set, set->copy, CORE_BFLOAT16, first, index, count)
+                   : view(set, set->value, CORE_REAL_DTYPE, first, index, count);
 }
 
 core_tensor train_parameter_vectors(const train_parameters *set, int32_t index, int64_t count) {
-  return view(set, set->value, CORE_REAL_DTYPE, index, count);
+  if (index < 0) return core_tensor_1(NULL, CORE_REAL_DTYPE, 0);
+  return view(set, set->value, CORE_REAL_DTYPE, set->list[index].first, index, count);
 }
 
 core_tensor train_parameter_matrix(const train_parameters *set, int32_t index) {
@@ -235,5 +287,12 @@ core_tensor train_parameter_matrix(const train_parameters *set, int32_t index) {
 }
 
 core_tensor train_parameter_gradients(const train_parameters *set, int32_t index, int64_t count) {
-  return view(set, set->gradient, CORE_REAL_DTYPE, index, count);
+  if (index < 0) return core_tensor_1(NULL, CORE_REAL_DTYPE, 0);
+  for (int64_t i = 0; i < count; i++)
+    if (set->list[index + i].frozen) return core_tensor_1(NULL, CORE_REAL_DTYPE, 0);
+  return view(set, set->gradient, CORE_REAL_DTYPE, set->list[index].gradient_first, index, count);
+}
+
+bool train_parameter_trained(const train_parameters *set, int32_t index) {
+  return index >= 0 && !set->list[index].frozen;
 }

@@ -36,6 +36,7 @@ typedef struct train_run_state {
   train_early_stopping stopping;
   int64_t evaluated;         /* step of the last evaluation of this process, -1 none */
   train_state_tensors saved; /* what the writer writes */
+  train_base base;           /* of a run that saves what is trained alone */
   ckpt_writer *writer;
   train_metrics *metrics;   /* rank 0 */
   double process_mebibytes; /* resident beside what is planned: libraries, MPI, the index of the shards */
@@ -59,6 +60,9 @@ double train_run_peak_mebibytes_priv(void);
 /* The run's own newest checkpoint, the one that `resume` names, or a new run that takes what `from` (NULL:
  * nothing) has. */
 core_status train_run_start_or_resume_priv(train_run_state *r, const char *resume, const char *from);
+
+/* Whether checkpoints hold what is trained alone. Local. */
+bool train_run_saves_trained_priv(const train_run_state *r);
 
 /* ---- run_manifest.c ---- */
 

@@ -78,7 +78,7 @@ static memory own_memory(const train_run_state *r) {
   const train_parameters *set = &r->session->model->parameters;
   const int64_t real = (int64_t)sizeof(core_real);
   return (memory){.values = set->total * (real + (set->copy ? (int64_t)sizeof *set->copy : 0)),
-                  .gradients = set->total * real,
+                  .gradients = set->gradient_total * real,
                   .moments = 2 * set->state_first[TRAIN_SCOPES] * real};
 }
 

@@ -122,7 +122,9 @@ core_status train_run_open_priv(train_run_state *r, const train_run_options *opt
   snprintf(r->checkpoints, sizeof r->checkpoints, "%.900s/checkpoints", s->run.directory);
   TRY(prepare_directory(r));
   TRY(comm_agree(r->env->control, train_state_list(r->session->model, &r->session->stepper.alternation,
-                                                   TRAIN_STATE_SAVE, &r->saved)));
+                                                   train_run_saves_trained_priv(r) ? TRAIN_STATE_SAVE_TRAINED
+                                                                                   : TRAIN_STATE_SAVE,
+                                                   &r->saved)));
   ckpt_options saving = {.directory = r->checkpoints,
                          .keep = (int32_t)s->checkpoint.keep,
                          .level = (int32_t)s->checkpoint.level,

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/log.h"
+#include "trainer/source.h"
 
 /* A changed configuration is the user's right, but some changes deserve a word. */
 static void compare_config(const train_run_state *r, const char *stored, const char *path) {
@@ -37,12 +38,20 @@ static core_status check_meta(const train_run_state *r, const train_state_meta *
   return CORE_OK;
 }
 
-static core_status load_tensors(train_run_state *r, ckpt_reader *reader) {
+bool train_run_saves_trained_priv(const train_run_state *r) {
+  return r->settings->checkpoint.contents == TRAIN_CONTENTS_TRAINED;
+}
+
+static core_status load_tensors(train_run_state *r, const train_source *source) {
   train_state_tensors wanted;
+  TRY(comm_agree(r->env->control, train_run_saves_trained_priv(r)
+                                      ? train_base_resume(r->session->model, source, &r->base)
+                                      : CORE_OK));
   TRY(comm_agree(r->env->control, train_state_list(r->session->model, &r->session->stepper.alternation,
                                                    TRAIN_STATE_LOAD, &wanted)));
-  core_status status = ckpt_reader_threads(reader, (int32_t)r->settings->checkpoint.threads);
-  if (status == CORE_OK) status = ckpt_reader_load(reader, wanted.list, wanted.count);
+  train_state_match(r->session->model, source, &wanted);
+  core_status status = ckpt_reader_threads(source->reader[0], (int32_t)r->settings->checkpoint.threads);
+  if (status == CORE_OK) status = train_source_load(source, wanted.list, wanted.count);
   train_state_free(&wanted);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   TRY(comm_agree(r->env->control, train_state_loaded(r->session->model)));
@@ -55,7 +64,11 @@ static core_status load(train_run_state *r, ckpt_reader *reader) {
   core_status status = check_meta(r, &meta, ckpt_reader_path(reader));
   free(meta.config);
   TRY(comm_agree(r->env->control, status));
-  TRY(load_tensors(r, reader));
+  train_source source;
+  TRY(train_source_open(r->env->control, reader, &source));
+  status = load_tensors(r, &source);
+  train_source_close(&source);
+  TRY(status);
   r->env->step = meta.step;
   r->position = meta.position;
   meta.stopping.patience = r->stopping.patience; /* the present configuration's */
@@ -115,15 +128,14 @@ static core_status find_checkpoint(const train_run_state *r, const char *resume,
 
 /* Keeps of `wanted` what the checkpoint has. Equal name and another shape is no new parameter but a mistake.
  */
-static core_status keep_known(const ckpt_reader *reader, train_state_tensors *wanted, train_begun *begun) {
+static core_status keep_known(const train_source *source, train_state_tensors *wanted, train_begun *begun) {
   int32_t kept = 0;
   size_t used = 0;
   begun->fresh = calloc((size_t)wanted->count + 1, CORE_NAME);
   CHECK(begun->fresh, CORE_ERR_MEMORY, "no memory for the names of %d tensors", wanted->count);
   for (int32_t i = 0; i < wanted->count; i++) {
     ckpt_tensor found;
-    if (ckpt_reader_find(reader, wanted->list[i].name, &found) != CORE_OK) {
-      core_error_clear();
+    if (!train_source_find(source, wanted->list[i].name, &found)) {
       used += (size_t)snprintf(begun->fresh + used, CORE_NAME, "%s\n", wanted->list[i].name);
     } else {
       wanted->list[kept++] = wanted->list[i];
@@ -135,27 +147,43 @@ static core_status keep_known(const ckpt_reader *reader, train_state_tensors *wa
 
 /* A new run with the parameters of another: what that one has is taken (its standardisation too), what it
  * lacks is initialised, the optimizer begins anew. */
+static core_status take_from(train_run_state *r, const train_source *source, const char *path) {
+  train_state_tensors wanted = {0};
+  TRY(comm_agree(r->env->control, train_run_saves_trained_priv(r)
+                                      ? train_base_begin(r->session->model, source, &r->base)
+                                      : CORE_OK));
+  core_status status =
+      comm_agree(r->env->control, train_state_list(r->session->model, NULL, TRAIN_STATE_LOAD_MODEL, &wanted));
+  if (status == CORE_OK) status = comm_agree(r->env->control, keep_known(source, &wanted, &r->begun));
+  if (status == CORE_OK) status = train_source_load(source, wanted.list, wanted.count);
+  if (status == CORE_OK) status = comm_agree(r->env->control, train_state_loaded(r->session->model));
+  if (status == CORE_OK) LOG_INFO("began with %d tensors of %s", wanted.count, path);
+  train_state_free(&wanted);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  return CORE_OK;
+}
+
 static core_status begin_from(train_run_state *r, const char *path) {
   ckpt_reader *reader = NULL;
-  train_state_tensors wanted = {0};
+  train_source source = {.count = 0};
   TRY(train_session_standardise(r->session));
   TRY(ckpt_reader_open(r->env->control, path, &reader));
   snprintf(r->begun.path, sizeof r->begun.path, "%s", path);
   r->begun.step = ckpt_reader_step(reader);
   r->begun.content = ckpt_reader_content_hash(reader);
-  core_status status =
-      comm_agree(r->env->control, train_state_list(r->session->model, NULL, TRAIN_STATE_LOAD_MODEL, &wanted));
-  if (status == CORE_OK) status = comm_agree(r->env->control, keep_known(reader, &wanted, &r->begun));
-  if (status == CORE_OK) status = ckpt_reader_load(reader, wanted.list, wanted.count);
-  if (status == CORE_OK) status = comm_agree(r->env->control, train_state_loaded(r->session->model));
-  if (status == CORE_OK) LOG_INFO("began with %d tensors of %s", wanted.count, path);
-  train_state_free(&wanted);
+  core_status status = train_source_open(r->env->control, reader, &source);
+  if (status == CORE_OK) status = take_from(r, &source, path);
+  train_source_close(&source);
   ckpt_reader_close(reader);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
 }
 
 static core_status start(train_run_state *r, const char *from) {
+  if (!from && train_run_saves_trained_priv(r))
+    return core_config_refuse(r->env->config, "checkpoint.contents",
+                              "what is frozen stays in the checkpoint that a run begins with: expected all, "
+                              "or --from CHECKPOINT");
   TRY(from ? begin_from(r, from) : train_session_standardise(r->session));
   return CORE_OK;
 }

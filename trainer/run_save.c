@@ -5,6 +5,7 @@
 
 #include "core/clock.h"
 #include "core/log.h"
+#include "trainer/source.h"
 
 void train_run_mark_best_priv(const train_run_state *r) {
   if (!r->settings->checkpoint.keep_best || r->stopping.best_step < 0 || comm_rank(r->env->world) != 0)
@@ -25,6 +26,10 @@ core_status train_run_begin_save_priv(train_run_state *r) {
                            .expert_ranks = r->env->layout.expert_ranks,
                            .stopping = r->stopping,
                            .config = (char *)(uintptr_t)core_config_text(r->env->config)};
+  if (train_run_saves_trained_priv(r)) {
+    meta.base = r->base;
+    train_base_relate(&meta.base, r->directory);
+  }
   comm_note(r->env->comm, r->env->step, -1, "checkpoint");
   TRY(train_state_meta_write(&meta, &json));
   core_status status = ckpt_writer_begin(r->writer, r->env->step, json);

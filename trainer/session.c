@@ -7,6 +7,7 @@
 #include <unistd.h> /* sysconf */
 
 #include "core/log.h"
+#include "trainer/model/lora.h"
 
 /* ---- opening data ---- */
 
@@ -382,10 +383,10 @@ static core_status allocate_local(train_session *session, const int64_t *width) 
 }
 
 /* A pattern that freezes nothing on any rank is a mistake. */
-static core_status freeze(train_session *session) {
+static core_status check_frozen(train_session *session) {
   const train_settings *s = session->env.settings;
   for (unsigned i = 0; i < s->optimizer.frozen_count; i++) {
-    int64_t matches = train_parameters_freeze(&session->model->parameters, s->optimizer.frozen[i]);
+    int64_t matches = train_parameters_match(&session->model->parameters, s->optimizer.frozen[i]);
     TRY(comm_all_reduce(session->env.control, COMM_SUM, CORE_INT64, &matches, 1));
     char key[64];
     snprintf(key, sizeof key, "optimizer.frozen.%u", i);
@@ -396,6 +397,34 @@ static core_status freeze(train_session *session) {
   return CORE_OK;
 }
 
+/* Likewise one that adapts nothing. */
+static core_status check_adapted(train_session *session) {
+  const train_settings *s = session->env.settings;
+  for (unsigned i = 0; i < s->model.lora_count; i++) {
+    int64_t matches = train_lora_matches(session->model, i);
+    TRY(comm_all_reduce(session->env.control, COMM_SUM, CORE_INT64, &matches, 1));
+    char key[64];
+    snprintf(key, sizeof key, "model.lora.%u.parameters", i);
+    if (matches == 0)
+      return core_config_refuse(session->env.config, key,
+                                "no linear map of a block or connector has a name that matches '%s'",
+                                s->model.lora[i].parameters);
+  }
+  return CORE_OK;
+}
+
+/* What is trained decides how far gradients go down; it must be something. */
+static core_status agree_trained(train_session *session) {
+  train_model *model = session->model;
+  int64_t trained = model->parameters.gradient_total;
+  model->lowest = train_model_lowest(model);
+  TRY(comm_all_reduce(session->env.control, COMM_MIN, CORE_INT64, &model->lowest, 1));
+  TRY(comm_all_reduce(session->env.control, COMM_SUM, CORE_INT64, &trained, 1));
+  if (trained == 0 && session->purpose == TRAIN_PURPOSE_TRAIN)
+    return core_config_refuse(session->env.config, "optimizer.frozen", "nothing is left to train");
+  return CORE_OK;
+}
+
 static core_status open_all(train_session *session, const train_session_options *options) {
   train_env *env = &session->env;
   TRY(train_settings_check(options->config, comm_size(env->world)));
@@ -403,7 +432,9 @@ static core_status open_all(train_session *session, const train_session_options 
   TRY(comm_agree(env->control, make_layout(session)));
   TRY(make_groups(env));
   TRY(comm_agree(env->control, allocate_local(session, options->width)));
-  TRY(freeze(session));
+  TRY(check_frozen(session));
+  TRY(check_adapted(session));
+  TRY(agree_trained(session));
   return CORE_OK;
 }
 

@@ -42,6 +42,8 @@ static const cyaml_strval_t incomplete_words[] = {{"carry", TRAIN_INCOMPLETE_CAR
                                                   {"drop", TRAIN_INCOMPLETE_DROP}};
 static const cyaml_strval_t stage_words[] = {{"train", TRAIN_STAGE_TRAIN},
                                              {"assemble", TRAIN_STAGE_ASSEMBLE}};
+static const cyaml_strval_t contents_words[] = {{"all", TRAIN_CONTENTS_ALL},
+                                                {"trained", TRAIN_CONTENTS_TRAINED}};
 static const cyaml_strval_t busy_words[] = {{"delay", TRAIN_BUSY_DELAY}, {"wait", TRAIN_BUSY_WAIT}};
 
 static const cyaml_strval_t kind_words[] = {
@@ -146,6 +148,15 @@ static const cyaml_schema_field_t scaling_fields[] = {
     CYAML_FIELD_INT("length", NEEDED, scaling_part, length),
     CYAML_FIELD_END};
 
+#define L train_lora_settings
+static const cyaml_schema_field_t lora_fields[] = {
+    TEXT("parameters", L, parameters), CYAML_FIELD_INT("rank", NEEDED, L, rank),
+    CYAML_FIELD_FLOAT("alpha", NEEDED, L, alpha), CYAML_FIELD_FLOAT("dropout", NEEDED, L, dropout),
+    CYAML_FIELD_END};
+#undef L
+static const cyaml_schema_value_t lora_value = {
+    CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, train_lora_settings, lora_fields)};
+
 typedef PART(model) model_part;
 static const cyaml_schema_field_t model_fields[] = {
     WORD("kind", model_part, kind, kind_words),
@@ -168,6 +179,7 @@ static const cyaml_schema_field_t model_fields[] = {
     CORE_FIELD_BOOL("qkv_bias", model_part, qkv_bias),
     CYAML_FIELD_MAPPING("rope_scaling", NEEDED, model_part, rope_scaling, scaling_fields),
     CORE_FIELD_BOOL("recompute", model_part, recompute),
+    CYAML_FIELD_SEQUENCE("lora", CYAML_FLAG_POINTER, model_part, lora, &lora_value, 0, 256),
     CYAML_FIELD_MAPPING("moe", NEEDED, model_part, moe, moe_fields),
     CYAML_FIELD_END};
 
@@ -230,6 +242,7 @@ static const cyaml_schema_field_t checkpoint_fields[] = {
     CYAML_FIELD_INT("level", NEEDED, checkpoint_part, level),
     CYAML_FIELD_INT("threads", NEEDED, checkpoint_part, threads),
     WORD("busy", checkpoint_part, busy, busy_words),
+    WORD("contents", checkpoint_part, contents, contents_words),
     CORE_FIELD_BOOL("keep_best", checkpoint_part, keep_best),
     CYAML_FIELD_END};
 
@@ -290,7 +303,7 @@ static const char defaults[] =
     "model:\n  kind: tower\n  layers: 1\n  heads: 0\n"
     "  kv_heads: 0\n  head_width: 0\n  hidden: 0\n  embedding: 0\n  activation: swiglu\n"
     "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  trunks: shared\n  dense: false\n  dense_match: active\n"
-    "  per_direction: false\n  recompute: false\n  vocabulary: 0\n  tied: false\n"
+    "  per_direction: false\n  recompute: false\n  lora: []\n  vocabulary: 0\n  tied: false\n"
     "  qkv_bias: false\n  rope_scaling: {kind: none, factor: 1, low: 1, high: 4, length: 8192}\n"
     "  moe: {layers: every 2, experts: 8, choose: 1, hidden: 0, gate: softmax, partition: none,"
     " dispatch: dropless, capacity: '1.05', group_samples: 8, priority: gate, bias: false, dropout: 0, "
@@ -302,7 +315,8 @@ static const char defaults[] =
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1,"
     " frozen: []}\n"
-    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay, keep_best: "
+    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay, contents: all, "
+    "keep_best: "
     "false}\n"
     "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none}\n"
     "stages: []\n";
@@ -314,11 +328,15 @@ static const char stage_defaults[] =
     "{from: none, set: [], kind: train, group: '', ranks: 0,"
     " assemble: {base: none, slots: [], layers: [], connectors: []}}";
 
+/* Which maps, and the rank, are to be said. */
+static const char lora_defaults[] = "{alpha: 16, dropout: 0}";
+
 const core_config_spec *train_settings_spec(void) {
   static const core_config_items items[] = {
       {.path = "data.modalities", .yaml = modality_defaults, .place = "mark", .use = "data.use"},
+      {.path = "model.lora", .yaml = lora_defaults},
       {.path = "stages", .yaml = stage_defaults}};
-  static const core_config_spec spec = {&top_value, defaults, items, 2};
+  static const core_config_spec spec = {&top_value, defaults, items, 3};
   return &spec;
 }
 

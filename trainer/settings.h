@@ -48,6 +48,8 @@ typedef enum train_non_finite { TRAIN_NON_FINITE_STOP, TRAIN_NON_FINITE_SKIP } t
 typedef enum train_batches { TRAIN_BATCHES_MIXED, TRAIN_BATCHES_HOMOGENEOUS } train_batches;
 typedef enum train_incomplete { TRAIN_INCOMPLETE_CARRY, TRAIN_INCOMPLETE_DROP } train_incomplete;
 typedef enum train_stage_kind { TRAIN_STAGE_TRAIN, TRAIN_STAGE_ASSEMBLE } train_stage_kind;
+/* What a checkpoint holds of the parameters: all, or those that are trained. */
+typedef enum train_contents { TRAIN_CONTENTS_ALL, TRAIN_CONTENTS_TRAINED } train_contents;
 typedef enum train_busy { TRAIN_BUSY_DELAY, TRAIN_BUSY_WAIT } train_busy;
 
 typedef struct train_modality_settings {
@@ -83,6 +85,13 @@ typedef struct train_stage_settings {
     unsigned connectors_count;
   } assemble;
 } train_stage_settings;
+/* Low-rank adapters of linear maps: trainer/model/lora.h. */
+typedef struct train_lora_settings {
+  char *parameters; /* pattern (* and ?) of maps of blocks and connectors, as blocks.*.attention.* */
+  int64_t rank;     /* r */
+  double alpha;     /* the branch counts alpha / r */
+  double dropout;   /* of the branch's input, in training */
+} train_lora_settings;
 
 typedef struct train_settings {
   struct {
@@ -140,7 +149,9 @@ typedef struct train_settings {
                            is fast */
       int64_t length;   /* llama3: positions that the model was first trained on */
     } rope_scaling;
-    int recompute; /* keep only the blocks' outputs for backward and compute the rest again */
+    int recompute;             /* keep only the blocks' outputs for backward and compute the rest again */
+    train_lora_settings *lora; /* the first entry that names a map holds for it, and freezes its matrix */
+    unsigned lora_count;
     struct {
       char *layers; /* none, all, every 2, first half, second half, or a list "1,3" */
       int64_t experts, choose;
@@ -188,13 +199,17 @@ typedef struct train_settings {
     double timescale, cooldown;    /* rsqrt */
     double weight_decay, beta1, beta2, epsilon;
     double clip;   /* largest gradient norm; 0: no clipping */
-    char **frozen; /* patterns of parameter names (* and ?) that no step changes */
+    char **frozen; /* patterns of parameter names (* and ?) that no step changes; adapters are frozen only
+                      by patterns that contain lora_ */
     unsigned frozen_count;
   } optimizer;
   struct {
     int64_t interval, keep, keep_every, level, threads;
-    int busy; /* train_busy: a save that falls due while the one before is still being written begins when
-                 that is done (delay), or training waits for it (wait) */
+    int busy;     /* train_busy: a save that falls due while the one before is still being written begins when
+                     that is done (delay), or training waits for it (wait) */
+    int contents; /* train_contents: trained saves what no step changes not again; it stays in the checkpoint
+                     that the run began with (--from), whose path and content hash are kept, and which must
+                     stay */
     int keep_best; /* keep the one of the largest mean recall so far too, under the name `best` */
   } checkpoint;
   struct {

@@ -241,6 +241,21 @@ static core_status check_schedule(const core_config *config, const train_setting
   return CORE_OK;
 }
 
+static core_status check_lora(const core_config *config, const train_settings *s) {
+  for (unsigned i = 0; i < s->model.lora_count; i++) {
+    const train_lora_settings *lora = &s->model.lora[i];
+    char rank[64], alpha[64], dropout[64];
+    snprintf(rank, sizeof rank, "model.lora.%u.rank", i);
+    snprintf(alpha, sizeof alpha, "model.lora.%u.alpha", i);
+    snprintf(dropout, sizeof dropout, "model.lora.%u.dropout", i);
+    const bound list[] = {{rank, (double)lora->rank, 1, 65536},
+                          {alpha, lora->alpha, 1e-6, 1e6},
+                          {dropout, lora->dropout, 0, 0.999}};
+    TRY(check_bounds(config, list, sizeof list / sizeof *list));
+  }
+  return CORE_OK;
+}
+
 static core_status check_model(const core_config *config, const train_settings *s) {
   if (s->model.kind == TRAIN_KIND_CONNECTOR) {
     TRY(check_connector(config, s));
@@ -405,6 +420,7 @@ core_status train_settings_check(const core_config *config, int32_t ranks) {
   TRY(check_use(config, s));
   for (unsigned m = 0; m < s->data.modalities_count; m++) TRY(check_modality(config, s, m));
   TRY(check_model(config, s));
+  TRY(check_lora(config, s));
   TRY(check_baselines(config, s));
   TRY(check_schedule(config, s));
   TRY(check_pairs(config, s));

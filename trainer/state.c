@@ -6,6 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/log.h"
+#include "trainer/source.h"
+
 static ckpt_tensor *add(train_state_tensors *out, const char *prefix, const char *name) {
   ckpt_tensor *tensor = &out->list[out->count];
   memset(tensor, 0, sizeof *tensor);
@@ -15,18 +18,17 @@ static ckpt_tensor *add(train_state_tensors *out, const char *prefix, const char
   return tensor;
 }
 
-/* Adds the part of parameter p that lies in `span`; base: where the span's first element lies. */
+/* Adds `part` of parameter p, counted from its first element; data: where the part begins. */
 static void add_part(const train_model *model, train_state_tensors *out, const char *prefix,
-                     const train_parameter *p, train_span span, core_real *base) {
-  train_span part = train_parameter_within(p, span);
+                     const train_parameter *p, train_span part, core_real *data) {
   if (part.count == 0) return;
   ckpt_tensor *tensor = add(out, prefix, p->name);
   tensor->dtype = CORE_REAL_DTYPE;
   tensor->rank = p->rank;
   memcpy(tensor->shape, p->shape, (size_t)p->rank * sizeof *p->shape);
-  tensor->first = part.first - p->first;
+  tensor->first = part.first;
   tensor->count = part.count;
-  tensor->data = base + (part.first - span.first);
+  tensor->data = data;
   tensor->device = model->env->ops->device;
   tensor->owner = true;
 }
@@ -41,22 +43,31 @@ static void add_steps(train_state_tensors *out, train_parameter *p, bool owner) 
   tensor->owner = owner;
 }
 
+/* What the optimizer knows of a trained parameter. */
+static void add_moments(train_model *model, train_state_tensors *out, train_parameter *p, bool saves) {
+  train_parameters *set = &model->parameters;
+  int32_t scope = train_scope_number(p);
+  train_span share = set->gradient_share[scope], update = set->update[scope];
+  train_span part = train_gradient_within(p, saves ? share : update);
+  int64_t at = set->state_first[scope] + (part.first - update.first);
+  part.first -= p->gradient_first;
+  add_part(model, out, "adam_m", p, part, set->m + at);
+  add_part(model, out, "adam_v", p, part, set->v + at);
+  bool begins = p->gradient_first >= share.first && p->gradient_first < share.first + share.count;
+  if (begins || !saves) add_steps(out, p, begins);
+}
+
 static void add_parameter(train_model *model, train_state_tensors *out, train_parameter *p,
                           train_state_purpose purpose) {
   train_parameters *set = &model->parameters;
-  int32_t scope = train_scope_number(p);
-  train_span share = set->share[scope], update = set->update[scope], own = {p->first, p->count};
-  bool saves = purpose == TRAIN_STATE_SAVE;
-  if (!saves) share = own;
-  add_part(model, out, "parameter", p, share, set->value + share.first);
-  if (purpose == TRAIN_STATE_LOAD_MODEL) return;
-  train_span moments = saves ? set->share[scope] : update;
-  int64_t first = set->state_first[scope] + (moments.first - update.first);
-  add_part(model, out, "adam_m", p, moments, set->m + first);
-  add_part(model, out, "adam_v", p, moments, set->v + first);
-  bool begins =
-      p->first >= set->share[scope].first && p->first < set->share[scope].first + set->share[scope].count;
-  if (begins || !saves) add_steps(out, p, begins);
+  bool saves = purpose == TRAIN_STATE_SAVE || purpose == TRAIN_STATE_SAVE_TRAINED;
+  if (p->frozen && purpose == TRAIN_STATE_SAVE_TRAINED) return;
+  train_span all = {p->first, p->count};
+  train_span part = saves ? train_parameter_within(p, set->share[train_scope_number(p)]) : all;
+  core_real *data = set->value + part.first;
+  part.first -= p->first;
+  add_part(model, out, "parameter", p, part, data);
+  if (purpose != TRAIN_STATE_LOAD_MODEL && !p->frozen) add_moments(model, out, p, saves);
 }
 
 static void add_standardisation(train_model *model, train_state_tensors *out, int32_t m) {
@@ -103,6 +114,39 @@ core_status train_state_list(train_model *model, train_alternation *alternation,
   return CORE_OK;
 }
 
+/* Whether a checkpoint, not its base, holds any of what the optimizer knows of a parameter. */
+static bool holds_moments(const train_source *source, const char *name) {
+  static const char *const kinds[] = {"adam_m", "adam_v", "adam_steps"};
+  bool any = false;
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+    char full[2 * CORE_NAME];
+    ckpt_tensor found;
+    snprintf(full, sizeof full, "%s/%s", kinds[i], name);
+    any = any || train_source_find(source, full, &found) == source->reader[0];
+  }
+  return any;
+}
+
+void train_state_match(const train_model *model, const train_source *source, train_state_tensors *wanted) {
+  const train_parameters *set = &model->parameters;
+  int32_t kept = 0, anew = 0, left = 0;
+  for (int32_t i = 0; i < wanted->count; i++) {
+    const char *name = wanted->list[i].name, *slash = strchr(name, '/');
+    bool gone = strncmp(name, "adam_", 5) == 0 && slash && !holds_moments(source, slash + 1);
+    anew += gone && strncmp(name, "adam_steps/", 11) == 0;
+    if (!gone) wanted->list[kept++] = wanted->list[i];
+  }
+  wanted->count = kept;
+  for (int32_t i = 0; i < set->count; i++)
+    left += set->list[i].frozen && holds_moments(source, set->list[i].name);
+  if (anew > 0)
+    LOG_INFO("%d parameters were not trained in %s: their moments begin at 0", anew,
+             ckpt_reader_path(source->reader[0]));
+  if (left > 0)
+    LOG_INFO("%d parameters that were trained in %s are frozen now: their moments are left behind", left,
+             ckpt_reader_path(source->reader[0]));
+}
+
 core_status train_state_loaded(train_model *model) {
   train_parameters *set = &model->parameters;
   TRY(train_parameters_round(set, model->env, (train_span){0, set->total}));
@@ -144,6 +188,15 @@ static void put_stopping(cJSON *object, const train_early_stopping *s) {
   put_integer(part, "seen", s->seen);
 }
 
+static void put_base(cJSON *object, const train_base *base) {
+  char text[32];
+  cJSON *part = cJSON_AddObjectToObject(object, "base");
+  snprintf(text, sizeof text, "%016" PRIx64, base->hash);
+  cJSON_AddStringToObject(part, "path", base->path);
+  cJSON_AddStringToObject(part, "relative", base->relative);
+  cJSON_AddStringToObject(part, "content", text);
+}
+
 core_status train_state_meta_write(const train_state_meta *meta, char **json) {
   char text[32];
   cJSON *object = cJSON_CreateObject();
@@ -156,6 +209,7 @@ core_status train_state_meta_write(const train_state_meta *meta, char **json) {
   put_integer(object, "ranks", meta->ranks);
   put_integer(object, "expert_ranks", meta->expert_ranks);
   put_stopping(object, &meta->stopping);
+  if (meta->base.path[0]) put_base(object, &meta->base);
   cJSON_AddStringToObject(object, "config", meta->config);
   *json = cJSON_PrintUnformatted(object);
   cJSON_Delete(object);
@@ -188,6 +242,21 @@ static bool get_stopping(const cJSON *object, train_early_stopping *s) {
          get_integer(part, "stale", &s->stale) && get_integer(part, "seen", &s->seen);
 }
 
+/* Absent in a whole checkpoint. */
+static bool get_base(const cJSON *object, train_base *base) {
+  const cJSON *part = cJSON_GetObjectItemCaseSensitive(object, "base");
+  const char *path = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(part, "path"));
+  const char *relative = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(part, "relative"));
+  const char *content = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(part, "content"));
+  if (!part) return true;
+  if (!path || !*path || !relative || !content) return false;
+  if (strlen(path) >= TRAIN_BASE_PATH || strlen(relative) >= TRAIN_BASE_PATH) return false;
+  snprintf(base->path, sizeof base->path, "%s", path);
+  snprintf(base->relative, sizeof base->relative, "%s", relative);
+  base->hash = strtoull(content, NULL, 16);
+  return true;
+}
+
 core_status train_state_meta_read(const char *json, train_state_meta *out) {
   memset(out, 0, sizeof *out);
   cJSON *object = cJSON_Parse(json);
@@ -198,7 +267,8 @@ core_status train_state_meta_read(const char *json, train_state_meta *out) {
               get_integer(object, "epoch", &out->position.epoch) &&
               get_integer(object, "consumed", &out->position.consumed) &&
               get_integer(object, "ranks", &out->ranks) &&
-              get_integer(object, "expert_ranks", &out->expert_ranks) && get_stopping(object, &out->stopping);
+              get_integer(object, "expert_ranks", &out->expert_ranks) &&
+              get_stopping(object, &out->stopping) && get_base(object, &out->base);
   if (good) {
     out->fingerprint = strtoull(print, NULL, 16);
     out->config = strdup(config);

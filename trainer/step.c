@@ -175,6 +175,7 @@ static core_status read_scale(train_stepper *stepper, double *scale) {
 
 static core_status write_scale_gradient(train_stepper *stepper, double scale) {
   core_tensor gradient = train_parameter_gradient(&stepper->model->parameters, stepper->model->log_scale);
+  if (!gradient.data) return CORE_OK;
   core_real number = (core_real)(*(double *)stepper->contrastive.d_scale.host * scale);
   TRY(stepper->env->ops->device->copy(gradient.data, &number, sizeof number, NULL));
   return CORE_OK;

@@ -102,8 +102,8 @@ core_status kern_layernorm_bwd_cpu(kern_context *context, core_tensor dy, core_t
   KERN_CHECK_REAL(weight, c);
   KERN_CHECK_REAL(stat, rows, 2);
   KERN_CHECK_LIKE(dx, x);
-  KERN_CHECK_REAL(dweight, c);
-  KERN_CHECK_REAL(dbias, c);
+  if (dweight.data != NULL) KERN_CHECK_REAL(dweight, c);
+  if (dbias.data != NULL) KERN_CHECK_REAL(dbias, c);
   TRY(kern_check_limit_priv(__func__, "width", c, context->limits.width));
   if (rows == 0 || c == 0) return CORE_OK;
   const layer_job all = {.dtype = x.dtype,
@@ -121,7 +121,7 @@ core_status kern_layernorm_bwd_cpu(kern_context *context, core_tensor dy, core_t
     memset(job.dweight, 0, (size_t)(2 * c) * sizeof *job.dweight);
     layer_rows_back_run(&job, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
-  kern_partial_add_priv(context->partial, split.count, 2 * c, c, dweight.data);
-  kern_partial_add_priv(context->partial + c, split.count, 2 * c, c, dbias.data);
+  if (dweight.data != NULL) kern_partial_add_priv(context->partial, split.count, 2 * c, c, dweight.data);
+  if (dbias.data != NULL) kern_partial_add_priv(context->partial + c, split.count, 2 * c, c, dbias.data);
   return CORE_OK;
 }

@@ -85,7 +85,7 @@ core_status kern_rmsnorm_bwd_cpu(kern_context *context, core_tensor dy, core_ten
   KERN_CHECK_REAL(weight, c);
   KERN_CHECK_REAL(inv, rows);
   KERN_CHECK_LIKE(dx, x);
-  KERN_CHECK_REAL(dweight, c);
+  if (dweight.data != NULL) KERN_CHECK_REAL(dweight, c);
   TRY(kern_check_limit_priv(__func__, "width", c, context->limits.width));
   if (rows == 0 || c == 0) return CORE_OK;
   const rms_job all = {.dtype = x.dtype,
@@ -103,6 +103,6 @@ core_status kern_rmsnorm_bwd_cpu(kern_context *context, core_tensor dy, core_ten
     memset(job.dweight, 0, (size_t)c * sizeof *job.dweight);
     rms_rows_back_run(&job, kern_split_at(split, block), kern_split_at(split, block + 1));
   }
-  kern_partial_add_priv(context->partial, split.count, c, c, dweight.data);
+  if (dweight.data != NULL) kern_partial_add_priv(context->partial, split.count, c, c, dweight.data);
   return CORE_OK;
 }

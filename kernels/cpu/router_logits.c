@@ -77,14 +77,14 @@ core_status kern_router_logits_bwd_cpu(kern_context *context, core_tensor dlogit
   const int64_t c = x.shape[1];
   KERN_CHECK_REAL(weight, experts, c);
   KERN_CHECK_LIKE(dx, x);
-  KERN_CHECK_LIKE(dweight, weight);
+  if (dweight.data != NULL) KERN_CHECK_LIKE(dweight, weight);
   const core_dtype real = CORE_REAL_DTYPE;
   const kern_product to_x = {KERN_NN, write,   {rows, c, experts}, dlogits.data, weight.data, dx.data, real,
                              real,    dx.dtype};
   const kern_product to_weight = {
       KERN_TN, KERN_ADD, {experts, c, rows}, dlogits.data, x.data, dweight.data, real, x.dtype, real};
   TRY(kern_product_run_priv(context, &to_x));
-  TRY(kern_product_run_priv(context, &to_weight));
+  if (dweight.data != NULL) TRY(kern_product_run_priv(context, &to_weight));
   if (dbias.data != NULL) TRY(kern_bias_bwd_cpu(context, dlogits, dbias));
   return CORE_OK;
 }

@@ -112,8 +112,8 @@ core_status kern_layernorm_bwd_cuda(kern_context *context, core_tensor dy, core_
   KERN_CHECK_REAL(weight, c);
   KERN_CHECK_REAL(stat, rows, 2);
   KERN_CHECK_LIKE(dx, x);
-  KERN_CHECK_REAL(dweight, c);
-  KERN_CHECK_REAL(dbias, c);
+  if (dweight.data != NULL) KERN_CHECK_REAL(dweight, c);
+  if (dbias.data != NULL) KERN_CHECK_REAL(dbias, c);
   KERN_CHECK_LIMIT("width", c, kern_least(context->limits.width, KERN_MAX_NORM_WIDTH));
   if (rows == 0 || c == 0) return CORE_OK;
   return kern_with_active(x.dtype, [&](auto zero) {
@@ -126,8 +126,10 @@ core_status kern_layernorm_bwd_cuda(kern_context *context, core_tensor dy, core_
                   kern_data<const float>(weight), kern_data<const float>(stat), write, kern_data<T>(dx),
                   context->partial, rows, c);
       const float *partial = context->partial;
-      TRY(kern_combine_partials_priv(context, partial, grid.x, 2 * c, c, kern_data<float>(dweight)));
-      TRY(kern_combine_partials_priv(context, partial + c, grid.x, 2 * c, c, kern_data<float>(dbias)));
+      if (dweight.data != NULL)
+        TRY(kern_combine_partials_priv(context, partial, grid.x, 2 * c, c, kern_data<float>(dweight)));
+      if (dbias.data != NULL)
+        TRY(kern_combine_partials_priv(context, partial + c, grid.x, 2 * c, c, kern_data<float>(dbias)));
       return CORE_OK;
     });
   });

@@ -93,7 +93,7 @@ core_status kern_rmsnorm_bwd_cuda(kern_context *context, core_tensor dy, core_te
   KERN_CHECK_REAL(weight, c);
   KERN_CHECK_REAL(inv, rows);
   KERN_CHECK_LIKE(dx, x);
-  KERN_CHECK_REAL(dweight, c);
+  if (dweight.data != NULL) KERN_CHECK_REAL(dweight, c);
   KERN_CHECK_LIMIT("width", c, kern_least(context->limits.width, KERN_MAX_NORM_WIDTH));
   if (rows == 0 || c == 0) return CORE_OK;
   return kern_with_active(x.dtype, [&](auto zero) {
@@ -105,7 +105,8 @@ core_status kern_rmsnorm_bwd_cuda(kern_context *context, core_tensor dy, core_te
       KERN_LAUNCH(context, grid, (rms_backward<T, W>), kern_data<const T>(dy), kern_data<const T>(x),
                   kern_data<const float>(weight), kern_data<const float>(inv), write, kern_data<T>(dx),
                   context->partial, rows, c);
-      TRY(kern_combine_partials_priv(context, context->partial, grid.x, c, c, kern_data<float>(dweight)));
+      if (dweight.data != NULL)
+        TRY(kern_combine_partials_priv(context, context->partial, grid.x, c, c, kern_data<float>(dweight)));
       return CORE_OK;
     });
   });

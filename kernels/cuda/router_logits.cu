@@ -82,7 +82,7 @@ core_status kern_router_logits_bwd_cuda(kern_context *context, core_tensor dlogi
   const int64_t experts = dlogits.shape[1];
   KERN_CHECK_REAL(weight, experts, c);
   KERN_CHECK_LIKE(dx, x);
-  KERN_CHECK_REAL(dweight, experts, c);
+  if (dweight.data != NULL) KERN_CHECK_REAL(dweight, experts, c);
   if (dbias.data != NULL) KERN_CHECK_REAL(dbias, experts);
   if (rows == 0 || c == 0) return CORE_OK;
   const char *const op = __func__;
@@ -92,7 +92,7 @@ core_status kern_router_logits_bwd_cuda(kern_context *context, core_tensor dlogi
     TRY(kern_tile_gemm_priv<KERN_NN>(
         context, op, kern_operand_of(kern_data<const float>(dlogits), rows, experts, experts),
         kern_operand_of(kern_data<const float>(weight), c, experts, c), 1, done));
-    if (experts > 0) TRY(dweight_run<T>(context, dlogits, x, dweight));
+    if (experts > 0 && dweight.data != NULL) TRY(dweight_run<T>(context, dlogits, x, dweight));
     return CORE_OK;
   }));
   if (dbias.data != NULL) TRY(kern_sum_rows_priv(context, dlogits, NULL, 1, rows, kern_data<float>(dbias)));

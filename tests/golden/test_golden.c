@@ -161,14 +161,14 @@ static void compare_gradients(check *c, train_model *model) {
   const train_parameters *set = &model->parameters;
   must(train_optimizer_gather(model));
   core_real *gradient =
-      test_fetch(model->env->ops->device, core_tensor_1(set->gradient, CORE_REAL_DTYPE, set->total));
+      test_fetch(model->env->ops->device, core_tensor_1(set->gradient, CORE_REAL_DTYPE, set->gradient_total));
   for (int32_t n = 0; n < set->count; n++) {
     const train_parameter *p = &set->list[n];
     int64_t i = golden_find(c->golden, p->name);
-    if (i < 0) continue;
+    if (i < 0 || p->frozen) continue;
     double *got = calloc((size_t)p->count, sizeof *got);
     assert_non_null(got);
-    for (int64_t j = 0; j < p->count; j++) got[j] = (double)gradient[p->first + j];
+    for (int64_t j = 0; j < p->count; j++) got[j] = (double)gradient[p->gradient_first + j];
     double error = compare_tensor(c, "the gradient", p->name, got, c->golden->gradient + c->golden->first[i],
                                   p->count, 0);
     c->worst_gradient = fmax(c->worst_gradient, error);

@@ -145,6 +145,11 @@ static void case_swiglu(battery *b) {
   }
 }
 
+/* A gradient of a parameter, which variant 1 does without: its memory must stay as it is. */
+static core_tensor unless_frozen(const battery *b, const item *gradient) {
+  return b->s.variant ? (core_tensor){0} : gradient->tensor;
+}
+
 /* Gradient of y_i = w_i h_i with h = (x - mean) r; RMSNorm is the case of mean 0. */
 static void ref_norm_back(const sizes *s, const double *dy, const double *x, const double *w, double mean,
                           double r, int centred, double *dx, double *dw) {
@@ -156,7 +161,7 @@ static void ref_norm_back(const sizes *s, const double *dy, const double *x, con
   for (int64_t i = 0; i < s->c; i++) {
     const double h = (x[i] - mean) * r;
     dx[i] = (s->write == KERN_ADD ? dx[i] : 0) + r * (dy[i] * w[i] - level - h * along);
-    dw[i] += dy[i] * h;
+    if (!s->variant) dw[i] += dy[i] * h;
   }
 }
 
@@ -175,7 +180,7 @@ static void case_rmsnorm(battery *b) {
   }
   for (int time = 0; time < TWICE; time++) {
     battery_expect_ok(b, b->ops->rmsnorm_bwd(b->context, dy->tensor, x->tensor, w->tensor, inv->tensor,
-                                             b->s.write, dx->tensor, dw->tensor));
+                                             b->s.write, dx->tensor, unless_frozen(b, dw)));
     for (int64_t row = 0; row < t; row++)
       ref_norm_back(&b->s, dy->ref + row * c, x->ref + row * c, w->ref, 0, inv->ref[row], 0,
                     dx->ref + row * c, dw->ref);
@@ -202,12 +207,13 @@ static void case_layernorm(battery *b) {
       y->ref[row * c + i] = (x->ref[row * c + i] - mean) * stat->ref[2 * row + 1] * w->ref[i] + bias->ref[i];
   }
   for (int time = 0; time < TWICE; time++) {
-    battery_expect_ok(b, b->ops->layernorm_bwd(b->context, dy->tensor, x->tensor, w->tensor, stat->tensor,
-                                               b->s.write, dx->tensor, dw->tensor, dbias->tensor));
+    battery_expect_ok(
+        b, b->ops->layernorm_bwd(b->context, dy->tensor, x->tensor, w->tensor, stat->tensor, b->s.write,
+                                 dx->tensor, unless_frozen(b, dw), unless_frozen(b, dbias)));
     for (int64_t row = 0; row < t; row++) {
       ref_norm_back(&b->s, dy->ref + row * c, x->ref + row * c, w->ref, stat->ref[2 * row],
                     stat->ref[2 * row + 1], 1, dx->ref + row * c, dw->ref);
-      for (int64_t i = 0; i < c; i++) dbias->ref[i] += dy->ref[row * c + i];
+      for (int64_t i = 0; !b->s.variant && i < c; i++) dbias->ref[i] += dy->ref[row * c + i];
     }
     battery_settle(b, dx);
   }
@@ -244,7 +250,7 @@ const battery_case battery_dense[] = {
     {"gemm", case_gemm, 2, 6},       {"gemm_grouped", case_gemm_grouped, 2, 6},
     {"bias", case_bias, 1, 1},       {"bias_grouped", case_bias_grouped, 1, 1},
     {"gelu", case_gelu, 2, 4},       {"swiglu", case_swiglu, 2, 1},
-    {"rmsnorm", case_rmsnorm, 2, 1}, {"layernorm", case_layernorm, 2, 1},
+    {"rmsnorm", case_rmsnorm, 2, 2}, {"layernorm", case_layernorm, 2, 2},
     {"l2norm", case_l2norm, 2, 1},
 };
 const int battery_dense_count = sizeof battery_dense / sizeof *battery_dense;

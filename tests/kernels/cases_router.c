@@ -49,7 +49,7 @@ static void case_router_logits(battery *b) {
   }
 }
 
-/* Variant 1 has no bias. */
+/* Variant 1 has no bias, in variant 2 the weight is frozen. */
 static void case_router_logits_bwd(battery *b) {
   const int64_t t = b->s.t, c = b->s.c, e = b->s.e;
   item *d = ADD(b, "dlogits", TOL_EXACT, 1, t, e), *x = ADD_ACTIVE(b, "x", TOL_EXACT, 1, t, c);
@@ -57,14 +57,15 @@ static void case_router_logits_bwd(battery *b) {
   item *dw = ADD(b, "dweight", TOL_SUM, 1, e, c), *dbias = ADD(b, "dbias", TOL_SUM, 1, e);
   battery_expect_ok(
       b, b->ops->router_logits_bwd(b->context, d->tensor, x->tensor, w->tensor, b->s.write, dx->tensor,
-                                   dw->tensor, b->s.variant ? (core_tensor){0} : dbias->tensor));
+                                   b->s.variant == 2 ? (core_tensor){0} : dw->tensor,
+                                   b->s.variant == 1 ? (core_tensor){0} : dbias->tensor));
   for (int64_t i = 0; b->s.write == KERN_SET && i < t * c; i++) dx->ref[i] = 0;
   for (int64_t at = 0; at < t * e; at++) {
     const int64_t row = at / e, expert = at % e;
-    if (!b->s.variant) dbias->ref[expert] += d->ref[at];
+    if (b->s.variant != 1) dbias->ref[expert] += d->ref[at];
     for (int64_t j = 0; j < c; j++) {
       dx->ref[row * c + j] += d->ref[at] * w->ref[expert * c + j];
-      dw->ref[expert * c + j] += d->ref[at] * x->ref[row * c + j];
+      if (b->s.variant != 2) dw->ref[expert * c + j] += d->ref[at] * x->ref[row * c + j];
     }
   }
 }
@@ -246,7 +247,7 @@ static void case_router_count(battery *b) {
 }
 
 const battery_case battery_router[] = {
-    {"router_logits", case_router_logits, 1, 2}, {"router_logits_bwd", case_router_logits_bwd, 2, 2},
+    {"router_logits", case_router_logits, 1, 2}, {"router_logits_bwd", case_router_logits_bwd, 2, 3},
     {"router_noise", case_router_noise, 1, 1},   {"softmax_fwd", case_softmax, 1, 1},
     {"router_choose", case_router_choose, 1, 2}, {"router_gate_bwd", case_router_gate_bwd, 2, 2},
     {"router_sums", case_router_sums, 1, 3},     {"router_sums_bwd", case_router_sums_bwd, 1, 3},

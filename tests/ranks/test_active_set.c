@@ -51,7 +51,7 @@ static copy take(const train_session *session) {
   const core_device *device = session->env.ops->device;
   int64_t state = set->state_first[TRAIN_SCOPES];
   copy c = {test_fetch(device, core_tensor_1(set->value, CORE_REAL_DTYPE, set->total)),
-            test_fetch(device, core_tensor_1(set->gradient, CORE_REAL_DTYPE, set->total)),
+            test_fetch(device, core_tensor_1(set->gradient, CORE_REAL_DTYPE, set->gradient_total)),
             test_fetch(device, core_tensor_1(set->m, CORE_REAL_DTYPE, state)),
             test_fetch(device, core_tensor_1(set->v, CORE_REAL_DTYPE, state)),
             calloc((size_t)set->count, sizeof(int64_t))};
@@ -82,7 +82,7 @@ static void compare(const train_session *session, const copy *old, const copy *n
   for (int32_t i = 0; i < set->count; i++) {
     const train_parameter *p = &set->list[i];
     int32_t scope = train_scope_number(p);
-    train_span own = train_parameter_within(p, set->update[scope]);
+    train_span own = train_gradient_within(p, set->update[scope]);
     int64_t state = set->state_first[scope] + own.first - set->update[scope].first;
     bool active = is_active(p->name, direction);
     bool values = same(old->value, now->value, p->first, p->count);
@@ -92,8 +92,8 @@ static void compare(const train_session *session, const copy *old, const copy *n
     if (!active) {
       expect(values, "its values changed", p->name, step);
       expect(moments, "its moments changed", p->name, step);
-      expect(same(old->gradient, now->gradient, p->first, p->count), "its gradient was touched", p->name,
-             step);
+      expect(same(old->gradient, now->gradient, p->gradient_first, p->count), "its gradient was touched",
+             p->name, step);
     } else if (p->decay) { /* at least decay moves it, also an expert that got no token */
       expect(!values, "its values did not change", p->name, step);
     }

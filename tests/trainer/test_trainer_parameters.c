@@ -204,6 +204,43 @@ static void shares_cover_their_scope(void **state) {
   train_parameters_free(&set);
 }
 
+/* Frozen ones take no room among the gradients, whose shares are cut in their own space; runs of active ones
+ * are whole in both spaces. */
+static void gradients_are_of_the_trained(void **state) {
+  (void)state;
+  static const int64_t counts[] = {3, 2 * CKPT_CELL, 5, 7, CKPT_CELL + 1};
+  train_parameters set = {0};
+  for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+    train_parameter p = {.rank = 1, .shape = {counts[i]}};
+    int32_t index;
+    snprintf(p.name, sizeof p.name, "%s%zu", i == 1 || i == 2 ? "base" : "p", i);
+    assert_ok(train_parameters_add(&set, &p, &index));
+  }
+  assert_int_equal(train_parameters_match(&set, "base*"), 2);
+  train_parameters_freeze(&set, "base*");
+  train_parameters_place(&set);
+  const int64_t last = CKPT_CELL + 1, want[] = {0, -1, -1, 3, 10};
+  assert_true(set.gradient_total >= 10 + last && set.gradient_total < 10 + last + 16);
+  for (int32_t i = 0; i < set.count; i++) assert_int_equal(set.list[i].gradient_first, want[i]);
+  train_stretch run;
+  int32_t from = 0;
+  assert_true(train_parameters_next_active(&set, 0, &from, &run));
+  assert_int_equal(run.value.count, 3);
+  assert_true(train_parameters_next_active(&set, 0, &from, &run));
+  assert_int_equal(run.value.first, set.list[3].first);
+  assert_int_equal(run.gradient.first, 3);
+  assert_int_equal(run.value.count, 7 + last);
+  assert_int_equal(run.gradient.count, 7 + last);
+  assert_false(train_parameters_next_active(&set, 0, &from, &run));
+  train_span low = train_gradients_share_of(&set, 0, 0, 2), high = train_gradients_share_of(&set, 0, 1, 2);
+  assert_int_equal(low.first + low.count, high.first);
+  assert_int_equal(low.count + high.count, 10 + last);
+  assert_true(high.first == 10 || high.first == 10 + CKPT_CELL); /* at an end or a cell of p4 */
+  assert_int_equal(train_gradient_within(&set.list[1], (train_span){0, 10}).count, 0);
+  assert_null(train_parameter_gradient(&set, 1).data);
+  train_parameters_free(&set);
+}
+
 static void impossible_shapes_are_refused(void **state) {
   (void)state;
   train_parameters set = {0};
@@ -225,6 +262,7 @@ int main(void) {
       cmocka_unit_test(scopes_are_ranges_that_do_not_overlap),
       cmocka_unit_test(kinds_of_initial_values),
       cmocka_unit_test(shares_cover_their_scope),
+      cmocka_unit_test(gradients_are_of_the_trained),
       cmocka_unit_test(impossible_shapes_are_refused),
   };
   return cmocka_run_group_tests_name("trainer, parameters", tests, NULL, NULL);

@@ -104,13 +104,12 @@ static core_status declare_part(train_model *model, int32_t p) {
   }
   block->layer = p;
   block->has_moe = !model->env->settings->model.dense;
-  part->dense_in_bias = part->dense_out_bias = -1;
   if (block->has_moe) return train_moe_declare(model, p);
   TRY(train_feed_forward_declare(model, block));
   if (!model->env->settings->model.moe.bias) return CORE_OK;
   train_parameter in = vector(block->dense.width * train_activation_columns(model));
-  TRY(train_declare(model, in, &part->dense_in_bias, "blocks.%d.feed_forward.in.bias", p));
-  TRY(train_declare(model, vector(model->C), &part->dense_out_bias, "blocks.%d.feed_forward.out.bias", p));
+  TRY(train_declare(model, in, &block->dense.in.bias, "blocks.%d.feed_forward.in.bias", p));
+  TRY(train_declare(model, vector(model->C), &block->dense.out.bias, "blocks.%d.feed_forward.out.bias", p));
   return CORE_OK;
 }
 

@@ -36,7 +36,6 @@ typedef struct train_direction {
 typedef struct train_connector_part {
   int32_t view[TRAIN_VIEWS];                         /* t [H] */
   int32_t norm[TRAIN_VIEWS], norm_bias[TRAIN_VIEWS]; /* LN */
-  int32_t dense_in_bias, dense_out_bias;             /* of the dense baseline, -1 absent */
 } train_connector_part;
 
 typedef struct train_alignment {

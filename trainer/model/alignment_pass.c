@@ -63,9 +63,8 @@ static core_status standardised(train_model *model, int side, int32_t m, core_te
 /* rows W^T + bias. */
 static core_status linear(train_model *model, core_tensor rows, int32_t weight, int32_t bias,
                           core_tensor out) {
-  train_env *env = model->env;
-  KERN(env, gemm, KERN_NT, rows, train_parameter_matrix(&model->parameters, weight), KERN_SET, out);
-  if (bias >= 0) KERN(env, bias_fwd, train_parameter_value(&model->parameters, bias), out);
+  const train_linear map = train_linear_of(weight, bias);
+  TRY(train_linear_forward(model, &map, (train_linear_rows){0}, rows, KERN_SET, out));
   return CORE_OK;
 }
 
@@ -90,14 +89,14 @@ static core_status adapt(train_model *model) {
 static core_status run_block(train_model *model, int mode, core_tensor x, core_tensor y) {
   train_env *env = model->env;
   train_block *block = active_block(model);
-  const train_connector_part *part = &model->alignment.part[block->layer];
   KERN(env, fill, 0, y);
   if (block->has_moe) return train_moe_forward(model, &block->moe, x, mode, y);
+  train_linear_rows rows = train_trunk_linear_rows(model, 0);
   core_tensor hidden = train_rows(block->dense.hidden, x.shape[0]),
               active_rows = train_rows(block->dense.active, x.shape[0]);
-  TRY(linear(model, x, block->dense.in, part->dense_in_bias, hidden));
+  TRY(train_linear_forward(model, &block->dense.in, rows, x, KERN_SET, hidden));
   TRY(train_activate(model, hidden, active_rows));
-  TRY(linear(model, active_rows, block->dense.out, part->dense_out_bias, y));
+  TRY(train_linear_forward(model, &block->dense.out, rows, active_rows, KERN_SET, y));
   return CORE_OK;
 }
 
@@ -167,11 +166,8 @@ core_status train_alignment_forward(train_model *model, int mode) {
 /* dy: gradient of rows W^T + bias. d_rows may be absent. */
 static core_status linear_backward(train_model *model, core_tensor dy, core_tensor rows, int32_t weight,
                                    int32_t bias, core_tensor d_rows) {
-  train_env *env = model->env;
-  train_parameters *p = &model->parameters;
-  KERN(env, gemm, KERN_TN, dy, rows, KERN_ADD, train_parameter_gradient(p, weight));
-  if (bias >= 0) KERN(env, bias_bwd, dy, train_parameter_gradient(p, bias));
-  if (d_rows.data) KERN(env, gemm, KERN_NN, dy, train_parameter_matrix(p, weight), KERN_SET, d_rows);
+  const train_linear map = train_linear_of(weight, bias);
+  TRY(train_linear_backward(model, &map, (train_linear_rows){0}, dy, rows, d_rows));
   return CORE_OK;
 }
 
@@ -218,15 +214,15 @@ static core_status ask_backward(train_model *model) {
 static core_status block_backward(train_model *model, core_tensor x, core_tensor dy, core_tensor dx) {
   train_env *env = model->env;
   train_block *block = active_block(model);
-  const train_connector_part *part = &model->alignment.part[block->layer];
   if (block->has_moe) return train_moe_backward(model, &block->moe, x, dy, train_none(), dx);
   int64_t T = x.shape[0], F = block->dense.width;
   core_tensor hidden = train_rows(block->dense.hidden, T), active_rows = train_rows(block->dense.active, T);
   core_tensor d_hidden = core_tensor_2(model->d_hidden.data, env->active, T, hidden.shape[1]);
   core_tensor d_active = core_tensor_2(model->d_active.data, env->active, T, F);
-  TRY(linear_backward(model, dy, active_rows, block->dense.out, part->dense_out_bias, d_active));
+  train_linear_rows rows = train_trunk_linear_rows(model, 0);
+  TRY(train_linear_backward(model, &block->dense.out, rows, dy, active_rows, d_active));
   TRY(train_activate_backward(model, d_active, hidden, d_hidden));
-  TRY(linear_backward(model, d_hidden, x, block->dense.in, part->dense_in_bias, dx));
+  TRY(train_linear_backward(model, &block->dense.in, rows, d_hidden, x, dx));
   return CORE_OK;
 }
 
@@ -237,6 +233,7 @@ static core_status embedding_backward(train_model *model, core_tensor d_before) 
   train_parameters *p = &model->parameters;
   const train_direction *d = active(model);
   core_tensor gradient = train_parameter_gradient(p, d->embedding);
+  if (!gradient.data) return CORE_OK;
   core_tensor sum = core_tensor_1(a->d_sum.data, CORE_REAL_DTYPE, model->C);
   KERN(env, fill, 0, sum);
   KERN(env, bias_bwd, d_before, sum);
@@ -249,7 +246,6 @@ static core_status embedding_backward(train_model *model, core_tensor d_before) 
 static core_status adapt_backward(train_model *model) {
   train_env *env = model->env;
   train_alignment *a = &model->alignment;
-  train_parameters *p = &model->parameters;
   const train_direction *d = active(model);
   const train_connector_part *part = &a->part[d->block];
   core_tensor latent = model->items.latent[d->from];
@@ -257,7 +253,7 @@ static core_status adapt_backward(train_model *model) {
   core_tensor dz = view_of(model, a->d_x, 0), d_before = view_of(model, a->d_norm, 0);
   for (int v = 0; v < TRAIN_VIEWS; v++) {
     KERN(env, axpy, 1, view_of(model, a->d_output, v), view_of(model, a->d_x, v));
-    KERN(env, bias_bwd, view_of(model, a->d_x, v), train_parameter_gradient(p, part->view[v]));
+    TRY(train_bias_backward(model, part->view[v], view_of(model, a->d_x, v)));
   }
   KERN(env, axpy, 1, view_of(model, a->d_x, 1), dz);
   KERN(env, gelu_bwd, KERN_GELU_ERF, dz, train_rows(a->before, view_rows(model)), KERN_SET, d_before);

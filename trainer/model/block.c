@@ -63,7 +63,6 @@ static void share_inside(train_block *block, const train_block *from) {
   block->attention_norm.weight = own.attention_norm.weight;
   block->forward_norm.weight = own.forward_norm.weight;
   block->attention.qkv = own.attention.qkv;
-  block->attention.qkv_bias = own.attention.qkv_bias;
   block->attention.out = own.attention.out;
   block->dense.in = own.dense.in;
   block->dense.out = own.dense.out;
@@ -72,8 +71,6 @@ static void share_inside(train_block *block, const train_block *from) {
   block->moe.router_bias = own.moe.router_bias;
   block->moe.in = own.moe.in;
   block->moe.out = own.moe.out;
-  block->moe.in_bias = own.moe.in_bias;
-  block->moe.out_bias = own.moe.out_bias;
 }
 
 /* The first block of the trunk that has the same kind and sizes. */

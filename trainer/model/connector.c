@@ -27,14 +27,17 @@ core_status train_connector_declare(train_model *model, int32_t m) {
   int64_t D = model->limits.width[m], C = model->C;
   layer->width = D;
   layer->hidden = mlp ? (settings->hidden ? settings->hidden : C) : 0;
-  layer->second = layer->second_bias = layer->position = -1;
+  layer->position = -1;
   int64_t first = mlp ? layer->hidden : C;
-  TRY(train_declare(model, matrix(m, first, D), &layer->first, "connector.%s.first.weight", settings->name));
-  TRY(train_declare(model, bias(m, first), &layer->first_bias, "connector.%s.first.bias", settings->name));
+  TRY(train_declare(model, matrix(m, first, D), &layer->first.weight, "connector.%s.first.weight",
+                    settings->name));
+  TRY(train_declare(model, bias(m, first), &layer->first.bias, "connector.%s.first.bias", settings->name));
+  TRY(train_linear_add(model, &layer->first));
   if (mlp) {
-    TRY(train_declare(model, matrix(m, C, first), &layer->second, "connector.%s.second.weight",
+    TRY(train_linear_add(model, &layer->second));
+    TRY(train_declare(model, matrix(m, C, first), &layer->second.weight, "connector.%s.second.weight",
                       settings->name));
-    TRY(train_declare(model, bias(m, C), &layer->second_bias, "connector.%s.second.bias", settings->name));
+    TRY(train_declare(model, bias(m, C), &layer->second.bias, "connector.%s.second.bias", settings->name));
   }
   if (settings->positions == TRAIN_POSITIONS_LEARNED) {
     train_parameter table = matrix(m, settings->length, C);
@@ -57,21 +60,27 @@ core_status train_connector_plan(train_model *model, int32_t m, const train_aren
   return CORE_OK;
 }
 
+/* A decoder's latents are listed apart from the sequences that they lie in. */
+static train_linear_rows rows_of(const train_model *model, int32_t m) {
+  const int64_t *first = model->items.row_first;
+  core_tensor key = model->env->settings->model.kind == TRAIN_KIND_DECODER ? model->decoder.latent_key.device
+                                                                           : model->items.key.device;
+  return (train_linear_rows){.key = train_slice(key, first[m], first[m + 1] - first[m])};
+}
+
 core_status train_connector_forward(train_model *model, int32_t m, core_tensor x) {
   train_env *env = model->env;
   train_connector_layer *layer = &model->connector[m];
   train_parameters *p = &model->parameters;
+  train_linear_rows rows = rows_of(model, m);
   int64_t T = x.shape[0];
   core_tensor input = train_rows(layer->input, T), before = train_rows(layer->before, T);
   core_tensor active = train_rows(layer->active, T);
   KERN(env, standardize, model->items.latent[m], layer->shift.device, layer->scale.device, input);
-  core_tensor first = layer->second < 0 ? x : before;
-  KERN(env, gemm, KERN_NT, input, train_parameter_matrix(p, layer->first), KERN_SET, first);
-  KERN(env, bias_fwd, train_parameter_value(p, layer->first_bias), first);
-  if (layer->second >= 0) {
+  TRY(train_linear_forward(model, &layer->first, rows, input, KERN_SET, layer->hidden > 0 ? before : x));
+  if (layer->hidden > 0) {
     KERN(env, gelu_fwd, KERN_GELU_ERF, before, active);
-    KERN(env, gemm, KERN_NT, active, train_parameter_matrix(p, layer->second), KERN_SET, x);
-    KERN(env, bias_fwd, train_parameter_value(p, layer->second_bias), x);
+    TRY(train_linear_forward(model, &layer->second, rows, active, KERN_SET, x));
   }
   if (layer->position >= 0)
     KERN(env, position_fwd, train_segments_of(model, m), train_parameter_value(p, layer->position), x);
@@ -82,19 +91,18 @@ core_status train_connector_backward(train_model *model, int32_t m, core_tensor 
   train_env *env = model->env;
   train_connector_layer *layer = &model->connector[m];
   train_parameters *p = &model->parameters;
+  train_linear_rows rows = rows_of(model, m);
   int64_t T = dx.shape[0];
   core_tensor before = train_rows(layer->before, T), active = train_rows(layer->active, T), first = dx;
-  if (layer->position >= 0)
+  if (train_parameter_trained(p, layer->position))
     KERN(env, position_bwd, train_segments_of(model, m), dx, train_parameter_gradient(p, layer->position));
-  if (layer->second >= 0) {
-    KERN(env, bias_bwd, dx, train_parameter_gradient(p, layer->second_bias));
-    KERN(env, gemm, KERN_TN, dx, active, KERN_ADD, train_parameter_gradient(p, layer->second));
+  if (layer->hidden > 0 && !train_linear_trained(model, &layer->first))
+    return train_linear_backward(model, &layer->second, rows, dx, active, train_none());
+  if (layer->hidden > 0) {
     first = active; /* not needed any more: holds its own gradient from here on */
-    KERN(env, gemm, KERN_NN, dx, train_parameter_matrix(p, layer->second), KERN_SET, first);
+    TRY(train_linear_backward(model, &layer->second, rows, dx, active, first));
     KERN(env, gelu_bwd, KERN_GELU_ERF, first, before, KERN_SET, first);
   }
-  KERN(env, bias_bwd, first, train_parameter_gradient(p, layer->first_bias));
-  KERN(env, gemm, KERN_TN, first, train_rows(layer->input, T), KERN_ADD,
-       train_parameter_gradient(p, layer->first));
+  TRY(train_linear_backward(model, &layer->first, rows, first, train_rows(layer->input, T), train_none()));
   return CORE_OK;
 }

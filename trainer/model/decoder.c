@@ -48,6 +48,7 @@ static core_status plan_items(const train_model *model, const train_arenas *aren
   for (size_t i = 0; i < sizeof list / sizeof *list; i++)
     TRY(train_mirror_plan(arenas, arena, CORE_INT32, list[i].rows, 1, list[i].mirror));
   TRY(train_mirror_plan(arenas, arena, CORE_INT64, texts + 1, 1, &d->lookup_offset));
+  TRY(train_mirror_plan(arenas, arena, CORE_UINT64, T - texts, 1, &d->latent_key));
   TRY(ARENA_TAKE(arenas->host, d->V + 1, &d->tally));
   return CORE_OK;
 }
@@ -204,6 +205,8 @@ static void describe_rows(train_model *model, int64_t sample, int64_t begin, int
   for (int64_t row = begin; row < end; row++) {
     ((uint64_t *)model->items.key.host)[row] = place | (uint64_t)(row - begin);
     ((int32_t *)model->items.position.host)[row] = (int32_t)(row - begin);
+    int32_t latent = numbers(&model->decoder.latent_slot)[row];
+    if (latent >= 0) ((uint64_t *)model->decoder.latent_key.host)[latent] = place | (uint64_t)(row - begin);
   }
 }
 
@@ -216,6 +219,7 @@ static core_status send_items(train_model *model) {
     int64_t rows;
   } list[] = {{&items->offset, items->segments + 1},
               {&items->key, items->tokens},
+              {&d->latent_key, d->latents},
               {&items->position, items->tokens},
               {&d->token, items->tokens},
               {&d->latent_slot, items->tokens},

@@ -32,6 +32,7 @@ typedef struct train_decoder {
   int64_t latents, texts, lookups, predicted; /* rows of latents and of tokens, distinct tokens, R */
   train_mirror token;                         /* int32 [T] the row's token, -1: a latent */
   train_mirror latent_slot;                   /* int32 [T] its row among the latents, -1: a token */
+  train_mirror latent_key;                    /* uint64 [latents] global places, by class */
   train_mirror order, place;                  /* int32 [T] rows by class, and where each is among them */
   train_mirror lookup_row;                    /* int32 [texts] rows of tokens, by token */
   train_mirror lookup_entry, lookup_offset;   /* int32 [lookups], int64 [lookups + 1] */

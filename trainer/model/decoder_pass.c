@@ -30,9 +30,10 @@ core_status train_decoder_embed_backward(train_model *model, core_tensor dx) {
   train_decoder *d = &model->decoder;
   kern_segments lookups = {d->lookup_offset.host, train_rows(d->lookup_offset.device, d->lookups + 1),
                            d->lookups};
-  KERN(env, embedding_bwd, lookups, train_rows(d->lookup_row.device, d->texts),
-       train_rows(d->lookup_entry.device, d->lookups), dx,
-       train_parameter_gradient(&model->parameters, d->embedding));
+  if (train_parameter_trained(&model->parameters, d->embedding))
+    KERN(env, embedding_bwd, lookups, train_rows(d->lookup_row.device, d->texts),
+         train_rows(d->lookup_entry.device, d->lookups), dx,
+         train_parameter_gradient(&model->parameters, d->embedding));
   KERN(env, gather_rows, dx, train_rows(d->order.device, d->latents), train_rows(d->latent, d->latents));
   for (int32_t m = 0; m < env->layout.modalities; m++)
     TRY(train_connector_backward(model, m, latents_of(model, m)));
@@ -117,8 +118,9 @@ core_status train_decoder_predict_backward(train_model *model, core_tensor drows
     TRY(logits_of(model, &p, &logits));
     KERN(env, cross_entropy_bwd, d->weight, line(d->lse.device, p.first, p.rows), p.column, d->V,
          line(d->target.device, p.first, p.rows), logits, d_logits);
-    KERN(env, gemm, KERN_TN, d_logits, train_slice(d->hidden, p.first, p.rows), KERN_ADD,
-         train_slice(gradient, p.column, p.width));
+    if (gradient.data)
+      KERN(env, gemm, KERN_TN, d_logits, train_slice(d->hidden, p.first, p.rows), KERN_ADD,
+           train_slice(gradient, p.column, p.width));
     /* summed over the parts in float32, then rounded once */
     KERN(env, gemm, KERN_NN, d_logits, weights_of(model, &p), p.column == 0 ? KERN_SET : KERN_ADD, d_part);
     if (p.column + p.width == d->V) KERN(env, cast, d_part, train_slice(d->d_hidden, p.first, p.rows));

@@ -67,8 +67,11 @@ core_status train_feed_forward_declare(train_model *model, train_block *block) {
                          .init = TRAIN_INIT_NORMAL,
                          .init_value = 1 / sqrt((double)F * 2 * (double)model->L),
                          .decay = true};
-  TRY(declare_matrix(model, block, in, "in", &block->dense.in));
-  TRY(declare_matrix(model, block, out, "out", &block->dense.out));
+  TRY(declare_matrix(model, block, in, "in", &block->dense.in.weight));
+  TRY(declare_matrix(model, block, out, "out", &block->dense.out.weight));
+  block->dense.in.bias = block->dense.out.bias = -1;
+  TRY(train_linear_add(model, &block->dense.in));
+  TRY(train_linear_add(model, &block->dense.out));
   return CORE_OK;
 }
 
@@ -81,28 +84,25 @@ core_status train_feed_forward_plan(train_model *model, train_block *block, core
 }
 
 core_status train_feed_forward_forward(train_model *model, train_block *block, core_tensor x, core_tensor y) {
-  train_env *env = model->env;
-  train_parameters *p = &model->parameters;
+  train_linear_rows rows = train_trunk_linear_rows(model, block->trunk);
   core_tensor hidden = train_rows(block->dense.hidden, x.shape[0]),
               active = train_rows(block->dense.active, x.shape[0]);
-  KERN(env, gemm, KERN_NT, x, train_parameter_matrix(p, block->dense.in), KERN_SET, hidden);
+  TRY(train_linear_forward(model, &block->dense.in, rows, x, KERN_SET, hidden));
   TRY(train_activate(model, hidden, active));
-  KERN(env, gemm, KERN_NT, active, train_parameter_matrix(p, block->dense.out), KERN_ADD, y);
+  TRY(train_linear_forward(model, &block->dense.out, rows, active, KERN_ADD, y));
   return CORE_OK;
 }
 
 core_status train_feed_forward_backward(train_model *model, train_block *block, core_tensor x, core_tensor dy,
                                         core_tensor dx) {
   train_env *env = model->env;
-  train_parameters *p = &model->parameters;
+  train_linear_rows rows = train_trunk_linear_rows(model, block->trunk);
   int64_t T = x.shape[0], F = block->dense.width;
   core_tensor hidden = train_rows(block->dense.hidden, T), active = train_rows(block->dense.active, T);
   core_tensor d_hidden = core_tensor_2(model->d_hidden.data, env->active, T, hidden.shape[1]);
   core_tensor d_active = core_tensor_2(model->d_active.data, env->active, T, F);
-  KERN(env, gemm, KERN_TN, dy, active, KERN_ADD, train_parameter_gradient(p, block->dense.out));
-  KERN(env, gemm, KERN_NN, dy, train_parameter_matrix(p, block->dense.out), KERN_SET, d_active);
+  TRY(train_linear_backward(model, &block->dense.out, rows, dy, active, d_active));
   TRY(train_activate_backward(model, d_active, hidden, d_hidden));
-  KERN(env, gemm, KERN_TN, d_hidden, x, KERN_ADD, train_parameter_gradient(p, block->dense.in));
-  KERN(env, gemm, KERN_NN, d_hidden, train_parameter_matrix(p, block->dense.in), KERN_SET, dx);
+  TRY(train_linear_backward(model, &block->dense.in, rows, d_hidden, x, dx));
   return CORE_OK;
 }

@@ -3,6 +3,7 @@
 #define TRAIN_MOE_H
 
 #include "trainer/mirror.h"
+#include "trainer/model/linear.h"
 
 struct train_model;
 struct train_items;
@@ -59,8 +60,7 @@ typedef struct train_dispatch_state {
 typedef struct train_moe {
   int32_t index;                 /* among the MoE layers */
   int32_t router, router_bias;   /* parameters [E, C]; bias -1 */
-  int32_t in, out;               /* first local expert's [2F, C], [C, F]; the others follow */
-  int32_t in_bias, out_bias;     /* first local expert's [2F], [C]; -1 absent */
+  train_linear in, out;          /* of the local experts: [2F, C], [C, F] each */
   core_tensor logits, prob;      /* [T, E] noise-free */
   core_tensor noisy, noisy_prob; /* the same tensors when noise is off */
   core_tensor choice, gate;      /* int32 [T, K], [T, K] */
@@ -68,6 +68,7 @@ typedef struct train_moe {
   core_tensor slot, index_rows;  /* int32 [T, K] row of each choice or -1; int32 [T K] token of each row */
   core_tensor returned;          /* [T K, C] expert outputs at the sender */
   core_tensor received;          /* [R, C] expert inputs of the last round */
+  core_tensor received_key;      /* int32 [R, 2] their keys, where adapters drop inputs */
   core_tensor hidden, active;    /* [R, 2F], [R, F] of the last round */
   train_dispatch_state dispatch;
   bool noise, drops; /* in the last forward pass */
@@ -110,6 +111,17 @@ core_status train_moe_forward(struct train_model *model, train_moe *moe, core_te
  * sums. Collective. */
 core_status train_moe_backward(struct train_model *model, train_moe *moe, core_tensor x, core_tensor dy,
                                core_tensor weights, core_tensor dx);
+
+/* moe_experts.c. Matrices of the local experts; activations of a round, and their gradients, which all layers
+ * share. */
+int64_t train_experts_local(const struct train_model *model);
+core_status train_experts_declare(struct train_model *model, train_moe *moe, int32_t layer);
+core_status train_experts_plan(struct train_model *model, train_moe *moe, core_arena *arena);
+core_status train_experts_scratch_plan(struct train_model *model, core_arena *arena);
+/* x -> moe->returned at its sender; and, of moe_scratch.send_dy, moe_scratch.send_dx and the gradients of the
+ * experts. In rounds. x: [T, C] the layer's input. Collective over the expert group. */
+core_status train_experts_forward(struct train_model *model, train_moe *moe, core_tensor x);
+core_status train_experts_backward(struct train_model *model, train_moe *moe, core_tensor x);
 
 /* moe_dispatch.c. Collective over the expert group. */
 core_status train_dispatch_make(struct train_model *model, train_moe *moe, int64_t tokens);

@@ -111,7 +111,7 @@ static core_status move(train_model *model, train_moe *moe, int64_t round, core_
     return CORE_OK;
   }
   double start = core_clock_now();
-  int64_t width = model->C * (int64_t)core_dtype_size(env->active);
+  int64_t width = sender.shape[1] * (int64_t)core_dtype_size(sender.dtype);
   int32_t at_sender = pieces_at_sender(model, &s, round, sender.data, width, scratch->send);
   int32_t at_expert = pieces_at_expert(model, &s, round, expert.data, width, scratch->recv);
   if (forward)

@@ -12,9 +12,6 @@
  * Expert buffers have R rows. Where more arrive, the stream is taken in rounds; only the last round's
  * activations stay, the others are sent and computed again in backward. Imbalance costs time, never memory.
  */
-#include <math.h>
-#include <string.h>
-
 #include "core/random.h"
 #include "trainer/model/tower.h"
 
@@ -38,57 +35,6 @@ core_status train_moe_sums_down(const train_env *env, const train_moe_sums *sums
   return CORE_OK;
 }
 
-static int64_t local_experts(const train_model *model) {
-  return model->env->settings->model.moe.experts / model->env->layout.expert_ranks;
-}
-
-static int64_t expert_hidden(const train_model *model) {
-  int64_t hidden = model->env->settings->model.moe.hidden;
-  return hidden ? hidden : model->F;
-}
-
-/* All first matrices of the local experts, then all second ones, so that each kind is one [E_local, n, k]
- * block. */
-static core_status declare_experts(train_model *model, train_moe *moe, int32_t layer) {
-  int64_t F = expert_hidden(model), C = model->C, count = local_experts(model);
-  int64_t first = model->env->layout.slot * count;
-  train_parameter in = {.rank = 2,
-                        .shape = {F * train_activation_columns(model), C},
-                        .scope = TRAIN_SCOPE_EXPERT,
-                        .init = TRAIN_INIT_NORMAL,
-                        .init_value = 1 / sqrt((double)C),
-                        .decay = true};
-  train_parameter out = in;
-  out.shape[0] = C;
-  out.shape[1] = F;
-  out.init_value = 1 / sqrt((double)F * 2 * (double)model->L);
-  for (int64_t j = 0; j < count; j++) {
-    int32_t index;
-    TRY(train_declare(model, in, &index, "blocks.%d.experts.%d.in.weight", layer, (int)(first + j)));
-    if (j == 0) moe->in = index;
-  }
-  for (int64_t j = 0; j < count; j++) {
-    int32_t index;
-    TRY(train_declare(model, out, &index, "blocks.%d.experts.%d.out.weight", layer, (int)(first + j)));
-    if (j == 0) moe->out = index;
-  }
-  moe->in_bias = moe->out_bias = -1;
-  if (!model->env->settings->model.moe.bias) return CORE_OK;
-  train_parameter in_bias = {.rank = 1, .shape = {in.shape[0]}, .scope = TRAIN_SCOPE_EXPERT};
-  train_parameter out_bias = {.rank = 1, .shape = {C}, .scope = TRAIN_SCOPE_EXPERT};
-  for (int64_t j = 0; j < count; j++) {
-    int32_t index;
-    TRY(train_declare(model, in_bias, &index, "blocks.%d.experts.%d.in.bias", layer, (int)(first + j)));
-    if (j == 0) moe->in_bias = index;
-  }
-  for (int64_t j = 0; j < count; j++) {
-    int32_t index;
-    TRY(train_declare(model, out_bias, &index, "blocks.%d.experts.%d.out.bias", layer, (int)(first + j)));
-    if (j == 0) moe->out_bias = index;
-  }
-  return CORE_OK;
-}
-
 core_status train_moe_declare(train_model *model, int32_t layer) {
   train_moe *moe = &model->block[layer].moe;
   moe->index = model->moe_layers++;
@@ -102,15 +48,14 @@ core_status train_moe_declare(train_model *model, int32_t layer) {
   train_parameter bias = {.rank = 1, .shape = {router.shape[0]}};
   if (model->env->settings->model.moe.bias)
     TRY(train_declare(model, bias, &moe->router_bias, "blocks.%d.router.bias", layer));
-  TRY(declare_experts(model, moe, layer));
+  TRY(train_experts_declare(model, moe, layer));
   return CORE_OK;
 }
 
 core_status train_moe_plan(train_model *model, train_moe *moe, const train_arenas *arenas) {
   const train_settings *s = model->env->settings;
   core_arena *arena = arenas->activations;
-  int64_t T = model->T, E = s->model.moe.experts, K = s->model.moe.choose, R = model->limits.expert_rows;
-  int64_t F = expert_hidden(model), C = model->C;
+  int64_t T = model->T, E = s->model.moe.experts, K = s->model.moe.choose, C = model->C;
   bool noise = s->model.moe.noise > 0 && model->limits.training;
   TRY(train_take(arena, CORE_REAL_DTYPE, T, E, &moe->logits));
   TRY(train_take(arena, CORE_REAL_DTYPE, T, E, &moe->prob));
@@ -124,11 +69,9 @@ core_status train_moe_plan(train_model *model, train_moe *moe, const train_arena
   TRY(train_take(arena, CORE_INT32, T * K, 1, &moe->index_rows));
   moe->index_rows.rank = 1;
   TRY(train_take_active(model, arena, T * K, C, &moe->returned));
-  TRY(train_take_active(model, arena, R, C, &moe->received));
-  TRY(train_take_active(model, arena, R, F * train_activation_columns(model), &moe->hidden));
-  TRY(train_take_active(model, arena, R, F, &moe->active));
+  TRY(train_experts_plan(model, moe, arena));
   TRY(ARENA_TAKE(arenas->host, E * model->env->layout.expert_ranks, &moe->dispatch.counts));
-  TRY(ARENA_TAKE(arenas->host, local_experts(model) + 1, &moe->dispatch.group));
+  TRY(ARENA_TAKE(arenas->host, train_experts_local(model) + 1, &moe->dispatch.group));
   return CORE_OK;
 }
 
@@ -181,7 +124,7 @@ core_status train_moe_scratch_plan(train_model *model, const train_arenas *arena
   core_arena *arena = arenas->activations;
   train_moe_scratch *s = &model->moe_scratch;
   const train_settings *settings = model->env->settings;
-  int64_t K = settings->model.moe.choose, E = settings->model.moe.experts, F = expert_hidden(model);
+  int64_t K = settings->model.moe.choose, E = settings->model.moe.experts;
   int64_t rows = model->T * K, R = model->limits.expert_rows, e = model->env->layout.expert_ranks;
   bool alone = e == 1, training = model->limits.training;
   s->expert_rows = R;
@@ -190,8 +133,7 @@ core_status train_moe_scratch_plan(train_model *model, const train_arenas *arena
   TRY(train_take_active(model, arena, training ? rows : 0, model->C, &s->send_dx));
   TRY(train_take_active(model, arena, alone ? 0 : R, model->C, &s->recv_y));
   TRY(train_take_active(model, arena, alone || !training ? 0 : R, model->C, &s->recv_dx));
-  TRY(train_take_active(model, arena, training ? R : 0, F * train_activation_columns(model), &s->d_hidden));
-  TRY(train_take_active(model, arena, training ? R : 0, F, &s->d_active));
+  TRY(train_experts_scratch_plan(model, arena));
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, K, &s->d_gate));
   TRY(train_take(arena, CORE_REAL_DTYPE, training ? model->T : 0, E, &s->d_logits));
   TRY(plan_sorted(model, arena));
@@ -323,57 +265,6 @@ static core_status add_sums(train_model *model, train_moe *moe, core_tensor x) {
   return CORE_OK;
 }
 
-static core_tensor weights_in(const train_model *model, const train_moe *moe) {
-  return train_parameter_matrices(&model->parameters, moe->in, local_experts(model));
-}
-
-static core_tensor weights_out(const train_model *model, const train_moe *moe) {
-  return train_parameter_matrices(&model->parameters, moe->out, local_experts(model));
-}
-
-/* received -> hidden -> active, for the rows of the current round. */
-static core_status experts_inner(train_model *model, train_moe *moe) {
-  train_env *env = model->env;
-  int64_t n = moe->dispatch.rows;
-  KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->received, n), weights_in(model, moe),
-       KERN_SET, train_rows(moe->hidden, n));
-  if (moe->in_bias >= 0)
-    KERN(env, bias_grouped_fwd, moe->dispatch.group,
-         train_parameter_vectors(&model->parameters, moe->in_bias, local_experts(model)),
-         train_rows(moe->hidden, n));
-  TRY(train_activate(model, train_rows(moe->hidden, n), train_rows(moe->active, n)));
-  return CORE_OK;
-}
-
-static core_status send_inputs(train_model *model, train_moe *moe, int64_t round, core_tensor x) {
-  train_env *env = model->env;
-  bool alone = env->layout.expert_ranks == 1;
-  core_tensor staging = train_rows(alone ? moe->received : model->moe_scratch.send_x, moe->dispatch.sent);
-  if (round == 0 || x.data)
-    KERN(env, gather_rows, x, train_rows(moe->index_rows, moe->dispatch.sent), staging);
-  train_dispatch_round(model, moe, round);
-  TRY(train_dispatch_send(model, moe, round, staging, moe->received));
-  return CORE_OK;
-}
-
-static core_status experts_forward(train_model *model, train_moe *moe, core_tensor x) {
-  train_env *env = model->env;
-  core_tensor out = env->layout.expert_ranks == 1 ? moe->returned : model->moe_scratch.recv_y;
-  for (int64_t round = 0; round < moe->dispatch.rounds; round++) {
-    TRY(send_inputs(model, moe, round, round == 0 ? x : train_none()));
-    TRY(experts_inner(model, moe));
-    int64_t n = moe->dispatch.rows;
-    KERN(env, gemm_grouped, KERN_NT, moe->dispatch.group, train_rows(moe->active, n), weights_out(model, moe),
-         KERN_SET, train_rows(out, n));
-    if (moe->out_bias >= 0)
-      KERN(env, bias_grouped_fwd, moe->dispatch.group,
-           train_parameter_vectors(&model->parameters, moe->out_bias, local_experts(model)),
-           train_rows(out, n));
-    TRY(train_dispatch_return(model, moe, round, out, moe->returned));
-  }
-  return CORE_OK;
-}
-
 /* On rows at their sender, an expert's output or its gradient. */
 static core_status drop_out(train_model *model, const train_moe *moe, core_tensor rows) {
   train_env *env = model->env;
@@ -395,7 +286,7 @@ core_status train_moe_forward(train_model *model, train_moe *moe, core_tensor x,
   if (moe->drops) TRY(train_capacity_keep(model, moe));
   TRY(train_dispatch_make(model, moe, T));
   if (mode != TRAIN_MODE_AGAIN) TRY(add_sums(model, moe, x));
-  TRY(experts_forward(model, moe, x));
+  TRY(train_experts_forward(model, moe, x));
   moe->dropout = mode == TRAIN_MODE_EVALUATE ? 0 : s->model.moe.dropout;
   TRY(drop_out(model, moe, moe->returned));
   KERN(env, combine_fwd, train_rows(moe->returned, moe->dispatch.sent), train_rows(moe->slot, T),
@@ -404,48 +295,6 @@ core_status train_moe_forward(train_model *model, train_moe *moe, core_tensor x,
 }
 
 /* ---- backward ---- */
-
-/* Gradients of one round; the round's inputs and activations are in place. dy, dx: [rows, C] at the experts.
- */
-static core_status experts_round_backward(train_model *model, train_moe *moe, core_tensor dy,
-                                          core_tensor dx) {
-  train_env *env = model->env;
-  train_moe_scratch *s = &model->moe_scratch;
-  train_parameters *p = &model->parameters;
-  const int64_t *group = moe->dispatch.group;
-  int64_t n = moe->dispatch.rows, count = local_experts(model);
-  core_tensor d_active = train_rows(s->d_active, n), d_hidden = train_rows(s->d_hidden, n);
-  dy = train_rows(dy, n);
-  KERN(env, gemm_grouped, KERN_TN, group, dy, train_rows(moe->active, n), KERN_ADD,
-       train_parameter_gradients(p, moe->out, count));
-  if (moe->out_bias >= 0)
-    KERN(env, bias_grouped_bwd, group, dy, train_parameter_gradients(p, moe->out_bias, count));
-  KERN(env, gemm_grouped, KERN_NN, group, dy, weights_out(model, moe), KERN_SET, d_active);
-  TRY(train_activate_backward(model, d_active, train_rows(moe->hidden, n), d_hidden));
-  KERN(env, gemm_grouped, KERN_TN, group, d_hidden, train_rows(moe->received, n), KERN_ADD,
-       train_parameter_gradients(p, moe->in, count));
-  if (moe->in_bias >= 0)
-    KERN(env, bias_grouped_bwd, group, d_hidden, train_parameter_gradients(p, moe->in_bias, count));
-  KERN(env, gemm_grouped, KERN_NN, group, d_hidden, weights_in(model, moe), KERN_SET, train_rows(dx, n));
-  return CORE_OK;
-}
-
-/* Last round first: its activations are still there. */
-static core_status experts_backward(train_model *model, train_moe *moe, core_tensor x) {
-  train_moe_scratch *s = &model->moe_scratch;
-  bool alone = model->env->layout.expert_ranks == 1;
-  core_tensor dy = alone ? s->send_dy : s->recv_y, dx = alone ? s->send_dx : s->recv_dx;
-  for (int64_t round = moe->dispatch.rounds - 1; round >= 0; round--) {
-    if (round < moe->dispatch.rounds - 1) {
-      TRY(send_inputs(model, moe, round, x));
-      TRY(experts_inner(model, moe));
-    }
-    TRY(train_dispatch_send(model, moe, round, s->send_dy, dy));
-    TRY(experts_round_backward(model, moe, dy, dx));
-    TRY(train_dispatch_return(model, moe, round, dx, s->send_dx));
-  }
-  return CORE_OK;
-}
 
 /* Adds the gradients of the losses that are made of this layer's sums. */
 static core_status sums_backward(train_model *model, train_moe *moe, int64_t T, core_tensor weights,
@@ -489,7 +338,7 @@ core_status train_moe_backward(train_model *model, train_moe *moe, core_tensor x
   KERN(env, combine_bwd, dy, train_rows(moe->returned, sent), slot, train_rows(moe->gate, T),
        train_rows(s->send_dy, sent), train_rows(s->d_gate, T));
   TRY(drop_out(model, moe, s->send_dy));
-  TRY(experts_backward(model, moe, x));
+  TRY(train_experts_backward(model, moe, x));
   KERN(env, combine_fwd, train_rows(s->send_dx, sent), slot, train_none(), KERN_SET, dx);
   TRY(router_backward(model, moe, x, weights, dx));
   return CORE_OK;

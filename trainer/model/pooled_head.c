@@ -11,8 +11,9 @@ core_status train_head_declare(train_model *model, int32_t m) {
                             .init = TRAIN_INIT_NORMAL,
                             .init_value = 1 / sqrt((double)model->C),
                             .decay = true};
-  TRY(train_declare(model, matrix, &model->head[m].weight, "head.%s.weight",
+  TRY(train_declare(model, matrix, &model->head[m].map.weight, "head.%s.weight",
                     model->env->settings->data.modalities[m].name));
+  model->head[m].map.bias = -1;
   return CORE_OK;
 }
 
@@ -39,7 +40,7 @@ core_status train_head_forward(train_model *model, int32_t m) {
   core_tensor pooled = items_of(model, m, model->pooled);
   int64_t n = pooled.shape[0];
   core_tensor raw = train_rows(head->raw, n);
-  KERN(env, gemm, KERN_NT, pooled, train_parameter_matrix(&model->parameters, head->weight), KERN_SET, raw);
+  TRY(train_linear_forward(model, &head->map, (train_linear_rows){0}, pooled, KERN_SET, raw));
   KERN(env, l2norm_fwd, raw, train_rows(head->z, n), train_rows(head->norm, n));
   return CORE_OK;
 }
@@ -52,9 +53,6 @@ core_status train_head_backward(train_model *model, int32_t m) {
   core_tensor d_raw = train_rows(head->d_raw, n);
   KERN(env, l2norm_bwd, train_rows(head->gradient, n), train_rows(head->z, n), train_rows(head->norm, n),
        KERN_SET, d_raw);
-  KERN(env, gemm, KERN_TN, d_raw, pooled, KERN_ADD,
-       train_parameter_gradient(&model->parameters, head->weight));
-  KERN(env, gemm, KERN_NN, d_raw, train_parameter_matrix(&model->parameters, head->weight), KERN_SET,
-       d_pooled);
+  TRY(train_linear_backward(model, &head->map, (train_linear_rows){0}, d_raw, pooled, d_pooled));
   return CORE_OK;
 }

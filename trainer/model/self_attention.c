@@ -20,15 +20,17 @@ core_status train_attention_declare(train_model *model, train_block *block) {
   matrix.shape[0] = (model->H + 2 * model->G) * model->A;
   matrix.shape[1] = C;
   matrix.init_value = 1 / sqrt((double)C);
-  TRY(declare_matrix(model, block, matrix, "qkv", &block->attention.qkv));
+  TRY(declare_matrix(model, block, matrix, "qkv", &block->attention.qkv.weight));
   train_parameter bias = {.rank = 1, .shape = {matrix.shape[0]}};
-  block->attention.qkv_bias = -1;
+  block->attention.qkv.bias = block->attention.out.bias = -1;
   if (model->env->settings->model.qkv_bias)
-    TRY(train_declare(model, bias, &block->attention.qkv_bias, "blocks.%d.attention.qkv.bias", block->layer));
+    TRY(train_declare(model, bias, &block->attention.qkv.bias, "blocks.%d.attention.qkv.bias", block->layer));
   matrix.shape[0] = C;
   matrix.shape[1] = inner;
   matrix.init_value = 1 / sqrt((double)inner * 2 * (double)model->L);
-  TRY(declare_matrix(model, block, matrix, "out", &block->attention.out));
+  TRY(declare_matrix(model, block, matrix, "out", &block->attention.out.weight));
+  TRY(train_linear_add(model, &block->attention.qkv));
+  TRY(train_linear_add(model, &block->attention.out));
   return CORE_OK;
 }
 
@@ -76,12 +78,11 @@ static core_status attend_cached(train_model *model, int32_t l, const kern_atten
 core_status train_attention_forward(train_model *model, train_block *block, core_tensor x, core_tensor y) {
   train_env *env = model->env;
   train_attention_layer *layer = &block->attention;
-  train_parameters *p = &model->parameters;
+  train_linear_rows rows = train_trunk_linear_rows(model, block->trunk);
   int64_t T = x.shape[0];
   kern_attention attention = describe(model, block);
   core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
-  KERN(env, gemm, KERN_NT, x, train_parameter_matrix(p, layer->qkv), KERN_SET, qkv);
-  if (layer->qkv_bias >= 0) KERN(env, bias_fwd, train_parameter_value(p, layer->qkv_bias), qkv);
+  TRY(train_linear_forward(model, &layer->qkv, rows, x, KERN_SET, qkv));
   if (model->rotates)
     KERN(env, rope, KERN_ROTATE, (int32_t)(model->H + model->G), positions_of(model, block),
          model->inverse_frequency.device, qkv);
@@ -89,7 +90,7 @@ core_status train_attention_forward(train_model *model, train_block *block, core
     TRY(attend_cached(model, block->layer, &attention, qkv, mixed, train_rows(layer->lse, T)));
   else
     KERN(env, attention_fwd, &attention, qkv, mixed, train_rows(layer->lse, T));
-  KERN(env, gemm, KERN_NT, mixed, train_parameter_matrix(p, layer->out), KERN_ADD, y);
+  TRY(train_linear_forward(model, &layer->out, rows, mixed, KERN_ADD, y));
   return CORE_OK;
 }
 
@@ -97,19 +98,16 @@ core_status train_attention_backward(train_model *model, train_block *block, cor
                                      core_tensor dx) {
   train_env *env = model->env;
   train_attention_layer *layer = &block->attention;
-  train_parameters *p = &model->parameters;
+  train_linear_rows rows = train_trunk_linear_rows(model, block->trunk);
   int64_t T = x.shape[0];
   kern_attention attention = describe(model, block);
   core_tensor qkv = train_rows(layer->qkv_rows, T), mixed = train_rows(layer->mixed, T);
   core_tensor d_mixed = train_rows(model->d_mixed, T), d_qkv = train_rows(model->d_qkv, T);
-  KERN(env, gemm, KERN_TN, dy, mixed, KERN_ADD, train_parameter_gradient(p, layer->out));
-  KERN(env, gemm, KERN_NN, dy, train_parameter_matrix(p, layer->out), KERN_SET, d_mixed);
+  TRY(train_linear_backward(model, &layer->out, rows, dy, mixed, d_mixed));
   KERN(env, attention_bwd, &attention, d_mixed, qkv, mixed, train_rows(layer->lse, T), d_qkv);
   if (model->rotates)
     KERN(env, rope, KERN_ROTATE_BACK, (int32_t)(model->H + model->G), positions_of(model, block),
          model->inverse_frequency.device, d_qkv);
-  if (layer->qkv_bias >= 0) KERN(env, bias_bwd, d_qkv, train_parameter_gradient(p, layer->qkv_bias));
-  KERN(env, gemm, KERN_TN, d_qkv, x, KERN_ADD, train_parameter_gradient(p, layer->qkv));
-  KERN(env, gemm, KERN_NN, d_qkv, train_parameter_matrix(p, layer->qkv), KERN_SET, dx);
+  TRY(train_linear_backward(model, &layer->qkv, rows, d_qkv, x, dx));
   return CORE_OK;
 }

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "trainer/model/lora.h"
+
 core_status train_declare(train_model *model, train_parameter parameter, int32_t *index, const char *format,
                           ...) {
   va_list arguments;
@@ -54,6 +56,14 @@ static bool is_decoder(const train_model *model) {
   return model->env->settings->model.kind == TRAIN_KIND_DECODER;
 }
 
+/* Freezes by those patterns that contain a text. */
+static void freeze(train_model *model, const char *text) {
+  const train_settings *s = model->env->settings;
+  for (unsigned i = 0; i < s->optimizer.frozen_count; i++)
+    if (strstr(s->optimizer.frozen[i], text))
+      train_parameters_freeze(&model->parameters, s->optimizer.frozen[i]);
+}
+
 static core_status declare(train_model *model) {
   model->log_scale = -1;
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
@@ -61,9 +71,33 @@ static core_status declare(train_model *model) {
   TRY(is_connector(model) ? train_alignment_declare(model)
       : is_decoder(model) ? train_decoder_declare(model)
                           : declare_tower(model));
+  const train_settings *s = model->env->settings;
+  freeze(model, "");
+  TRY(train_lora_declare(model));
+  freeze(model, "lora_"); /* other patterns do not reach adapters */
   train_parameters_place(&model->parameters);
-  train_parameters_share(&model->parameters, model->env, model->env->settings->parallel.shard_optimizer);
+  train_parameters_share(&model->parameters, model->env, s->parallel.shard_optimizer);
   return CORE_OK;
+}
+
+/* Parts that lie above the blocks, by the beginnings of names; what is not known counts as below. */
+static bool is_above(const char *name) {
+  static const char *const above[] = {"final_norm.", "output.", "head.", "log_scale"};
+  for (size_t i = 0; i < sizeof above / sizeof *above; i++)
+    if (strncmp(name, above[i], strlen(above[i])) == 0) return true;
+  return false;
+}
+
+int64_t train_model_lowest(const train_model *model) {
+  int64_t lowest = model->L;
+  for (int32_t i = 0; i < model->parameters.count; i++) {
+    const train_parameter *p = &model->parameters.list[i];
+    int layer = -1;
+    if (p->frozen || is_above(p->name)) continue;
+    if (sscanf(p->name, "blocks.%d.", &layer) != 1) return -1;
+    if (layer < lowest) lowest = layer;
+  }
+  return lowest;
 }
 
 int32_t train_model_directions(const train_model *model) {
@@ -80,6 +114,7 @@ core_status train_model_create(train_env *env, const int64_t *width, train_model
   model->env = env;
   take_sizes(model);
   model->recomputes = env->settings->model.recompute;
+  model->lowest = -1;
   memcpy(model->limits.width, width, (size_t)env->layout.modalities * sizeof *width);
   model->rotates = is_decoder(model);
   for (int32_t m = 0; m < env->layout.modalities; m++)
@@ -98,6 +133,7 @@ void train_model_destroy(train_model *model) {
   if (!model) return;
   train_parameters_free(&model->parameters);
   train_alignment_free(&model->alignment);
+  free(model->map);
   free(model->block);
   free(model);
 }
@@ -201,6 +237,8 @@ core_status train_model_plan(train_model *model, const train_model_limits *limit
   TRY(train_parameters_plan(&model->parameters, model->env, arenas->parameters, limits->training));
   TRY(train_mirror_plan(arenas, arenas->parameters, CORE_REAL_DTYPE, model->A / 2, 1,
                         &model->inverse_frequency));
+  TRY(train_linear_plan(model, arenas));
+  TRY(train_lora_plan(model, arenas));
   TRY(plan_activations(model, arenas));
   return CORE_OK;
 }
@@ -226,6 +264,7 @@ core_status train_model_prepare(train_model *model) {
         (core_real)scaled_frequency(s, pow(s->model.rope_base, -2.0 * (double)i / (double)model->A));
   TRY(train_mirror_up(model->env, &model->inverse_frequency, model->A / 2));
   TRY(train_moe_scratch_prepare(model));
+  TRY(train_lora_prepare(model));
   TRY(train_parameters_initialise(&model->parameters, model->env));
   return CORE_OK;
 }
@@ -362,6 +401,7 @@ static core_status pool_backward(train_model *model, core_tensor drows) {
 /* ---- passes ---- */
 
 core_status train_model_forward(train_model *model, train_mode mode) {
+  model->lora.drops = mode != TRAIN_MODE_EVALUATE;
   if (is_connector(model)) return train_alignment_forward(model, (int)mode);
   train_env *env = model->env;
   train_items *items = &model->items;
@@ -383,6 +423,7 @@ core_status train_model_backward(train_model *model, core_tensor router) {
   TRY(is_decoder(model) ? train_decoder_predict_backward(model, dn) : pool_backward(model, dn));
   for (int32_t t = 0; t < model->trunks; t++)
     if (train_trunk_held(model, t)) TRY(train_trunk_backward(model, t, router, dn, dx));
+  if (model->lowest >= 0) return CORE_OK;
   comm_note(env->comm, env->step, -1, "connectors backward");
   TRY(is_decoder(model) ? train_decoder_embed_backward(model, dx) : connect_backward(model, dx));
   return CORE_OK;

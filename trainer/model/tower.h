@@ -8,14 +8,15 @@
  * A trunk is the blocks and the last norm. There is one for all modalities, or as a baseline
  * (model.trunks per_modality) a dense one for each, of equal FLOPs per token, which only its rows pass.
  *
- * Reading order: tower.c, connector.c, trunk.c, block.c, self_attention.c, feed_forward.c, moe_layer.c,
- * moe_dispatch.c, moe_capacity.c, pooled_head.c. */
+ * Reading order: tower.c, linear.c, lora.c, connector.c, trunk.c, block.c, self_attention.c, feed_forward.c,
+ * moe_layer.c, moe_experts.c, moe_dispatch.c, moe_capacity.c, pooled_head.c. */
 #ifndef TRAIN_TOWER_H
 #define TRAIN_TOWER_H
 
 #include "trainer/mirror.h"
 #include "trainer/model/alignment.h"
 #include "trainer/model/decoder.h"
+#include "trainer/model/linear.h"
 #include "trainer/model/moe.h"
 #include "trainer/parameter.h"
 
@@ -41,12 +42,12 @@ typedef struct train_norm {
 } train_norm;
 
 typedef struct train_attention_layer {
-  int32_t qkv, qkv_bias, out;       /* parameters [(H + 2G) A, C], [(H + 2G) A] or -1, [C, H A] */
+  train_linear qkv, out;            /* [(H + 2G) A, C], [C, H A] */
   core_tensor qkv_rows, mixed, lse; /* [T, (H + 2G) A], [T, H A], [T, H] */
 } train_attention_layer;
 
 typedef struct train_feed_forward {
-  int32_t in, out;            /* parameters [2F or F, C], [C, F] */
+  train_linear in, out;       /* [2F or F, C], [C, F] */
   int64_t width;              /* F */
   core_tensor hidden, active; /* [T, 2F or F], [T, F] */
 } train_feed_forward;
@@ -64,14 +65,15 @@ typedef struct train_block {
 } train_block;
 
 typedef struct train_connector_layer {
-  int32_t first, first_bias, second, second_bias, position; /* parameters, -1 absent */
-  int64_t width, hidden;                                    /* D, hidden of an mlp */
-  train_mirror shift, scale;                                /* standardisation, core_real [D]; checkpointed */
-  core_tensor input, before, active;                        /* [T_m, D], [T_m, hidden] x 2 */
+  train_linear first, second;        /* [hidden or C, D], [C, hidden] of an mlp */
+  int32_t position;                  /* parameter, -1 absent */
+  int64_t width, hidden;             /* D, hidden of an mlp; 0: linear */
+  train_mirror shift, scale;         /* standardisation, core_real [D]; checkpointed */
+  core_tensor input, before, active; /* [T_m, D], [T_m, hidden] x 2 */
 } train_connector_layer;
 
 typedef struct train_head {
-  int32_t weight;                     /* [Z, C] */
+  train_linear map;                   /* [Z, C] */
   core_tensor raw, z, norm, gradient; /* [n, Z], [n, Z], [n], [n, Z] */
   core_tensor d_raw;                  /* [n, Z], active */
 } train_head;
@@ -111,10 +113,15 @@ typedef struct train_model {
   bool rotates;
   /* gradients on their way down, shared by all layers */
   core_tensor d_stream, d_norm, d_mixed, d_qkv, d_hidden, d_active, d_pooled;
+  train_linear **map; /* [map_count] every linear map of blocks and connectors */
+  int32_t map_count, map_capacity;
+  train_linear_scratch linear;
+  train_lora_scratch lora;
   train_moe_scratch moe_scratch;
   int32_t moe_layers;
   train_moe_sums sums; /* of the current step */
   bool recomputes;     /* blocks keep only their outputs; see block.c */
+  int64_t lowest; /* block: nothing below it is trained, so gradients go no further; -1: below all blocks */
   train_items items;
 } train_model;
 
@@ -131,6 +138,10 @@ void train_model_rows(const train_settings *settings, const train_model_limits *
                       int64_t *segments);
 void train_model_destroy(train_model *model);
 
+/* The lowest block with a trained parameter of this rank; -1: one below the blocks is trained. Ranks that
+ * pass tokens on to one another go down equally far: the least of theirs is model->lowest (-1 until it is
+ * set). */
+int64_t train_model_lowest(const train_model *model);
 /* Directions that a step may train: those of a connector, 1 for a tower. */
 int32_t train_model_directions(const train_model *model);
 /* Marks the parameters that a step of direction d changes (-1: all) as active. */
@@ -220,6 +231,9 @@ CORE_NODISCARD static inline core_status train_take_active(const train_model *mo
 /* The items' segments: all, and those of one modality counted from its first row. */
 kern_segments train_segments(const train_model *model);
 kern_segments train_segments_of(const train_model *model, int32_t m);
+
+/* What the rows of the current items that pass trunk t are. */
+train_linear_rows train_trunk_linear_rows(const train_model *model, int32_t t);
 
 /* Adds a parameter by printf-like name. */
 core_status train_declare(train_model *model, train_parameter parameter, int32_t *index, const char *format,

@@ -20,6 +20,11 @@ kern_segments train_trunk_segments(const train_model *model, int32_t t) {
   return model->own_trunks ? train_segments_of(model, t) : train_segments(model);
 }
 
+train_linear_rows train_trunk_linear_rows(const train_model *model, int32_t t) {
+  train_span rows = train_trunk_rows(model, t);
+  return (train_linear_rows){.key = train_slice(model->items.key.device, rows.first, rows.count)};
+}
+
 core_status train_trunk_declare_parameter(train_model *model, int32_t t, train_parameter parameter,
                                           int32_t *index, const char *name) {
   if (!model->own_trunks) {
@@ -95,7 +100,7 @@ core_status train_trunk_backward(train_model *model, int32_t t, core_tensor rout
   KERN(env, rmsnorm_bwd, passing(model, t, dn), input_of(model, t, model->L),
        train_parameter_value(&model->parameters, norm->weight), passing(model, t, model->final_norm[0].inv),
        KERN_SET, dx, train_parameter_gradient(&model->parameters, norm->weight));
-  for (int64_t l = model->L - 1; l >= 0; l--) {
+  for (int64_t l = model->L - 1; l >= 0 && l >= model->lowest; l--) {
     int32_t b = number(model, t, l);
     comm_note(env->comm, env->step, (int32_t)l, "backward");
     if (model->recomputes) TRY(train_block_forward(model, b, input_of(model, t, l), TRAIN_MODE_AGAIN));

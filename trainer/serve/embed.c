@@ -6,7 +6,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "trainer/serve/embed_impl.h"
-#include "trainer/state.h"
+#include "trainer/source.h"
 
 /* ---- what is asked for ---- */
 
@@ -142,7 +142,7 @@ static core_status load(train_embedder *e) {
   session->env.step = e->options.step;
   if (!e->options.reader) return CORE_OK;
   TRY(comm_agree(e->control, train_state_list(session->model, NULL, TRAIN_STATE_LOAD_MODEL, &tensors)));
-  core_status status = ckpt_reader_load(e->options.reader, tensors.list, tensors.count);
+  core_status status = train_source_read(e->control, e->options.reader, tensors.list, tensors.count);
   train_state_free(&tensors);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   TRY(comm_agree(e->control, train_state_loaded(session->model)));
