@@ -24,7 +24,8 @@ stages:
   - {name: base}
   - name: image
     from: base
-    set: ["data.use=[image]", "optimizer.frozen=[blocks.*attention*, blocks.*norm*, final_norm.*, embedding.*, output.*]"]
+    set: ["data.use=[image]", "model.lora=[{parameters: blocks.*.feed_forward.*, rank: 2}]", checkpoint.contents=trained,
+      "optimizer.frozen=[blocks.*attention*, blocks.*norm*, final_norm.*, embedding.*, output.*]"]
   - name: both
     from: base
     set: [run.steps=4, "optimizer.frozen=[blocks.*attention*, blocks.*norm*, final_norm.*, embedding.*, output.*]"]
@@ -38,7 +39,7 @@ what="a stage of its own"
 run 2 train "$work/stages.yaml"
 expect_status 0
 expect_text "$work/err" "[assembled] slot 1: $(step_path "$work/run/both" 4)" "[assembled] connector.image: $(step_path "$work/run/image" 6)" \
-  "[assembled] assembled" "[tune] began with"
+  "8 adapters are merged" "[assembled] assembled" "[tune] began with"
 expect_text "$work/run/assembled/manifest.json" '"for":	"slot 2"' '"blocks.*.router"'
 made=$(content "$(step_path "$work/run/assembled" 0)")
 
@@ -61,7 +62,9 @@ tensor() { # name-of-export tensor: checksum of its bytes
   tail -c +$((8 + header + ${range% *} + 1)) "$file" | head -c $((${range#* } - ${range% *})) | cksum
 }
 export_of "$base" base
-export_of "$image" image
+run 1 merge "$image" -o "$work/merged"
+expect_status 0
+export_of "$work/merged/step-00000006" image
 export_of "$both" both
 export_of "$(step_path "$work/run/assembled" 0)" made
 for matrix in gate up down; do
@@ -127,6 +130,9 @@ refused "layer 2 has 3 experts, but 2 slots are filled" --slots "$image,$both"
 what="not of one base"
 other foreign --set run.seed=8
 refused "differs from that of the base" --slots "$image,$(step_path "$work/foreign" 1),base"
+what="adapters in the target"
+refused "leave model.lora empty" --slots "$image,$both,base" --connectors "image=$image,text=$both" \
+  --set "model.lora=[{parameters: blocks.*.experts.*, rank: 2}]"
 what="another width"
 other wide --set model.width=20
 refused "was trained with model.width 20, the assembly has 16" --slots "$image,$(step_path "$work/wide" 1),base"
@@ -146,7 +152,8 @@ refused "'parameter/blocks.2.feed_forward.in.weight' is float32 [64, 16], 'param
 what="a mixture as a source"
 refused "lacks 'parameter/blocks.2.feed_forward.in.weight'" --slots "$work/made/step-00000000,base,base"
 what="no connector"
-refused "has no connector of 'text'" --slots base,base,base --connectors "text=$image"
+other single --set data.use=[image]
+refused "has no connector of 'text'" --slots base,base,base --connectors "text=$(step_path "$work/single" 1)"
 what="no such checkpoint"
 refused "nowhere" --slots "$work/nowhere,base,base"
 what="no mixtures"
@@ -155,6 +162,21 @@ what="there already"
 run 1 assemble "$work/moe.yaml" --base "$base" --slots base,base,base -o "$work/pure"
 expect_status 1
 expect_error "is there already"
+what="stages that are no assembly"
+stage_refused() { # words sed-script
+  sed "$2" "$work/stages.yaml" >"$work/other.yaml"
+  run 1 train "$work/other.yaml" --set run.directory="$work/none"
+  expect_status 1
+  expect_error "'assembled'" "$1"
+  [ -e "$work/none" ] && fail "expected nothing to be written"
+}
+stage_refused "assemble.base 'none'" 's/{base: base, /{/'
+stage_refused "either slots" 's/slots: .image, both, base.,/slots: [],/'
+stage_refused "it is not done before" 's/slots: .image/slots: [tune/'
+stage_refused "there is no such stage" 's/slots: .image/slots: [image2/'
+stage_refused "assemble.connectors 'smell:image'" 's/image:image/smell:image/'
+stage_refused "it has assemble.base, no" 's/kind: assemble/kind: assemble, from: base/; s/kind: assemble, from/from: base\n    kind: assemble #/'
+stage_refused "fills the slots of 1 layers, the model has 2" 's/slots: .image, both, base.,/layers: ["image, both, base"],/'
 what="arguments"
 run 1 assemble "$work/moe.yaml" --slots base -o "$work/none"
 expect_status 2
