@@ -49,6 +49,9 @@ const launch_command launch_train_command = {
     "old\n"
     "  --set key=value  overrides a key of CONFIG, for example --set optimizer.rate=0.0005\n"
     "                   or --set data.modalities.image.connector=mlp\n\n"
-    "The run directory receives config.yaml, metrics.jsonl (a line a step), log.txt and checkpoints/.\n"
+    "The run directory receives config.yaml, metrics.jsonl (a line a step), log.txt, manifest.json (what "
+    "trains, what\n"
+    "is frozen, what it began from) and checkpoints/. With `stages` in CONFIG each stage is such a run in\n"
+    "RUN_DIRECTORY/NAME: they run in order, those that are done are passed over.\n"
     "SIGTERM, SIGUSR1 or SIGINT: the state is saved and the exit status is 75; the same command goes on.\n",
     run};

@@ -177,9 +177,8 @@ static core_status check_split(const train_settings *s, const char *split) {
   return CORE_OK;
 }
 
-static core_status check_stage(const train_stage *stage) {
+static core_status check_data(const train_stage *stage) {
   const train_settings *s = core_config_data(stage->config);
-  TRY(train_settings_check(stage->config, stage->ranks));
   if (stage->settings->kind != TRAIN_STAGE_TRAIN) return CORE_OK;
   TRY(check_split(s, s->data.train));
   if (s->evaluate.interval > 0 || s->evaluate.at_end) TRY(check_split(s, s->data.validation));
@@ -191,7 +190,16 @@ static core_status check_stage(const train_stage *stage) {
 static core_status plan_stage(train_stages *stages, int32_t i) {
   TRY(resolve(stages, i));
   TRY(find_sources(stages, i));
-  TRY(check_stage(&stages->list[i]));
+  TRY(train_settings_check(stages->list[i].config, stages->list[i].ranks));
+  return CORE_OK;
+}
+
+static core_status check_all_data(const train_stages *stages) {
+  for (int32_t i = 0; i < stages->count; i++) {
+    core_status status = check_data(&stages->list[i]);
+    if (status != CORE_OK) status = core_error_context(status, "stage '%s'", stages->list[i].settings->name);
+    TRY(status);
+  }
   return CORE_OK;
 }
 
@@ -214,6 +222,7 @@ core_status train_stages_plan_priv(train_stages *stages, int32_t ranks) {
     if (status != CORE_OK) status = core_error_context(status, "stage '%s'", s->stages[i].name);
     TRY(status);
   }
+  TRY(check_all_data(stages));
   return CORE_OK;
 }
 
