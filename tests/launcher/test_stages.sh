@@ -50,6 +50,13 @@ expect_text "$work/run/tune/manifest.json" "$(step_path "$work/run/expert" 170)"
 grep -q 'parameter/embedding' "$work/run/tune/manifest.json" && fail "expected the embedding to be taken over"
 grep -q 'connector.text' "$work/run/align/manifest.json" && fail "expected no connector of a modality that takes no part"
 
+what="each stage has an order of its own"
+for pair in align:0 expert:1 tune:2; do
+  stage=${pair%:*}
+  last=$(ls -d "$work/run/$stage/checkpoints"/step-* | tail -1)
+  grep -q "\\\\*\"stage\\\\*\":\\\\*\"${pair#*:}\\\\*\"" "$last/manifest.json" || fail "expected the order of stage ${pair#*:} in $stage"
+done
+
 what="all of them done"
 run 1 train "$work/stages.yaml"
 expect_status 0
@@ -68,6 +75,7 @@ disturbed() { # ranks stage lines signal status
   run "$1" train "$work/stages.yaml"
   expect_status 0
   expect_text "$work/err" "[$2] resumed at step"
+  [ "$2" = align ] || expect_text "$work/run/$2/manifest.json" '"from":	"' '"new":'
   expect_equal "contents" "$whole" "$(contents "$work/run")"
 }
 for stage in align expert tune; do
@@ -144,12 +152,12 @@ write_pair() { # file run-directory training-split-of-the-second
   cat >>"$1" <<END
 stages:
   - {name: first, group: experts, from: $base, set: [run.steps=180, "data.use=[image]"]}
-  - {name: second, group: experts, from: $base, set: [run.steps=200, optimizer.rate=0.001, data.train=$3]}
+  - {name: second, group: experts, from: $base, set: [run.steps=600, optimizer.rate=0.001, data.train=$3]}
 END
 }
 pair() { # run-directory: contents of both
   content "$(step_path "$1/first" 180)"
-  content "$(step_path "$1/second" 200)"
+  content "$(step_path "$1/second" 600)"
 }
 what="one after another on one rank"
 run 1 train "$work/stages.yaml" --set run.directory="$work/base"
@@ -173,7 +181,7 @@ wait_job
 expect_status 75
 run 2 train "$work/pair.yaml"
 expect_status 0
-expect_text "$work/err" "[second] resumed at step"
+grep -q -e "\[first\] resumed at step" -e "\[second\] resumed at step" "$work/err" || fail "expected one of them to go on inside"
 expect_equal "contents" "$alone" "$(pair "$work/both")"
 what="an error in one of them"
 "$MAKE_SET" directory="$work/data/spoilt" samples=45 vocabulary=30 nan=text || exit 1
