@@ -46,12 +46,13 @@ typedef struct train_assembly_work {
   int32_t tensors;
 } train_assembly_work;
 
-/* assemble_plan.c: compares the sources' configurations, declares the model, says for each tensor where it comes
- * from. Local, after the sources are open. ERR_MISMATCH. */
+/* assemble_plan.c: compares the sources' configurations, declares the model, says for each tensor where it
+ * comes from. Local, after the sources are open. ERR_MISMATCH. */
 core_status train_assembly_plan_priv(train_assembly_work *work);
 /* That what is taken from source s is there in its shape. Local. ERR_MISMATCH. */
 core_status train_assembly_check_priv(const train_assembly_work *work, int32_t s);
-/* A tensor of a source, what it is there; of a merged one with its place in memory. False: it has none. Local. */
+/* A tensor of a source, what it is there; of a merged one with its place in memory. False: it has none.
+ * Local. */
 bool train_assembly_find_tensor_priv(const train_assembly_source *source, const char *name,
                                      ckpt_tensor *found);
 /* Number of the source of this path, -1 if there is none. */

@@ -16,6 +16,7 @@ typedef struct train_begun {
   char path[TRAIN_RUN_PATH]; /* empty: nothing */
   int64_t step;
   uint64_t content;
+  int64_t fresh_count;
   char *fresh; /* names of this rank's tensors that the checkpoint lacks, a line each; malloc'ed, or NULL */
 } train_begun;
 

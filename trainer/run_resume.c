@@ -136,6 +136,7 @@ static core_status keep_known(const train_source *source, train_state_tensors *w
   for (int32_t i = 0; i < wanted->count; i++) {
     ckpt_tensor found;
     if (!train_source_find(source, wanted->list[i].name, &found)) {
+      begun->fresh_count++;
       used += (size_t)snprintf(begun->fresh + used, CORE_NAME, "%s\n", wanted->list[i].name);
     } else {
       wanted->list[kept++] = wanted->list[i];
@@ -157,7 +158,9 @@ static core_status take_from(train_run_state *r, const train_source *source, con
   if (status == CORE_OK) status = comm_agree(r->env->control, keep_known(source, &wanted, &r->begun));
   if (status == CORE_OK) status = train_source_load(source, wanted.list, wanted.count);
   if (status == CORE_OK) status = comm_agree(r->env->control, train_state_loaded(r->session->model));
-  if (status == CORE_OK) LOG_INFO("began with %d tensors of %s", wanted.count, path);
+  if (status == CORE_OK)
+    LOG_INFO("began with %d tensors of %s; %lld are new", wanted.count, path,
+             (long long)r->begun.fresh_count);
   train_state_free(&wanted);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
   return CORE_OK;
