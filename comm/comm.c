@@ -96,6 +96,51 @@ core_status comm_start(const comm_options *options, comm_world **out) {
   return CORE_OK;
 }
 
+static core_status make_part(comm_world *world, int32_t color, comm_world *part) {
+  part->part = true;
+  part->phase = "start";
+  part->layer = -1;
+  part->largest_message = world->largest_message;
+  part->deadline = world->deadline;
+  memcpy(part->directory, world->directory, sizeof part->directory);
+  if (world->mpi)
+    TRY(comm_mpi_part_priv(world, color, part));
+  else
+    TRY(start_alone(part));
+  part->local_rank = world->local_rank; /* devices are counted by host */
+  part->local_size = world->local_size;
+  return CORE_OK;
+}
+
+core_status comm_part(comm_world *world, int32_t color, comm_world **out) {
+  *out = NULL;
+  comm_world *part = calloc(1, sizeof *part);
+  TRY(comm_agree(world->control_group, part ? CORE_OK
+                                            : core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__,
+                                                               "no memory for communication")));
+  if (color < 0 && !world->mpi) {
+    free(part);
+    return CORE_OK;
+  }
+  core_status status = make_part(world, color, part);
+  if (status != CORE_OK || color < 0) {
+    comm_finish(part);
+    part = NULL;
+  }
+  TRY(status);
+  *out = part;
+  return CORE_OK;
+}
+
+core_status comm_join(comm_world *world) {
+  const double deadline = world->deadline;
+  world->deadline = 1e18;
+  core_status status = comm_barrier(world->control_group);
+  world->deadline = deadline;
+  TRY(status);
+  return CORE_OK;
+}
+
 core_status comm_configure(comm_world *world, const comm_options *options) {
   world->deadline = options && options->deadline > 0 ? options->deadline : default_deadline;
   const char *directory = options && options->directory ? options->directory : "";

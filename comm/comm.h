@@ -29,6 +29,15 @@ typedef struct comm_options {
 /* Starts MPI when the process was launched by mpirun or srun (or MPI is already running); otherwise a world
  * of one without MPI. Collective over all processes of the job. */
 CORE_NODISCARD core_status comm_start(const comm_options *options, comm_world **out);
+/* A world of its own for the ranks of equal `color` >= 0, ordered as in `world`; color < 0: none, *out =
+ * NULL. What it does is seen by its ranks alone: groups, agreement, deadlines; ranks are numbered within it,
+ * except that comm_local_rank still counts all of the host. comm_fail_stop in it ends the whole job. Its
+ * ranks end it with comm_finish before `world` is ended; until then they use no group of `world`. Deadline
+ * and directory are those of `world` until comm_configure. Collective over `world`. */
+CORE_NODISCARD core_status comm_part(comm_world *world, int32_t color, comm_world **out);
+/* Waits, without a deadline, for all ranks of `world`: others may have hours of work in a part of theirs,
+ * which has its own deadline, and a rank that is lost ends the job. Collective. */
+CORE_NODISCARD core_status comm_join(comm_world *world);
 /* Changes deadline and directory once the configuration is known. `directory` is copied. */
 CORE_NODISCARD core_status comm_configure(comm_world *world, const comm_options *options);
 /* Ends MPI in order. Collective. Frees the world and every group. */

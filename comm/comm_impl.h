@@ -68,6 +68,7 @@ struct comm_world {
   int32_t rank, size, local_rank, local_size;
   bool mpi;      /* MPI is in use */
   bool owns_mpi; /* and was started here */
+  bool part;     /* of another world, which ends MPI */
   double deadline;
   bool overdue;            /* a deadline has passed: every further wait fails at once */
   int64_t largest_message; /* bytes; larger pieces go in several messages */
@@ -126,6 +127,9 @@ core_status comm_device_overdue_priv(comm_group *group, const comm_place *here, 
 /* mpi_transport.c */
 bool comm_mpi_launched_priv(int32_t *tasks_without_pmix);
 core_status comm_mpi_start_priv(comm_world *world);
+/* Makes `part`, whose size is not known yet, the ranks of equal color >= 0. color < 0: only takes part in the
+ * call. */
+core_status comm_mpi_part_priv(comm_world *world, int32_t color, comm_world *part);
 
 /* start_guard.c: ends this process with a sentence when MPI has not started within `deadline` seconds. */
 typedef struct comm_start_guard {

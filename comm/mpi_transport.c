@@ -11,9 +11,9 @@
 enum { TAG_DATA = 1, TAG_ASK = 2, TAG_ANSWER = 3, SPINS = 2000 };
 static const double answer_seconds = 2.0;
 
-/* One communicator for the watchdog's questions. */
+/* All ranks of the world: what groups are made of, and the watchdog's questions. */
 typedef struct mpi_world {
-  MPI_Comm watch;
+  MPI_Comm base, watch;
 } mpi_world;
 
 typedef struct mpi_group {
@@ -65,8 +65,22 @@ static core_status group_from(comm_world *world, MPI_Comm comm, const char *name
 
 static core_status duplicate(const char *name, comm_world *world, comm_group **out) {
   MPI_Comm comm;
-  TRY(mpi_check(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup"));
+  const mpi_world *state = world->private;
+  TRY(mpi_check(MPI_Comm_dup(state->base, &comm), "MPI_Comm_dup"));
   TRY(group_from(world, comm, name, out));
+  return CORE_OK;
+}
+
+/* The world's communicators, from one of all its ranks. */
+static core_status make_groups(comm_world *world, MPI_Comm base) {
+  mpi_world *state = calloc(1, sizeof *state);
+  CHECK(state, CORE_ERR_MEMORY, "no memory for communication");
+  world->private = state;
+  state->base = base;
+  TRY(mpi_check(MPI_Comm_dup(base, &state->watch), "MPI_Comm_dup"));
+  MPI_Comm_set_errhandler(state->watch, MPI_ERRORS_RETURN);
+  TRY(duplicate("world", world, &world->world_group));
+  TRY(duplicate("control", world, &world->control_group));
   return CORE_OK;
 }
 
@@ -90,18 +104,34 @@ core_status comm_mpi_start_priv(comm_world *world) {
   world->size = size;
   world->local_rank = local_rank;
   world->local_size = local_size;
-  mpi_world *state = calloc(1, sizeof *state);
-  CHECK(state, CORE_ERR_MEMORY, "no memory for communication");
-  world->private = state;
-  TRY(mpi_check(MPI_Comm_dup(MPI_COMM_WORLD, &state->watch), "MPI_Comm_dup"));
-  MPI_Comm_set_errhandler(state->watch, MPI_ERRORS_RETURN);
-  TRY(duplicate("world", world, &world->world_group));
-  TRY(duplicate("control", world, &world->control_group));
+  TRY(make_groups(world, MPI_COMM_WORLD));
+  return CORE_OK;
+}
+
+core_status comm_mpi_part_priv(comm_world *world, int32_t color, comm_world *part) {
+  const mpi_world *state = world->private;
+  MPI_Comm base;
+  int rank = 0, size = 0;
+  int code = MPI_Comm_split(state->base, color < 0 ? MPI_UNDEFINED : color, world->rank, &base);
+  TRY(mpi_check(code, "MPI_Comm_split"));
+  if (base == MPI_COMM_NULL) return CORE_OK;
+  MPI_Comm_set_errhandler(base, MPI_ERRORS_RETURN);
+  MPI_Comm_rank(base, &rank);
+  MPI_Comm_size(base, &size);
+  part->mpi = true;
+  part->rank = rank;
+  part->size = size;
+  TRY(make_groups(part, base));
   return CORE_OK;
 }
 
 void comm_mpi_finish_priv(comm_world *world) {
-  free(world->private);
+  mpi_world *state = world->private;
+  if (world->part && state) {
+    MPI_Comm_free(&state->watch);
+    MPI_Comm_free(&state->base);
+  }
+  free(state);
   if (world->owns_mpi) MPI_Finalize();
 }
 
@@ -112,7 +142,8 @@ void comm_mpi_abort_priv(void) {
 
 core_status comm_mpi_split_priv(comm_world *world, int32_t color, const char *name, comm_group **out) {
   MPI_Comm comm;
-  int result = MPI_Comm_split(MPI_COMM_WORLD, color < 0 ? MPI_UNDEFINED : color, world->rank, &comm);
+  const mpi_world *state = world->private;
+  int result = MPI_Comm_split(state->base, color < 0 ? MPI_UNDEFINED : color, world->rank, &comm);
   TRY(mpi_check(result, "MPI_Comm_split"));
   if (comm != MPI_COMM_NULL) TRY(group_from(world, comm, name, out));
   return CORE_OK;
@@ -121,7 +152,7 @@ core_status comm_mpi_split_priv(comm_world *world, int32_t color, const char *na
 static void mpi_group_destroy(comm_group *group) {
   mpi_group *state = group->private;
   if (!state) return;
-  if (group->world->owns_mpi) MPI_Comm_free(&state->comm);
+  if (group->world->owns_mpi || group->world->part) MPI_Comm_free(&state->comm);
   free(state->request);
   free(state->result);
   free(state->peer);

@@ -22,12 +22,12 @@ enum {
 
 struct core_config {
   const core_config_spec *spec;
-  char *path;
+  char *path, *source; /* source: the user's text */
   yaml_document_t user, merged;
   bool has_user, has_merged;
   char **overrides; /* copies: messages name them as long as the configuration lives */
   int32_t override_count;
-  char (*override_key)[KEY]; /* of each override, with list items by index */
+  char (*override_key)[KEY]; /* of each override, as call_item calls list items */
   char *text;
   void *data;
 };
@@ -129,8 +129,20 @@ static void join(char *out, size_t capacity, const char *word, const char *separ
   snprintf(out + used, capacity - used, "%s%s", used ? separator : "", word);
 }
 
+/* What a list's item is called: its name, which stays when others are taken out, or its number. */
+static void call_item(yaml_document_t *document, const yaml_node_t *list, int item, char *out) {
+  yaml_node_t *node =
+      item >= 0 ? yaml_document_get_node(document, list->data.sequence.items.start[item]) : NULL;
+  yaml_node_pair_t *pair = node && node->type == YAML_MAPPING_NODE ? find_pair(document, node, "name") : NULL;
+  const char *name = pair ? scalar(yaml_document_get_node(document, pair->value)) : NULL;
+  if (name && *name && strlen(name) < KEY && !strchr(name, '.') && find_item(document, list, name) == item)
+    snprintf(out, KEY, "%s", name);
+  else
+    snprintf(out, KEY, "%d", item);
+}
+
 /* The place that holds the index of the node at `path`, NULL if there is none. canonical (KEY bytes, or
- * NULL): the path with list items by index. */
+ * NULL): the path with list items as call_item calls them. */
 static int *find_slot(yaml_document_t *document, const char *path, char *canonical) {
   yaml_node_t *node = yaml_document_get_root_node(document);
   char key[KEY];
@@ -143,7 +155,7 @@ static int *find_slot(yaml_document_t *document, const char *path, char *canonic
       slot = pair ? &pair->value : NULL;
     } else if (node->type == YAML_SEQUENCE_NODE) {
       int item = find_item(document, node, key);
-      snprintf(key, sizeof key, "%d", item);
+      call_item(document, node, item, key);
       slot = item >= 0 ? &node->data.sequence.items.start[item] : NULL;
     }
     if (canonical) join(canonical, KEY, key, ".");
@@ -477,6 +489,75 @@ static core_status apply_items(core_config *config, const core_config_items *ite
   return CORE_OK;
 }
 
+/* Items get their places, then the list keeps those that are used. */
+static core_status place_items(core_config *config, yaml_node_t *list, const char *key) {
+  for (int i = 0; i < sequence_count(list); i++) {
+    char number[16];
+    const yaml_node_t *item = yaml_document_get_node(&config->merged, list->data.sequence.items.start[i]);
+    yaml_node_pair_t *pair = item->type == YAML_MAPPING_NODE ? find_pair(&config->merged, item, key) : NULL;
+    const char *there = pair ? scalar(yaml_document_get_node(&config->merged, pair->value)) : NULL;
+    if (!there || strcmp(there, "-1") != 0) continue;
+    snprintf(number, sizeof number, "%d", i);
+    int list_number = (int)(list - config->merged.nodes.start),
+        pair_number = (int)(pair - item->data.mapping.pairs.start),
+        item_number = (int)(item - config->merged.nodes.start);
+    int made = yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)number, -1,
+                                        YAML_PLAIN_SCALAR_STYLE);
+    CHECK(made, CORE_ERR_MEMORY, "no memory for the configuration");
+    list = config->merged.nodes.start + list_number; /* adding nodes moves them */
+    config->merged.nodes.start[item_number].data.mapping.pairs.start[pair_number].value = made;
+  }
+  return CORE_OK;
+}
+
+static bool names_item(yaml_document_t *document, const yaml_node_t *use, const yaml_node_t *item) {
+  yaml_node_pair_t *pair = item->type == YAML_MAPPING_NODE ? find_pair(document, item, "name") : NULL;
+  const char *name = pair ? scalar(yaml_document_get_node(document, pair->value)) : NULL;
+  for (int i = 0; name && i < sequence_count(use); i++) {
+    const char *used = scalar(yaml_document_get_node(document, use->data.sequence.items.start[i]));
+    if (used && strcmp(used, name) == 0) return true;
+  }
+  return false;
+}
+
+static core_status select_items(core_config *config, const core_config_items *items) {
+  int *slot = find_slot(&config->merged, items->path, NULL);
+  yaml_node_t *list = slot ? yaml_document_get_node(&config->merged, *slot) : NULL;
+  if (!list || list->type != YAML_SEQUENCE_NODE) return CORE_OK;
+  int number = *slot, kept = 0;
+  if (items->place) TRY(place_items(config, list, items->place));
+  slot = items->use ? find_slot(&config->merged, items->use, NULL) : NULL;
+  const yaml_node_t *use = slot ? yaml_document_get_node(&config->merged, *slot) : NULL;
+  if (!use || use->type != YAML_SEQUENCE_NODE || sequence_count(use) == 0) return CORE_OK;
+  list = yaml_document_get_node(&config->merged, number);
+  yaml_node_item_t *item = list->data.sequence.items.start;
+  for (int i = 0; i < sequence_count(list); i++)
+    if (names_item(&config->merged, use, yaml_document_get_node(&config->merged, item[i])))
+      item[kept++] = item[i];
+  list->data.sequence.items.top = item + kept;
+  return CORE_OK;
+}
+
+/* The value as a node of the merged document: a mapping is merged over the one that is there. slot: of its
+ * key, NULL where that is new; adding nodes leaves the list or mapping that it lies in where it is. */
+static core_status take_value(core_config *config, const int *slot, yaml_document_t *value, int *out) {
+  const yaml_node_t *root = yaml_document_get_root_node(value);
+  int64_t visits = 0;
+  if (root) TRY(check_tree("--set", value, 1, 0, &visits));
+  if (root && slot && root->type == YAML_MAPPING_NODE &&
+      yaml_document_get_node(&config->merged, *slot)->type == YAML_MAPPING_NODE) {
+    *out = *slot;
+    TRY(merge(&config->merged, *out, value, 1, 0));
+    return CORE_OK;
+  }
+  if (root) TRY(copy_node(&config->merged, value, 1, 0, out));
+  if (!root) /* nothing, blanks or a comment: an empty text */
+    *out = yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)"", 0,
+                                    YAML_SINGLE_QUOTED_SCALAR_STYLE);
+  CHECK(*out, CORE_ERR_MEMORY, "no memory for the configuration");
+  return CORE_OK;
+}
+
 static core_status apply_override(core_config *config, int32_t index) {
   const char *text = config->overrides[index], *equals = strchr(text, '=');
   char *key = config->override_key[index];
@@ -484,19 +565,11 @@ static core_status apply_override(core_config *config, int32_t index) {
   snprintf(key, KEY, "%.*s", (int)(equals - text), text);
   yaml_document_t value;
   TRY(parse_text("--set", equals + 1, strlen(equals + 1), &value));
-  bool empty = !yaml_document_get_root_node(&value); /* nothing, blanks or a comment: an empty text */
-  int made = 0;
-  int64_t visits = 0;
-  core_status status = empty ? CORE_OK : check_tree("--set", &value, 1, 0, &visits);
-  if (status == CORE_OK && !empty) status = copy_node(&config->merged, &value, 1, 0, &made);
+  char canonical[KEY];
+  int made = 0, *slot = find_slot(&config->merged, key, canonical); /* before a value renames its item */
+  core_status status = take_value(config, slot, &value, &made);
   yaml_document_delete(&value);
   if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
-  if (empty)
-    made = yaml_document_add_scalar(&config->merged, NULL, (const unsigned char *)"", 0,
-                                    YAML_SINGLE_QUOTED_SCALAR_STYLE);
-  CHECK(made, CORE_ERR_MEMORY, "no memory for the configuration");
-  char canonical[KEY];
-  int *slot = find_slot(&config->merged, key, canonical);
   if (slot) {
     *slot = made;
     memcpy(key, canonical, KEY);
@@ -588,17 +661,13 @@ static core_status load_schema(core_config *config) {
 }
 
 static core_status load(core_config *config, const char *text) {
-  char *read = NULL;
-  int64_t count = 0;
-  if (!text) {
-    TRY(core_file_read_all(config->path, LARGEST_FILE, &read, &count));
-    text = read;
-  } else {
-    count = (int64_t)strlen(text);
-  }
-  core_status status = parse_text(config->path, text, (size_t)count, &config->user);
-  free(read);
-  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  int64_t count = text ? (int64_t)strlen(text) : 0;
+  if (text)
+    config->source = strdup(text);
+  else
+    TRY(core_file_read_all(config->path, LARGEST_FILE, &config->source, &count));
+  CHECK(config->source, CORE_ERR_MEMORY, "no memory for the configuration");
+  TRY(parse_text(config->path, config->source, (size_t)count, &config->user));
   config->has_user = true;
   TRY(parse_text("defaults", config->spec->defaults, strlen(config->spec->defaults), &config->merged));
   config->has_merged = true;
@@ -607,6 +676,7 @@ static core_status load(core_config *config, const char *text) {
   for (int32_t i = 0; i < config->override_count; i++) TRY(apply_override(config, i));
   /* once more: an override may have brought items of its own */
   for (int32_t i = 0; i < config->spec->item_count; i++) TRY(apply_items(config, &config->spec->items[i]));
+  for (int32_t i = 0; i < config->spec->item_count; i++) TRY(select_items(config, &config->spec->items[i]));
   TRY(check_numbers(config, config->spec->schema, 1, ""));
   TRY(emit(config));
   TRY(load_schema(config));
@@ -640,6 +710,24 @@ core_status core_config_load(const core_config_spec *spec, const char *path, con
   return CORE_OK;
 }
 
+core_status core_config_derive(const core_config *base, const char *const *overrides, int32_t override_count,
+                               core_config **out) {
+  int32_t before = base->override_count;
+  const char **all = calloc((size_t)(before + override_count) + 1, sizeof *all);
+  CHECK(all, CORE_ERR_MEMORY, "no memory for the configuration");
+  for (int32_t i = 0; i < before; i++) all[i] = base->overrides[i];
+  for (int32_t i = 0; i < override_count; i++) all[before + i] = overrides[i];
+  core_status status =
+      core_config_load(base->spec, base->path, base->source, all, before + override_count, out);
+  free(all);
+  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  return CORE_OK;
+}
+
+const char *core_config_path(const core_config *config) {
+  return config->path;
+}
+
 void core_config_destroy(core_config *config) {
   if (!config) return;
   cyaml_config_t settings = {.log_fn = NULL, .mem_fn = cyaml_mem, .log_level = CYAML_LOG_ERROR};
@@ -651,6 +739,7 @@ void core_config_destroy(core_config *config) {
   free(config->override_key);
   free(config->text);
   free(config->path);
+  free(config->source);
   free(config);
 }
 

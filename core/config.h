@@ -1,10 +1,10 @@
 /* YAML configuration: a libcyaml schema, defaults written as YAML, and refusals that name file, line, key and
  * what was expected. Local: rank 0's text is what ranks agree on.
  *
- * A file is merged over the defaults, `--set a.b.c=value` over both; the result must match the schema
- * exactly. All fields of the schema are required: what the user may leave out is in the defaults. List items
- * are addressed by index or, where they are mappings with a `name`, by that name:
- * data.modalities.image.length */
+ * A file is merged over the defaults, `--set a.b.c=value` over both, where a mapping is merged key by key
+ * and anything else replaced; the result must match the schema exactly. All fields of the schema are
+ * required: what the user may leave out is in the defaults. List items are addressed by index or, where they
+ * are mappings with a `name`, by that name: data.modalities.image.length */
 #ifndef CORE_CONFIG_H
 #define CORE_CONFIG_H
 
@@ -18,6 +18,9 @@ typedef struct core_config core_config;
 typedef struct core_config_items {
   const char *path;
   const char *yaml;
+  /* A key that an item gets its place in the list as, where it is -1; and the path of a list of names: unless
+   * that is empty, items whose `name` is not in it are taken out. NULL: none. */
+  const char *place, *use;
 } core_config_items;
 
 typedef struct core_config_spec {
@@ -32,7 +35,13 @@ typedef struct core_config_spec {
 CORE_NODISCARD core_status core_config_load(const core_config_spec *spec, const char *path, const char *text,
                                             const char *const *overrides, int32_t override_count,
                                             core_config **out);
+/* The same text as `base` was read from, with the overrides of `base` and then these: it is not read again,
+ * so that several configurations of one file belong together. Errors: ERR_CONFIG, ERR_USAGE. */
+CORE_NODISCARD core_status core_config_derive(const core_config *base, const char *const *overrides,
+                                              int32_t override_count, core_config **out);
 void core_config_destroy(core_config *config);
+/* How the file was called, for messages. */
+const char *core_config_path(const core_config *config);
 /* The structure that the schema describes; owned by the config. */
 const void *core_config_data(const core_config *config);
 /* The merged configuration as YAML; owned by the config. */

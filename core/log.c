@@ -13,6 +13,7 @@ static struct {
   pthread_mutex_t lock;
   core_log_level level;
   int32_t rank;
+  char label[72]; /* "[label] ", or empty */
   FILE *file;
   bool progress_shown;
 } state = {.lock = PTHREAD_MUTEX_INITIALIZER, .level = CORE_LOG_INFO};
@@ -26,6 +27,13 @@ void core_log_set_level(core_log_level level) {
 void core_log_set_rank(int32_t rank) {
   pthread_mutex_lock(&state.lock);
   state.rank = rank;
+  pthread_mutex_unlock(&state.lock);
+}
+
+void core_log_set_label(const char *label) {
+  pthread_mutex_lock(&state.lock);
+  state.label[0] = '\0';
+  if (label[0]) snprintf(state.label, sizeof state.label, "[%.63s] ", label);
   pthread_mutex_unlock(&state.lock);
 }
 
@@ -66,12 +74,12 @@ static void write_lines(core_log_level level, const char *text) {
   char rank[24] = "", stamp[32] = "";
   if (state.rank > 0) snprintf(rank, sizeof rank, "[rank %d] ", state.rank);
   clear_progress();
-  fprintf(stderr, "%s%s%s\n", rank, level_prefix(level), text);
+  fprintf(stderr, "%s%s%s%s\n", rank, state.label, level_prefix(level), text);
   if (!state.file) return;
   time_t now = time(NULL);
   struct tm parts;
   strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &parts));
-  fprintf(state.file, "%s %s%s%s\n", stamp, rank, level_prefix(level), text);
+  fprintf(state.file, "%s %s%s%s%s\n", stamp, rank, state.label, level_prefix(level), text);
 }
 
 void core_log(core_log_level level, const char *format, ...) {
@@ -95,7 +103,7 @@ void core_log_progress(const char *format, ...) {
   pthread_mutex_lock(&state.lock);
   clear_progress();
   if (text[0]) {
-    fprintf(stderr, "\r%s", text);
+    fprintf(stderr, "\r%s%s", state.label, text);
     fflush(stderr);
     state.progress_shown = true;
   }

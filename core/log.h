@@ -14,6 +14,9 @@ typedef enum core_log_level {
 
 void core_log_set_level(core_log_level level);
 void core_log_set_rank(int32_t rank);
+/* From now on every line, of progress too, begins with "[label] "; an empty one: no longer. At most 63 bytes.
+ */
+void core_log_set_label(const char *label);
 /* Opens (appends to) a file that receives every line too. */
 CORE_NODISCARD core_status core_log_open(const char *path);
 void core_log_close(void);

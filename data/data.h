@@ -112,9 +112,15 @@ bool data_set_has_labels(const data_set *set);
 /* A shard of any modality may carry the prompts and responses of its samples; where several do, they must
  * agree. */
 typedef struct data_text_options {
-  int64_t vocabulary; /* a token lies in [0, vocabulary); of a prompt also -1 - m, once for each modality m */
-  bool responses;     /* every sample must have one */
+  int64_t vocabulary;  /* a token lies in [0, vocabulary); of a prompt also a mark, each at most once */
+  bool responses;      /* every sample must have one */
+  const int32_t *mark; /* [modalities] the token -1 - mark[m] marks modality m; NULL: -1 - m. In memory it is
+                          -1 - m in either case */
+  int32_t marks; /* marks of which those that are nobody's stand for nothing (DATA_MARK_NOBODY in memory);
+                    0: only those of the set's modalities may come */
 } data_text_options;
+/* A mark in a prompt of a modality that the set was opened without. */
+enum { DATA_MARK_NOBODY = INT32_MIN };
 
 /* Reads the tokens of all shards into memory, where they stay until the set is closed: 4 bytes a token and 16
  * a sample. They then belong to the fingerprint. Errors name file and sample: ERR_FORMAT (no tokens, a sample
@@ -174,7 +180,8 @@ int64_t data_set_moment_steps(const data_set *set, int32_t m);
 /* State of a stream: all there is to resume. */
 typedef struct data_position {
   int64_t stage, epoch;
-  int64_t consumed; /* samples of this epoch consumed, in [0, N]; (e, N) and (e + 1, 0) are the same place */
+  int64_t consumed; /* samples of this epoch consumed, in [0, N]; (e, N) and (e + 1, 0) are the same place.
+                       With homogeneous batches N is data_set_epoch_samples of the epoch */
 } data_position;
 
 typedef struct data_order_options {
@@ -187,6 +194,36 @@ typedef struct data_order_options {
  * Depends on nothing else, in particular not on the rank count. */
 CORE_NODISCARD core_status data_set_order(const data_set *set, const data_order_options *options,
                                           int64_t stage, int64_t epoch, int64_t *order);
+
+/* ---- homogeneous batches ---- */
+
+/* What becomes of the samples that make no whole batch at the end of an epoch. */
+typedef enum data_incomplete {
+  DATA_INCOMPLETE_CARRY, /* they begin the next epoch's batches: no sample is lost */
+  DATA_INCOMPLETE_DROP   /* they are left out of this epoch */
+} data_incomplete;
+
+typedef struct data_group_options {
+  int64_t batch; /* B */
+  data_incomplete incomplete;
+  data_non_finite non_finite; /* SKIP: a sample that the index lists lacks the modality */
+} data_group_options;
+
+/* Sorts the samples by signature, the set of modalities that they have, for batches of one signature each (Li
+ * et al. 2024, the sampler of their code: grouped by modality, sorted by length within a step's batch, dealt
+ * out evenly). After data_set_take_text, whose tokens count in a sample's length. From then on
+ * data_set_most_rows and its like allow for batches in which a rare sample comes several times. Keeps 6 bytes
+ * a sample; a stream adds 16. ERR_ARGUMENT where nothing would be left; those of reading the index. */
+CORE_NODISCARD core_status data_set_group(data_set *set, const data_group_options *options);
+/* Samples that epoch `epoch` delivers: N; of a grouped set whole batches of them. */
+int64_t data_set_epoch_samples(const data_set *set, int64_t epoch);
+/* The order of an epoch of a grouped set: order int64 [data_set_epoch_samples]. The samples of a signature
+ * come in the order of data_set_order, epoch after epoch, and every B of them in turn are a batch, which
+ * belongs to the epoch that completes it; with CARRY each therefore comes once in every epoch of its own.
+ * Batches are permuted within as many as fill the shuffle buffer. A pure function of the options and (stage,
+ * epoch), whatever the ranks. */
+CORE_NODISCARD core_status data_set_grouped_order(const data_set *set, const data_order_options *options,
+                                                  int64_t stage, int64_t epoch, int64_t *order);
 
 /* ---- streaming ---- */
 
@@ -209,7 +246,8 @@ typedef struct data_stream_options {
   int64_t cache_bytes;       /* decompressed chunks kept; 0: 256 MiB. Should hold the shuffle buffer */
   const core_device *device; /* that the latents of batches will be copied to; NULL: none */
   data_non_finite non_finite;
-  bool repeat; /* false: the stream ends with the epoch (evaluation); the last batch may be short */
+  bool grouped; /* homogeneous batches, of a grouped set: `batch` is that of the groups */
+  bool repeat;  /* false: the stream ends with the epoch (evaluation); the last batch may be short */
 } data_stream_options;
 
 /* One modality of one micro-batch. */

@@ -45,9 +45,9 @@ void data_order_buffer_priv(const data_order_options *options, int64_t stage, in
     for (int64_t n = 0; n < count; ++n) pick[n] = n;
 }
 
-/* The whole epoch, buffer by buffer. */
-static void fill_order(const data_set *set, const data_order_options *options, int64_t stage, int64_t epoch,
-                       int64_t *shard, int64_t *start, int64_t *order) {
+/* Buffer by buffer. */
+void data_order_fill_priv(const data_set *set, const data_order_options *options, int64_t stage,
+                          int64_t epoch, int64_t *shard, int64_t *start, int64_t *order) {
   const int64_t samples = set->samples;
   const int64_t whole = options->shuffle_samples > 0 ? options->shuffle_samples : samples;
   data_order_shards_priv(set, options, stage, epoch, shard, start);
@@ -70,7 +70,7 @@ core_status data_set_order(const data_set *set, const data_order_options *option
         "shuffle buffer of %lld samples, expected 0 or more", (long long)options->shuffle_samples);
   TRY(DATA_ALLOCATE(set->shards, "order of shards", &shard));
   const core_status status = DATA_ALLOCATE((int64_t)set->shards + 1, "order of shards", &start);
-  if (status == CORE_OK) fill_order(set, options, stage, epoch, shard, start, order);
+  if (status == CORE_OK) data_order_fill_priv(set, options, stage, epoch, shard, start, order);
   free(shard);
   free(start);
   TRY(status);

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "core/random.h"
+#include "data/groups_impl.h"
 #include "data/index_impl.h"
 #include "data/memory_impl.h"
 #include "data/retry_impl.h"
@@ -312,6 +313,7 @@ void data_set_close(data_set *set) {
   free(set->info);
   data_index_close_priv(set->index);
   data_text_free_priv(set->text);
+  data_groups_free_priv(set->groups);
   free(set->sample_base);
   free(set->id_hash);
   free(set->id);
@@ -345,7 +347,8 @@ bool data_set_has_labels(const data_set *set) {
 
 int64_t data_runs_most_priv(const data_set *set, const data_length_run *run, int64_t runs, int64_t samples) {
   /* Consecutive positions of a stream touch at most this many epochs, each of which holds a sample once. */
-  const int64_t epochs = samples > 0 ? 1 + (samples - 1 + set->samples - 1) / set->samples : 0;
+  int64_t epochs = samples > 0 ? 1 + (samples - 1 + set->samples - 1) / set->samples : 0;
+  if (set->groups != NULL && samples > 0) epochs = data_groups_copies_priv(set->groups);
   int64_t rows = 0;
   for (int64_t r = 0; r < runs && samples > 0; ++r) {
     const int64_t all = run[r].samples * epochs, taken = all < samples ? all : samples;

@@ -8,16 +8,37 @@
 #include "core/clock.h"
 #include "core/log.h"
 #include "core/stop.h"
+#include "data/groups_impl.h"
 #include "data/index_impl.h"
 #include "data/memory_impl.h"
 #include "data/stream_impl.h"
 
 /* ---- options ---- */
 
+int64_t data_stream_epoch_priv(const data_stream *stream, int64_t epoch) {
+  return stream->options.grouped ? data_set_epoch_samples(stream->set, epoch) : stream->set->samples;
+}
+
+/* A batch of one signature is all of a plan. */
+static core_status check_groups(const data_stream *stream) {
+  const data_stream_options *o = &stream->options;
+  if (!o->grouped) return CORE_OK;
+  CHECK(stream->set->groups != NULL && stream->set->groups->batch == o->batch && o->repeat, CORE_ERR_ARGUMENT,
+        "homogeneous batches of %lld samples need a set that is grouped for them, and a stream that repeats",
+        (long long)o->batch);
+  CHECK(o->start.consumed % o->batch == 0, CORE_ERR_ARGUMENT,
+        "%lld samples of the epoch are consumed, which are no homogeneous batches of %lld: the batch, or how "
+        "batches "
+        "are made, can only be changed for a new run",
+        (long long)o->start.consumed, (long long)o->batch);
+  return CORE_OK;
+}
+
 static core_status check_position(const data_stream *stream) {
   const data_position *start = &stream->options.start;
+  TRY(check_groups(stream));
   CHECK(start->stage >= 0 && start->epoch >= 0 && start->consumed >= 0 &&
-            start->consumed <= stream->set->samples,
+            start->consumed <= data_stream_epoch_priv(stream, start->epoch),
         CORE_ERR_ARGUMENT,
         "position (stage %lld, epoch %lld, consumed %lld) does not lie in a set of %lld samples",
         (long long)start->stage, (long long)start->epoch, (long long)start->consumed,
@@ -89,8 +110,10 @@ static core_status take_options(data_stream *stream, const data_stream_options *
   }
   stream->position = o->start;
   stream->window.order_epoch = -1;
-  stream->direct = o->order.shuffle_samples == 0;
-  if (stream->position.consumed == stream->set->samples) { /* the end of an epoch is the start of the next */
+  stream->direct = o->order.shuffle_samples == 0 && !o->grouped;
+  if (stream->position.consumed ==
+      data_stream_epoch_priv(stream,
+                             stream->position.epoch)) { /* the end of an epoch is the start of the next */
     ++stream->position.epoch;
     stream->position.consumed = 0;
   }

@@ -14,4 +14,8 @@ int32_t data_order_find_priv(const int64_t *start, int32_t shards, int64_t posit
 void data_order_buffer_priv(const data_order_options *options, int64_t stage, int64_t epoch, int64_t buffer,
                             int64_t count, int64_t *pick);
 
+/* data_set_order with the memory of the caller. order: int64 [samples]; shard and start as above. */
+void data_order_fill_priv(const data_set *set, const data_order_options *options, int64_t stage,
+                          int64_t epoch, int64_t *shard, int64_t *start, int64_t *order);
+
 #endif

@@ -31,7 +31,8 @@ typedef struct data_text {
   int64_t runs[3];
 } data_text;
 
-typedef struct data_index data_index; /* index_impl.h */
+typedef struct data_index data_index;   /* index_impl.h */
+typedef struct data_groups data_groups; /* groups_impl.h */
 
 struct data_set {
   int32_t modalities, shards;
@@ -44,10 +45,11 @@ struct data_set {
   data_length_run **run; /* [modalities][runs] */
   int64_t *runs;         /* [modalities] */
   uint64_t fingerprint;
-  uint64_t *id;      /* [samples], NULL with an index */
-  int32_t *label;    /* [samples], NULL with an index */
-  data_index *index; /* NULL: none */
-  data_text *text;   /* NULL: not taken */
+  uint64_t *id;        /* [samples], NULL with an index */
+  int32_t *label;      /* [samples], NULL with an index */
+  data_index *index;   /* NULL: none */
+  data_text *text;     /* NULL: not taken */
+  data_groups *groups; /* NULL: not grouped */
 };
 
 static inline const data_column *data_set_column_priv(const data_set *set, int32_t m, int32_t shard) {

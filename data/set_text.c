@@ -76,19 +76,29 @@ typedef struct place {
   int64_t sample; /* of the shard */
 } place;
 
-static core_status check_prompt(const place *at, const int32_t *token, int64_t count, int32_t modalities,
-                                int64_t vocabulary) {
+/* The token of a mark as it is kept; 0: no mark that may be here. */
+static int32_t own_mark(int32_t token, int32_t modalities, const data_text_options *options) {
+  for (int32_t m = 0; m < modalities; ++m)
+    if (token == -1 - (options->mark != NULL ? options->mark[m] : m)) return -1 - m;
+  return token >= -options->marks ? DATA_MARK_NOBODY : 0;
+}
+
+/* Marks become those of the set. */
+static core_status check_prompt(const place *at, int32_t *token, int64_t count, int32_t modalities,
+                                const data_text_options *options) {
   uint32_t marked = 0;
   for (int64_t i = 0; i < count; ++i) {
-    CHECK(token[i] < vocabulary && token[i] >= -modalities, CORE_ERR_CORRUPT,
+    const int32_t mark = token[i] < 0 ? own_mark(token[i], modalities, options) : 0;
+    CHECK(token[i] < options->vocabulary && (token[i] >= 0 || mark < 0), CORE_ERR_CORRUPT,
           "%s: prompt token %d of sample %lld is neither in a vocabulary of %lld nor the mark of one of %d "
           "modalities",
-          at->path, token[i], (long long)at->sample, (long long)vocabulary, modalities);
+          at->path, token[i], (long long)at->sample, (long long)options->vocabulary, modalities);
     if (token[i] >= 0) continue;
     const uint32_t bit = 1u << (-1 - token[i]);
     CHECK(!(marked & bit), CORE_ERR_CORRUPT, "%s: the prompt of sample %lld marks the place %d twice",
           at->path, (long long)at->sample, token[i]);
     marked |= bit;
+    token[i] = mark;
   }
   return CORE_OK;
 }
@@ -108,10 +118,10 @@ static core_status check_list(const list *tokens, int kind, int64_t samples, int
                               const data_text_options *options) {
   for (int64_t i = 0; i < samples; ++i) {
     const place at = {tokens->path, i};
-    const int32_t *token = tokens->token + tokens->offset[i];
+    int32_t *token = tokens->token + tokens->offset[i];
     const int64_t count = tokens->offset[i + 1] - tokens->offset[i];
     if (kind == DATA_TEXT_PROMPT)
-      TRY(check_prompt(&at, token, count, modalities, options->vocabulary));
+      TRY(check_prompt(&at, token, count, modalities, options));
     else
       TRY(check_target(&at, token, count, options));
   }
@@ -196,6 +206,10 @@ static core_status take_all(data_set *set, const data_text_options *options) {
 
 core_status data_set_take_text(data_set *set, const data_text_options *options) {
   CHECK(set->text == NULL, CORE_ERR_ARGUMENT, "the tokens of the set are taken already");
+  for (int32_t m = 0; m < set->modalities && options->mark != NULL; ++m)
+    CHECK(options->mark[m] >= 0 && options->mark[m] < CORE_MAX_MODALITIES, CORE_ERR_ARGUMENT,
+          "modality %s has the mark %d, expected 0 to %d", set->info[m].name, options->mark[m],
+          CORE_MAX_MODALITIES - 1);
   TRY(DATA_ALLOCATE(1, "tokens", &set->text));
   const core_status status = take_all(set, options);
   if (status != CORE_OK) {

@@ -20,6 +20,7 @@
 #include <pthread.h>
 
 #include "core/arena.h"
+#include "data/groups_impl.h"
 #include "data/order_impl.h"
 
 enum {
@@ -31,7 +32,8 @@ enum {
   DATA_JOBS = 128,
   DATA_JOBS_AT_ONCE =
       8, /* for which workers are woken together: a switch of threads costs as much as a small read */
-  DATA_PLAIN_WINDOW = 1 << 14 /* samples whose columns are held at once in file order */
+  DATA_PLAIN_WINDOW = 1 << 14, /* samples whose columns are held at once in file order */
+  DATA_SPAN = 1 << 10 /* neighbouring samples whose columns are read at once for homogeneous batches */
 };
 
 typedef enum data_load_state {
@@ -124,6 +126,10 @@ typedef struct data_window {
   int64_t *pick; /* [capacity] */
   data_samples column;
   uint8_t *scratch;
+  /* of homogeneous batches: */
+  int64_t *sample; /* [data_groups_most] of the epoch's order: which sample a position is */
+  data_groups_scratch groups;
+  data_samples span; /* [DATA_SPAN] columns of neighbouring samples */
 } data_window;
 
 struct data_stream {
@@ -187,6 +193,8 @@ struct data_stream {
   int32_t workers; /* started */
 };
 
+/* Samples that the stream takes from an epoch. */
+int64_t data_stream_epoch_priv(const data_stream *stream, int64_t epoch);
 /* Memory: sizes caches and carves everything from the arena, twice. */
 CORE_NODISCARD core_status data_stream_plan_priv(data_stream *stream);
 

@@ -155,17 +155,36 @@ static core_status take_samples(data_stream *stream, int64_t count, data_samples
   return CORE_OK;
 }
 
+/* For homogeneous batches: the order of an epoch, and what computing it takes. */
+static core_status take_groups(data_stream *stream) {
+  const data_set *set = stream->set;
+  data_window *window = &stream->window;
+  if (!stream->options.grouped) return CORE_OK;
+  const data_groups *groups = set->groups;
+  TRY(ARENA_TAKE(stream->arena, data_groups_most_priv(set), &window->sample));
+  TRY(ARENA_TAKE(stream->arena, set->samples, &window->groups.order));
+  TRY(ARENA_TAKE(stream->arena, groups->kinds * groups->batch, &window->groups.pending));
+  TRY(ARENA_TAKE(stream->arena, groups->kinds, &window->groups.held));
+  TRY(ARENA_TAKE(stream->arena, data_groups_most_batches_priv(set), &window->groups.pick));
+  window->groups.shard = window->shard;
+  window->groups.start = window->begin;
+  TRY(take_samples(stream, DATA_SPAN, &window->span));
+  return CORE_OK;
+}
+
 static core_status take_window(data_stream *stream) {
   data_window *window = &stream->window;
   const data_set *set = stream->set;
   const int64_t shuffle = stream->options.order.shuffle_samples;
   window->capacity = shuffle > 0 ? shuffle : DATA_PLAIN_WINDOW;
-  const int64_t held = window->capacity < set->samples ? window->capacity : set->samples;
+  const int64_t most = stream->options.grouped ? data_groups_most_priv(set) : set->samples;
+  const int64_t held = window->capacity < most ? window->capacity : most;
   TRY(ARENA_TAKE(stream->arena, set->shards, &window->shard));
   TRY(ARENA_TAKE(stream->arena, (int64_t)set->shards + 1, &window->begin));
   TRY(ARENA_TAKE(stream->arena, held, &window->pick));
   TRY(ARENA_TAKE(stream->arena, data_set_scratch_priv(set), &window->scratch));
   TRY(take_samples(stream, held, &window->column));
+  TRY(take_groups(stream));
   return CORE_OK;
 }
 

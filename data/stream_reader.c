@@ -157,14 +157,15 @@ static bool walk_part(data_stream *stream, const data_plan *plan, int32_t at) {
 
 /* Fills the next plan; samples = 0 at the end of a stream that does not repeat. */
 static core_status fill_plan(data_stream *stream, data_plan *plan) {
-  const int64_t samples = stream->set->samples;
   data_position *at = &stream->position;
   plan->samples = plan->skipped = 0;
   while (plan->samples < stream->options.batch) {
+    const int64_t samples = data_stream_epoch_priv(stream, at->epoch);
     if (at->consumed == samples) {
       if (!stream->options.repeat) break;
       ++at->epoch;
       at->consumed = 0;
+      continue; /* rare samples may fill no batch of an epoch */
     }
     if (plan->samples == 0) plan->before = *at;
     const int64_t left = samples - at->consumed, wanted = stream->options.batch - plan->samples;

@@ -186,7 +186,7 @@ core_status train_parameters_plan(train_parameters *set, const train_env *env, c
   return CORE_OK;
 }
 
-static void draw(const train_parameter *parameter, uint64_t seed, core_real *value) {
+void train_parameter_draw(const train_parameter *parameter, uint64_t seed, core_real *value) {
   uint64_t stream = core_random_stream(CORE_RANDOM_INIT, core_hash_text(parameter->name), 0);
   double fixed = parameter->init == TRAIN_INIT_ZERO  ? 0
                  : parameter->init == TRAIN_INIT_ONE ? 1
@@ -206,7 +206,7 @@ static core_status draw_all(train_parameters *set, const train_env *env, core_re
   for (int32_t i = 0; i < set->count; i++) {
     const train_parameter *p = &set->list[i];
     core_real *target = set->value + p->first;
-    draw(p, env->settings->run.seed, stage ? stage : target);
+    train_parameter_draw(p, env->settings->run.seed, stage ? stage : target);
     if (stage) TRY(env->ops->device->copy(target, stage, (size_t)p->count * sizeof *stage, NULL));
   }
   return CORE_OK;

@@ -118,6 +118,9 @@ CORE_NODISCARD core_status train_parameters_plan(train_parameters *set, const tr
  * moments become zero. Takes host memory for the largest parameter where the host cannot reach the device's.
  */
 CORE_NODISCARD core_status train_parameters_initialise(train_parameters *set, const train_env *env);
+/* The initial values of one: the same function of seed, name and number of an element everywhere. value:
+ * [count], host. Local. */
+void train_parameter_draw(const train_parameter *parameter, uint64_t seed, core_real *value);
 /* Brings the rounded copy up to date with the values of a range. */
 CORE_NODISCARD core_status train_parameters_round(train_parameters *set, const train_env *env,
                                                   train_span span);

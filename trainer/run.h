@@ -1,4 +1,5 @@
-/* A training run: run directory, resume, the loop, checkpoints, evaluations, an orderly stop. */
+/* A training run: run directory, resume, the loop, checkpoints, evaluations, an orderly stop. What trains and
+ * what it began from stands in the run directory's manifest.json. */
 #ifndef TRAIN_RUN_H
 #define TRAIN_RUN_H
 
@@ -11,6 +12,8 @@ typedef struct train_run_options {
   const char *resume; /* "auto", "never", or the path of a checkpoint */
   const char
       *from; /* a checkpoint whose parameters a new run begins with, as far as it has them; NULL: none */
+  const char *stage; /* of several runs of one configuration; NULL: it is a run by itself */
+  int64_t number;    /* of the stage: a new run's order of samples is keyed by it */
 } train_run_options;
 
 /* How a run ended when nothing failed. */

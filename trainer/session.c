@@ -1,6 +1,5 @@
-#include "trainer/session.h"
+#include "trainer/session_impl.h"
 
-#include <math.h>
 #include <sched.h> /* sched_getaffinity */
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,10 +15,15 @@
 static core_status open_set(train_session *session, const train_session_options *options, const char *path,
                             const char *split, const train_span *modalities, data_set **out) {
   const train_settings *s = session->env.settings;
-  const data_text_options text = {s->model.vocabulary, !options->without_responses};
+  int32_t mark[CORE_MAX_MODALITIES];
+  const data_text_options text = {s->model.vocabulary, !options->without_responses, mark,
+                                  s->data.use_count > 0 ? CORE_MAX_MODALITIES : 0};
   const char *names[CORE_MAX_MODALITIES];
   const int32_t first = (int32_t)modalities->first, count = (int32_t)modalities->count;
-  for (int32_t m = 0; m < count; m++) names[m] = s->data.modalities[first + m].name;
+  for (int32_t m = 0; m < count; m++) {
+    names[m] = s->data.modalities[first + m].name;
+    mark[m] = (int32_t)s->data.modalities[first + m].mark;
+  }
   TRY(data_set_open(path, split, names, count, out));
   if (data_set_samples(*out) == 0) FAIL(CORE_ERR_FORMAT, "%s/%s holds no samples", path, split);
   if (s->model.kind == TRAIN_KIND_DECODER) TRY(data_set_take_text(*out, &text));
@@ -63,6 +67,19 @@ static core_status open_part(train_session *session, const train_session_options
   return CORE_OK;
 }
 
+/* Training on batches of one signature each. */
+static core_status group_set(const train_session *session, data_set *set) {
+  const train_settings *s = session->env.settings;
+  const data_group_options options = {.batch = s->optimizer.batch,
+                                      .incomplete = s->data.incomplete == TRAIN_INCOMPLETE_DROP
+                                                        ? DATA_INCOMPLETE_DROP
+                                                        : DATA_INCOMPLETE_CARRY,
+                                      .non_finite = train_session_non_finite_priv(session)};
+  if (s->data.batches == TRAIN_BATCHES_HOMOGENEOUS && session->purpose == TRAIN_PURPOSE_TRAIN)
+    TRY(data_set_group(set, &options));
+  return CORE_OK;
+}
+
 static core_status open_data_local(train_session *session, const train_session_options *options) {
   const train_settings *s = session->env.settings;
   const char *path = options->data_path ? options->data_path : s->data.path;
@@ -71,6 +88,7 @@ static core_status open_data_local(train_session *session, const train_session_o
   const train_span all = {0, s->data.modalities_count};
   if (options->training_split)
     TRY(open_set(session, options, path, options->training_split, &all, &session->training));
+  if (session->training) TRY(group_set(session, session->training));
   if (options->evaluation_split)
     TRY(open_set(session, options, path, options->evaluation_split, &all, &session->evaluation));
   TRY(check_widths(session));
@@ -471,144 +489,7 @@ void train_session_close(train_session *session) {
   free(session);
 }
 
-/* ---- standardisation ---- */
-
-static data_non_finite non_finite_policy(const train_session *session) {
-  return session->env.settings->data.non_finite == TRAIN_NON_FINITE_SKIP ? DATA_NON_FINITE_SKIP
-                                                                         : DATA_NON_FINITE_ERROR;
-}
-
-/* One step of a long measurement is done: the ranks that wait learn it, and the deadline begins anew. */
-static core_status step_done(void *session) {
-  TRY(comm_agree(((train_session *)session)->env.control, CORE_OK));
-  return CORE_OK;
-}
-
-static core_status measure(train_session *session, int32_t m, double *shift, double *scale) {
-  int64_t width = session->model->limits.width[m];
-  int normalize = session->env.settings->data.modalities[m].normalize;
-  TRY(data_set_moments(session->training, m, non_finite_policy(session), step_done, session, shift, scale));
-  double square = 0;
-  for (int64_t d = 0; d < width; d++) square += (shift[d] * shift[d] + scale[d] * scale[d]) / (double)width;
-  for (int64_t d = 0; d < width; d++) {
-    double deviation = normalize == TRAIN_NORMALIZE_RMS ? sqrt(square) : scale[d];
-    if (normalize == TRAIN_NORMALIZE_RMS) shift[d] = 0;
-    scale[d] = deviation > 0 ? 1 / deviation : 1; /* a constant feature becomes 0 */
-  }
-  return CORE_OK;
-}
-
-/* The other side of step_done. */
-static core_status wait_for_steps(train_session *session, int32_t m) {
-  int64_t steps = data_set_moment_steps(session->training, m);
-  for (int64_t i = 0; i < steps; i++) TRY(comm_agree(session->env.control, CORE_OK));
-  return CORE_OK;
-}
-
-static core_status take_standardisation(train_session *session, int32_t m, const double *shift,
-                                        const double *scale) {
-  train_connector_layer *layer = &session->model->connector[m];
-  core_real *to_shift = layer->shift.host, *to_scale = layer->scale.host;
-  if (!to_shift) return CORE_OK;
-  for (int64_t d = 0; d < layer->width; d++) {
-    to_shift[d] = (core_real)shift[d];
-    to_scale[d] = (core_real)scale[d];
-  }
-  TRY(train_mirror_up(&session->env, &layer->shift, layer->width));
-  TRY(train_mirror_up(&session->env, &layer->scale, layer->width));
-  return CORE_OK;
-}
-
-/* The ranks share the modalities out: rank m mod W reads modality m. A failure of the reader between its
- * steps meets the others where they wait for the next one, or for the end. */
-static core_status standardise_one(train_session *session, int32_t m, double *shift, double *scale) {
-  train_env *env = &session->env;
-  int64_t width = session->model->limits.width[m];
-  int32_t reader = m % comm_size(env->world);
-  for (int64_t d = 0; d < width; d++) {
-    shift[d] = 0;
-    scale[d] = 1;
-  }
-  if (env->settings->data.modalities[m].normalize != TRAIN_NORMALIZE_NONE) {
-    core_status status;
-    if (comm_rank(env->world) == reader) {
-      status = measure(session, m, shift, scale);
-      status = comm_agree(env->control, status);
-    } else {
-      status = wait_for_steps(session, m);
-      if (status == CORE_OK) status = comm_agree(env->control, CORE_OK);
-    }
-    if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
-  }
-  TRY(comm_broadcast(env->world, reader, shift, (size_t)width * sizeof *shift));
-  TRY(comm_broadcast(env->world, reader, scale, (size_t)width * sizeof *scale));
-  TRY(take_standardisation(session, m, shift, scale));
-  return CORE_OK;
-}
-
-core_status train_session_standardise(train_session *session) {
-  for (int32_t m = 0; m < session->env.layout.modalities; m++) {
-    int64_t width = session->model->limits.width[m];
-    double *both = malloc((size_t)width * 2 * sizeof *both);
-    CHECK(both, CORE_ERR_MEMORY, "no memory for %lld features", (long long)width);
-    comm_note(session->env.comm, 0, -1, "standardisation");
-    core_status status = standardise_one(session, m, both, both + width);
-    free(both);
-    if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
-  }
-  return CORE_OK;
-}
-
-/* ---- streams and figures ---- */
-
-core_status train_session_stream(train_session *session, data_set *set, const train_layout *layout,
-                                 const data_position *start, bool training, data_stream **out) {
-  const train_settings *s = session->env.settings;
-  int64_t cells = layout->micro_batches * layout->modalities;
-  data_range *range = calloc((size_t)cells, sizeof *range);
-  CHECK(range, CORE_ERR_MEMORY, "no memory for %lld ranges", (long long)cells);
-  for (int64_t i = 0; i < cells; i++)
-    range[i] =
-        train_layout_range(layout, layout->rank, (int32_t)(i % layout->modalities), i / layout->modalities);
-  data_range *text = calloc((size_t)layout->micro_batches, sizeof *text);
-  if (!text) free(range);
-  CHECK(text, CORE_ERR_MEMORY, "no memory for %lld ranges", (long long)layout->micro_batches);
-  for (int64_t micro = 0; micro < layout->micro_batches; micro++)
-    text[micro] = range[micro * layout->modalities];
-  data_stream_options options = {.order = {s->run.seed, training ? s->data.shuffle : 0},
-                                 .start = *start,
-                                 .batch = layout->batch,
-                                 .micro_batches = (int32_t)layout->micro_batches,
-                                 .range = range,
-                                 .text = s->model.kind == TRAIN_KIND_DECODER ? text : NULL,
-                                 .queue = (int32_t)s->data.queue,
-                                 .threads = (int32_t)s->data.threads,
-                                 .cache_bytes = s->data.cache << 20,
-                                 .device = session->arenas.host_access ? NULL : session->env.ops->device,
-                                 .non_finite = non_finite_policy(session),
-                                 .repeat = training};
-  core_status status = data_stream_open(set, &options, out);
-  free(range);
-  free(text);
-  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
-  return CORE_OK;
-}
-
-core_status train_session_part_stream(train_session *session, const train_part *part, data_stream **out) {
-  const train_settings *s = session->env.settings;
-  const train_layout *layout = &session->evaluation_layout;
-  data_range range = train_layout_range(layout, layout->rank, part->modality, 0);
-  data_stream_options options = {.order = {s->run.seed, 0},
-                                 .batch = layout->batch,
-                                 .micro_batches = 1,
-                                 .range = &range,
-                                 .queue = (int32_t)s->data.queue,
-                                 .threads = (int32_t)s->data.threads,
-                                 .cache_bytes = s->data.cache << 20,
-                                 .device = session->arenas.host_access ? NULL : session->env.ops->device};
-  TRY(data_stream_open(part->set, &options, out));
-  return CORE_OK;
-}
+/* ---- figures ---- */
 
 train_memory train_session_memory(const train_session *session) {
   train_memory memory = {.parameters = core_arena_peak(session->arenas.parameters),

@@ -36,6 +36,12 @@ static const cyaml_strval_t rate_words[] = {
     {"constant", TRAIN_RATE_CONSTANT}, {"cosine", TRAIN_RATE_COSINE}, {"rsqrt", TRAIN_RATE_RSQRT}};
 static const cyaml_strval_t non_finite_words[] = {{"stop", TRAIN_NON_FINITE_STOP},
                                                   {"skip", TRAIN_NON_FINITE_SKIP}};
+static const cyaml_strval_t batches_words[] = {{"mixed", TRAIN_BATCHES_MIXED},
+                                               {"homogeneous", TRAIN_BATCHES_HOMOGENEOUS}};
+static const cyaml_strval_t incomplete_words[] = {{"carry", TRAIN_INCOMPLETE_CARRY},
+                                                  {"drop", TRAIN_INCOMPLETE_DROP}};
+static const cyaml_strval_t stage_words[] = {{"train", TRAIN_STAGE_TRAIN},
+                                             {"assemble", TRAIN_STAGE_ASSEMBLE}};
 static const cyaml_strval_t contents_words[] = {{"all", TRAIN_CONTENTS_ALL},
                                                 {"trained", TRAIN_CONTENTS_TRAINED}};
 static const cyaml_strval_t busy_words[] = {{"delay", TRAIN_BUSY_DELAY}, {"wait", TRAIN_BUSY_WAIT}};
@@ -76,6 +82,7 @@ static const cyaml_schema_field_t modality_fields[] = {TEXT("name", M, name),
                                                        CYAML_FIELD_FLOAT("global", NEEDED, M, global),
                                                        CYAML_FIELD_FLOAT("experts", NEEDED, M, experts),
                                                        CYAML_FIELD_INT("ranks", NEEDED, M, ranks),
+                                                       CYAML_FIELD_INT("mark", NEEDED, M, mark),
                                                        CYAML_FIELD_END};
 #undef M
 static const cyaml_schema_value_t modality_value = {
@@ -113,6 +120,10 @@ static const cyaml_schema_field_t data_fields[] = {
     CYAML_FIELD_INT("threads", NEEDED, data_part_settings, threads),
     CYAML_FIELD_INT("queue", NEEDED, data_part_settings, queue),
     CYAML_FIELD_INT("cache", NEEDED, data_part_settings, cache),
+    WORD("batches", data_part_settings, batches, batches_words),
+    WORD("incomplete", data_part_settings, incomplete, incomplete_words),
+    CYAML_FIELD_SEQUENCE("use", CYAML_FLAG_POINTER, data_part_settings, use, &pair_value, 0,
+                         CORE_MAX_MODALITIES),
     CYAML_FIELD_SEQUENCE("modalities", CYAML_FLAG_POINTER, data_part_settings, modalities, &modality_value, 1,
                          CORE_MAX_MODALITIES),
     CYAML_FIELD_END};
@@ -257,6 +268,31 @@ static const cyaml_schema_field_t evaluate_fields[] = {
     CYAML_FIELD_INT("batch", NEEDED, evaluate_part, batch), CORE_FIELD_BOOL("at_end", evaluate_part, at_end),
     TEXT("capacity", evaluate_part, capacity), CYAML_FIELD_END};
 
+#define S train_stage_settings
+enum { LONGEST_SET = 4096, MOST_SET = 96, MOST_STAGES = 64 };
+typedef __typeof__(((S *)0)->assemble) assemble_part;
+static const cyaml_schema_value_t set_value = {
+    CYAML_VALUE_STRING(CYAML_FLAG_POINTER, char *, 0, LONGEST_SET)};
+static const cyaml_schema_field_t assemble_fields[] = {
+    TEXT("base", assemble_part, base),
+    CYAML_FIELD_SEQUENCE("slots", CYAML_FLAG_POINTER, assemble_part, slots, &set_value, 0, CORE_MAX_EXPERTS),
+    CYAML_FIELD_SEQUENCE("layers", CYAML_FLAG_POINTER, assemble_part, layers, &set_value, 0, 4096),
+    CYAML_FIELD_SEQUENCE("connectors", CYAML_FLAG_POINTER, assemble_part, connectors, &set_value, 0,
+                         CORE_MAX_MODALITIES),
+    CYAML_FIELD_END};
+static const cyaml_schema_field_t stage_fields[] = {
+    TEXT("name", S, name),
+    TEXT("from", S, from),
+    CYAML_FIELD_SEQUENCE("set", CYAML_FLAG_POINTER, S, set, &set_value, 0, MOST_SET),
+    WORD("kind", S, kind, stage_words),
+    TEXT("group", S, group),
+    CYAML_FIELD_INT("ranks", NEEDED, S, ranks),
+    CYAML_FIELD_MAPPING("assemble", NEEDED, S, assemble, assemble_fields),
+    CYAML_FIELD_END};
+#undef S
+static const cyaml_schema_value_t stage_value = {
+    CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, train_stage_settings, stage_fields)};
+
 static const cyaml_schema_field_t top_fields[] = {
     CYAML_FIELD_MAPPING("run", NEEDED, train_settings, run, run_fields),
     CYAML_FIELD_MAPPING("data", NEEDED, train_settings, data, data_fields),
@@ -267,6 +303,7 @@ static const cyaml_schema_field_t top_fields[] = {
     CYAML_FIELD_MAPPING("optimizer", NEEDED, train_settings, optimizer, optimizer_fields),
     CYAML_FIELD_MAPPING("checkpoint", NEEDED, train_settings, checkpoint, checkpoint_fields),
     CYAML_FIELD_MAPPING("evaluate", NEEDED, train_settings, evaluate, evaluate_fields),
+    CYAML_FIELD_SEQUENCE("stages", CYAML_FLAG_POINTER, train_settings, stages, &stage_value, 0, MOST_STAGES),
     CYAML_FIELD_END};
 static const cyaml_schema_value_t top_value = {
     CYAML_VALUE_MAPPING(CYAML_FLAG_POINTER, train_settings, top_fields)};
@@ -278,7 +315,7 @@ static const char defaults[] =
     "deadline: 600,"
     " non_finite: stop, failures: 10, early_stopping: {patience: 0, min_delta: 0}}\n"
     "data: {train: train, validation: validation, shuffle: 65536, non_finite: stop, threads: 1, queue: 2,"
-    " cache: 256}\n"
+    " cache: 256, batches: mixed, incomplete: carry, use: []}\n"
     "model:\n  kind: tower\n  layers: 1\n  heads: 0\n"
     "  kv_heads: 0\n  head_width: 0\n  hidden: 0\n  embedding: 0\n  activation: swiglu\n"
     "  norm_epsilon: 1.0e-6\n  rope_base: 10000\n  trunks: shared\n  dense: false\n  dense_match: active\n"
@@ -300,19 +337,25 @@ static const char defaults[] =
     "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay, contents: all, "
     "keep_best: "
     "false}\n"
-    "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none}\n";
+    "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none}\n"
+    "stages: []\n";
 
 static const char modality_defaults[] =
     "{connector: linear, hidden: 0, positions: learned, length: 64, normalize: standard, local: 0, global: 0,"
-    " experts: 0, ranks: 0}";
+    " experts: 0, ranks: 0, mark: -1}";
+static const char stage_defaults[] =
+    "{from: none, set: [], kind: train, group: '', ranks: 0,"
+    " assemble: {base: none, slots: [], layers: [], connectors: []}}";
 
 /* Which maps, and the rank, are to be said. */
 static const char lora_defaults[] = "{alpha: 16, dropout: 0}";
 
 const core_config_spec *train_settings_spec(void) {
-  static const core_config_items items[] = {{"data.modalities", modality_defaults},
-                                            {"model.lora", lora_defaults}};
-  static const core_config_spec spec = {&top_value, defaults, items, 2};
+  static const core_config_items items[] = {
+      {.path = "data.modalities", .yaml = modality_defaults, .place = "mark", .use = "data.use"},
+      {.path = "model.lora", .yaml = lora_defaults},
+      {.path = "stages", .yaml = stage_defaults}};
+  static const core_config_spec spec = {&top_value, defaults, items, 3};
   return &spec;
 }
 

@@ -55,6 +55,10 @@ typedef enum train_alternate {
 enum { TRAIN_MAX_DIRECTIONS = 64 };
 
 typedef enum train_non_finite { TRAIN_NON_FINITE_STOP, TRAIN_NON_FINITE_SKIP } train_non_finite;
+/* What the samples of a batch have in common: nothing, or which modalities they have. */
+typedef enum train_batches { TRAIN_BATCHES_MIXED, TRAIN_BATCHES_HOMOGENEOUS } train_batches;
+typedef enum train_incomplete { TRAIN_INCOMPLETE_CARRY, TRAIN_INCOMPLETE_DROP } train_incomplete;
+typedef enum train_stage_kind { TRAIN_STAGE_TRAIN, TRAIN_STAGE_ASSEMBLE } train_stage_kind;
 /* What a checkpoint holds of the parameters: all, or those that are trained. */
 typedef enum train_contents { TRAIN_CONTENTS_ALL, TRAIN_CONTENTS_TRAINED } train_contents;
 typedef enum train_busy { TRAIN_BUSY_DELAY, TRAIN_BUSY_WAIT } train_busy;
@@ -70,8 +74,28 @@ typedef struct train_modality_settings {
   double global;  /* weight of the global entropy loss */
   double experts; /* S_m, the soft minimum of experts, at most those it may choose; 0: no global loss */
   int64_t ranks;  /* of each expert group, with placement partitioned; 0: by cost */
+  int64_t mark;   /* the prompt token -1 - mark stands where its latents go; -1: its place in the list */
 } train_modality_settings;
 
+/* A stage: a run of its own, of the same configuration with changes (schedule/stages.h). */
+typedef struct train_stage_settings {
+  char *name; /* of its directory in run.directory */
+  char *from; /* a stage before it, with @best its best checkpoint; the path of a checkpoint; none */
+  char **set; /* "key=value", as --set; key by key over the rest of the file */
+  unsigned set_count;
+  int kind;       /* train_stage_kind */
+  char *group;    /* stages one after another of equal group run side by side; empty: alone */
+  int64_t ranks;  /* of a stage of a group; 0: an equal share */
+  struct {        /* of kind assemble; sources are named as in `from` */
+    char *base;   /* whose attention, norms, embeddings and head; `base` in a slot is this one */
+    char **slots; /* whose feed-forward is expert 0, 1, ... of every MoE layer */
+    unsigned slots_count;
+    char **layers; /* instead: for each MoE layer in turn "source, source, ..." */
+    unsigned layers_count;
+    char **connectors; /* "image:source"; a modality that is not named comes from the base */
+    unsigned connectors_count;
+  } assemble;
+} train_stage_settings;
 /* Low-rank adapters of linear maps: trainer/model/lora.h. */
 typedef struct train_lora_settings {
   char *parameters; /* pattern (* and ?) of maps of blocks and connectors, as blocks.*.attention.* */
@@ -106,6 +130,12 @@ typedef struct train_settings {
     int64_t threads; /* that decompress */
     int64_t queue;   /* batches read ahead */
     int64_t cache;   /* MiB of decompressed chunks */
+    int batches;     /* train_batches of training: homogeneous as Uni-MoE samples */
+    int incomplete;  /* train_incomplete: homogeneous samples that make no whole batch at the end of an epoch
+                        join the next one (carry), or are left out (drop, as published) */
+    char **use;      /* names of the modalities that take part; empty: all. The others leave the list when the
+                        configuration is loaded; their marks in prompts then stand for nothing */
+    unsigned use_count;
     train_modality_settings *modalities;
     unsigned modalities_count;
   } data;
@@ -216,6 +246,8 @@ typedef struct train_settings {
     int at_end;
     char *capacity; /* none: nothing is dropped; a factor, at most three decimals: for ablations */
   } evaluate;
+  train_stage_settings *stages; /* empty: the file is one run */
+  unsigned stages_count;
 } train_settings;
 
 /* For core_config_load. */

@@ -97,10 +97,10 @@ static core_status check_sizes(const core_config *config, const train_settings *
 
 static core_status check_modality(const core_config *config, const train_settings *s, unsigned m) {
   const train_modality_settings *modality = &s->data.modalities[m];
-  char key[8][160];
-  static const char *const names[] = {"hidden",  "length", "local", "global",
-                                      "experts", "ranks",  "name",  "positions"};
-  for (int i = 0; i < 8; i++)
+  char key[9][160];
+  static const char *const names[] = {"hidden", "length", "local",     "global", "experts",
+                                      "ranks",  "name",   "positions", "mark"};
+  for (int i = 0; i < 9; i++)
     snprintf(key[i], sizeof key[i], "data.modalities.%.96s.%s", modality->name, names[i]);
   const bound list[] = {
       {key[0], (double)modality->hidden, 0, large},
@@ -109,6 +109,7 @@ static core_status check_modality(const core_config *config, const train_setting
       {key[3], modality->global, 0, 1e6},
       {key[4], modality->experts, 0, (double)train_settings_most_experts(s)},
       {key[5], (double)modality->ranks, 0, (double)s->parallel.experts},
+      {key[8], (double)modality->mark, 0, CORE_MAX_MODALITIES - 1},
   };
   size_t length = strlen(modality->name);
   if (length == 0 || length > 48 || strpbrk(modality->name, "/.: \t") ||
@@ -118,6 +119,10 @@ static core_status check_modality(const core_config *config, const train_setting
         "a modality's name is 1 to 48 characters, without blank, point, colon and slash, not beginning "
         "with a digit; got '%s'",
         modality->name);
+  for (unsigned i = 0; i < m; i++)
+    if (s->data.modalities[i].mark == modality->mark)
+      return core_config_refuse(config, key[8], "'%s' has the mark %lld too", s->data.modalities[i].name,
+                                (long long)modality->mark);
   if (train_settings_modality(s, modality->name) != (int32_t)m)
     return core_config_refuse(config, key[6], "the modality is listed twice");
   TRY(check_bounds(config, list, sizeof list / sizeof *list));
@@ -323,6 +328,18 @@ static core_status check_pairs(const core_config *config, const train_settings *
   return CORE_OK;
 }
 
+static core_status check_batches(const core_config *config, const train_settings *s) {
+  bool homogeneous = s->data.batches == TRAIN_BATCHES_HOMOGENEOUS;
+  if (homogeneous && s->parallel.placement != TRAIN_SHARED)
+    return core_config_refuse(
+        config, "parallel.placement",
+        "with homogeneous batches the ranks of other modalities would wait: expected shared");
+  if (!homogeneous && s->data.incomplete != TRAIN_INCOMPLETE_CARRY)
+    return core_config_refuse(config, "data.incomplete",
+                              "only homogeneous batches are incomplete: expected carry");
+  return CORE_OK;
+}
+
 static core_status check_parallel(const core_config *config, const train_settings *s, int32_t ranks) {
   int64_t e = s->parallel.experts, batch = s->optimizer.batch, micro = s->optimizer.accumulate;
   if (e < 1 || ranks % e != 0)
@@ -380,6 +397,14 @@ static core_status check_evaluate(const core_config *config, const train_setting
   return CORE_OK;
 }
 
+/* The list holds what is used alone by now. */
+static core_status check_use(const core_config *config, const train_settings *s) {
+  for (unsigned i = 0; i < s->data.use_count; i++)
+    if (train_settings_modality(s, s->data.use[i]) < 0)
+      return core_config_refuse(config, "data.use", "data.modalities has no '%s'", s->data.use[i]);
+  return CORE_OK;
+}
+
 core_status train_settings_check(const core_config *config, int32_t ranks) {
   const train_settings *s = core_config_data(config);
   TRY(check_sizes(config, s));
@@ -390,6 +415,7 @@ core_status train_settings_check(const core_config *config, int32_t ranks) {
   if (s->parallel.experts < 1)
     return core_config_refuse(config, "parallel.experts", "expected at least 1, got %lld",
                               (long long)s->parallel.experts);
+  TRY(check_use(config, s));
   for (unsigned m = 0; m < s->data.modalities_count; m++) TRY(check_modality(config, s, m));
   TRY(check_model(config, s));
   TRY(train_settings_check_mixtures(config));
@@ -397,6 +423,7 @@ core_status train_settings_check(const core_config *config, int32_t ranks) {
   TRY(check_baselines(config, s));
   TRY(check_schedule(config, s));
   TRY(check_pairs(config, s));
+  TRY(check_batches(config, s));
   TRY(check_parallel(config, s, ranks));
   TRY(check_evaluate(config, s, ranks));
   return CORE_OK;

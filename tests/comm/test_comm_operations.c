@@ -88,6 +88,35 @@ static void groups_are_limited_and_can_be_given_back(void **state) {
   }
 }
 
+/* The first rank alone, the others together; the last of four takes no part. */
+static void parts_of_a_world_are_worlds(void **state) {
+  (void)state;
+  comm_world *part = NULL;
+  comm_group *inner = NULL;
+  const bool idle = size() == 4 && rank() == 3;
+  const int32_t members = rank() == 0 ? 1 : size() - 1 - (size() == 4);
+  EXPECT_OK(comm_part(job, idle ? -1 : rank() > 0, &part));
+  EXPECT((part == NULL) == idle);
+  if (part) {
+    comm_group *group = comm_world_group(part);
+    EXPECT(comm_size(group) == members && comm_rank(group) == (rank() == 0 ? 0 : rank() - 1));
+    EXPECT(comm_world_rank_of(group, comm_rank(group)) == comm_rank(group));
+    EXPECT(comm_local_rank(part) == comm_local_rank(job) && comm_local_size(part) == comm_local_size(job));
+    int64_t sum = rank() + 1;
+    EXPECT_OK(comm_all_reduce(group, COMM_SUM, CORE_INT64, &sum, 1));
+    EXPECT(sum == (rank() == 0 ? 1 : members == 2 ? 5 : 2));
+    EXPECT_OK(comm_group_create(part, 0, "inner", &inner));
+    EXPECT(comm_size(inner) == members);
+    /* agreement stays within the part */
+    core_status own = CORE_OK;
+    if (rank() == 0) own = core_error_begin(CORE_ERR_FORMAT, __func__, __FILE__, __LINE__, "mine");
+    EXPECT(comm_agree(comm_control_group(part), own) == (rank() == 0 ? CORE_ERR_FORMAT : CORE_OK));
+    core_error_clear();
+    comm_finish(part);
+  }
+  EXPECT_OK(comm_join(job));
+}
+
 static void a_process_can_be_a_world_by_itself(void **state) {
   (void)state;
   const comm_options options = {.deadline = 5, .alone = true};
@@ -387,6 +416,7 @@ int main(void) {
       cmocka_unit_test(the_world_knows_its_ranks),
       cmocka_unit_test(the_world_splits_by_colour_in_the_order_of_ranks),
       cmocka_unit_test(groups_are_limited_and_can_be_given_back),
+      cmocka_unit_test(parts_of_a_world_are_worlds),
       cmocka_unit_test(a_process_can_be_a_world_by_itself),
       cmocka_unit_test(nobody_leaves_a_barrier_before_all_have_come),
       cmocka_unit_test(a_broadcast_reaches_all_from_every_root),

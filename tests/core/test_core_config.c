@@ -35,6 +35,8 @@ typedef struct shape {
   unsigned items_count;
   int64_t *numbers;
   unsigned numbers_count;
+  char **used;
+  unsigned used_count;
 } shape;
 
 static const cyaml_strval_t colours[] = {{"red", RED}, {"green", GREEN}};
@@ -43,6 +45,7 @@ static const cyaml_schema_field_t item_fields[] = {
     CYAML_FIELD_INT("size", CYAML_FLAG_DEFAULT, item, size),
     CYAML_FIELD_FLOAT("weight", CYAML_FLAG_DEFAULT, item, weight), CYAML_FIELD_END};
 static const cyaml_schema_value_t item_value = {CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, item, item_fields)};
+static const cyaml_schema_value_t word_value = {CYAML_VALUE_STRING(CYAML_FLAG_POINTER, char *, 0, 64)};
 static const cyaml_schema_value_t number_value = {CYAML_VALUE_INT(CYAML_FLAG_DEFAULT, int64_t)};
 typedef __typeof__(((shape *)0)->inner) inner_part;
 static const cyaml_schema_field_t inner_fields[] = {
@@ -58,15 +61,18 @@ static const cyaml_schema_field_t shape_fields[] = {
     CYAML_FIELD_MAPPING("inner", CYAML_FLAG_DEFAULT, shape, inner, inner_fields),
     CYAML_FIELD_SEQUENCE("items", CYAML_FLAG_POINTER, shape, items, &item_value, 0, 4),
     CYAML_FIELD_SEQUENCE("numbers", CYAML_FLAG_POINTER, shape, numbers, &number_value, 0, 3),
+    CYAML_FIELD_SEQUENCE("used", CYAML_FLAG_POINTER, shape, used, &word_value, 0, 4),
     CYAML_FIELD_END};
 static const cyaml_schema_value_t shape_value = {
     CYAML_VALUE_MAPPING(CYAML_FLAG_POINTER, shape, shape_fields)};
-static const core_config_items shape_items = {"items", "{size: 3, weight: 0.5}"};
+static const core_config_items shape_items = {
+    .path = "items", .yaml = "{size: 3, weight: 0.5}", .place = "size", .use = "used"};
 /* width, and inner.depth, have no default */
-static const core_config_spec spec = {
-    &shape_value,
-    "{seed: 1, rate: 0.1, title: none, colour: red, on: false, inner: {scale: 2}, items: [], numbers: []}",
-    &shape_items, 1};
+static const core_config_spec spec = {&shape_value,
+                                      "{seed: 1, rate: 0.1, title: none, colour: red, on: false, inner: "
+                                      "{scale: 2}, items: [], numbers: [], used: "
+                                      "[]}",
+                                      &shape_items, 1};
 
 static core_config *config;
 
@@ -124,6 +130,48 @@ static void a_file_is_merged_over_the_defaults(void **state) {
   assert_int_equal(s->items[1].size, 3);
 }
 
+/* A size of -1 becomes the item's place, which it keeps when others are taken out. */
+static void items_that_are_not_used_leave_the_list(void **state) {
+  (void)state;
+  static const char three[] =
+      "width: 7\ninner: {depth: 4}\nitems: [{name: left, size: -1}, {name: right, size: -1}, {name: mid}]\n";
+  assert_ok(load_with(three, "used=[mid, right]"));
+  assert_int_equal(data()->items_count, 2);
+  assert_string_equal(data()->items[0].name, "right");
+  assert_int_equal(data()->items[0].size, 1);
+  assert_string_equal(data()->items[1].name, "mid");
+  assert_int_equal(data()->items[1].size, 3);
+  char *text = strdup(core_config_text(config));
+  assert_ok(load(text));
+  assert_string_equal(core_config_text(config), text);
+  free(text);
+  assert_ok(load(three));
+  assert_int_equal(data()->items_count, 3);
+  /* a message finds the override of an item whose place has changed */
+  static const char *const set[] = {"items.0.weight=8", "items.2.weight=7", "used=[mid]"};
+  core_config_destroy(config);
+  assert_ok(core_config_load(&spec, "a.yaml", three, set, LENGTH(set), &config));
+  assert_error(core_config_refuse(config, "items.0.weight", "bad"), CORE_ERR_CONFIG,
+               "--set items.2.weight=7: ");
+}
+
+static void a_derived_configuration_has_all_overrides(void **state) {
+  (void)state;
+  core_config *derived = NULL;
+  const char *const more[] = {"width=5", "title=other"};
+  assert_ok(load_with(good, "width=9"));
+  assert_ok(core_config_derive(config, more, 2, &derived));
+  const shape *s = core_config_data(derived);
+  assert_int_equal(s->width, 5);
+  assert_string_equal(s->title, "other");
+  assert_int_equal(s->inner.depth, 4);
+  assert_int_equal(data()->width, 9);
+  assert_string_equal(core_config_path(derived), "a.yaml");
+  core_config_destroy(derived);
+  assert_error(core_config_derive(config, (const char *const[]){"no=1"}, 1, &derived), CORE_ERR_CONFIG,
+               "--set no=1: no: unknown key");
+}
+
 static void the_merged_text_loads_to_the_same(void **state) {
   (void)state;
   assert_ok(load(good));
@@ -153,6 +201,13 @@ static void overrides_win_and_the_last_wins(void **state) {
   assert_int_equal(s->on, 1);
   assert_int_equal(s->colour, GREEN);
   assert_true(s->seed == UINT64_MAX);
+}
+
+static void a_mapping_in_an_override_is_merged(void **state) {
+  (void)state;
+  assert_ok(load_with(good, "inner={depth: 6}"));
+  assert_int_equal(data()->inner.depth, 6);
+  assert_true(data()->inner.scale == 2);
 }
 
 static void items_of_an_override_get_the_defaults_too(void **state) {
@@ -380,6 +435,9 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       TEST(a_file_is_merged_over_the_defaults),
       TEST(the_merged_text_loads_to_the_same),
+      TEST(items_that_are_not_used_leave_the_list),
+      TEST(a_derived_configuration_has_all_overrides),
+      TEST(a_mapping_in_an_override_is_merged),
       TEST(overrides_win_and_the_last_wins),
       TEST(items_of_an_override_get_the_defaults_too),
       TEST(refusals_name_file_line_key_and_what_was_expected),

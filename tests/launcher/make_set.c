@@ -3,12 +3,13 @@
  *   make_set directory=SPLIT [samples=48] [shards=2] [rows=4] [image=12] [text=9] [speech=0] [filter=none]
  *            [first=0] [absent=0] [shift=MODALITY] [nan=MODALITY] [nan_sample=0] [keys=0]
  *            [classes=0] [wrong=0] [unlabelled=0] [empty=-1] [unknown=0] [vocabulary=0]
+ *            [carrier=image]
  *   make_set foreign=FILE     an HDF5 file that is not a shard
  *   make_set flip=FILE at=N   inverts the byte at N; negative: counted from the end
  *
  * image, text, speech: width, 0 for none. absent=k: every k-th sample lacks one modality in turn. shift: the
  * ids of that modality are one higher. keys=1: sample i has the key "sample-<i>". nan: one value of that
- * modality's sample is NaN. vocabulary: the shards of image carry prompts and responses of such tokens.
+ * modality's sample is NaN. vocabulary: the shards of `carrier` carry prompts and responses of such tokens.
  *
  * classes: sample s is of class s mod classes, which its label tells and near whose own point its latents
  * lie. Of these, the first `wrong` carry the next class's label, every `unlabelled`-th has none, those of
@@ -87,7 +88,7 @@ static core_status add_sample(const options *o, data_writer *writer, int32_t m, 
                         .rows = rows,
                         .label = label_of(o, s)};
   int32_t prompt[TEST_MOST_TOKENS], target[TEST_MOST_TOKENS], V = (int32_t)number_of(o, "vocabulary", 0);
-  if (V > 0 && m == 0) {
+  if (V > 0 && strcmp(text_of(o, "carrier", test_modality_names[0]), test_modality_names[m]) == 0) {
     sample.prompt_count = test_set_prompt(s, V, 2, prompt);
     sample.target_count = test_set_target(s, V, target);
     sample.prompt = prompt;

@@ -96,6 +96,9 @@ resume_equals "a decoder" 1 3 4
 resume_equals "a decoder, experts over ranks, accumulation" 2 5 4 --set parallel.experts=2 --set optimizer.accumulate=2
 resume_equals "a decoder, tied, no router losses" 2 5 4 --set model.tied=true --set objective.importance=0 \
   --set objective.load=0 --set objective.z=0 --set optimizer.accumulate=2
+resume_equals "a decoder, homogeneous batches, over the end of an epoch" 2 3 8 --set data.batches=homogeneous
+resume_equals "a decoder, homogeneous batches, incomplete ones dropped" 1 7 6 --set data.batches=homogeneous \
+  --set data.incomplete=drop
 
 rm -rf "$work/data"
 prepare samples=48

@@ -168,6 +168,7 @@ static const layout_case cases[] = {
      false},
     {connector_base, "connector, dense", "plain", {"model.dense=true", NULL}, false},
     {decoder_base, "decoder, router losses", "plain", {NULL}, false},
+    {decoder_base, "decoder, homogeneous batches", "holes", {"data.batches=homogeneous", NULL}, false},
     {decoder_base,
      "decoder, unequal counts, added experts, some frozen",
      "plain",

@@ -142,6 +142,31 @@ static void rows_lie_in_sequence(void **state) {
   test_session_close(&t);
 }
 
+/* Image takes no part: its latents are not there and its marks stand for nothing; text keeps the mark -2. */
+static void marks_keep_their_numbers(void **state) {
+  (void)state;
+  static const sample list[] = {
+      {{2, 1}, {7, -2, 9}, {3, 4}, 3, 2},
+      {{1, 2}, {-2, -1, 5}, {5}, 3, 1},
+      {{0, 0}, {0}, {8, 3, 8}, 0, 3},
+      {{0, 3}, {-1}, {6, 1}, 1, 2},
+  };
+  static const char *const set[] = {"optimizer.batch=4", "data.use=[text]", NULL};
+  static const int32_t token[] = {7, -1, 9, 3, 4, -1, -1, 5, 5, 8, 3, 8, -1, -1, -1, 6, 1};
+  static const int32_t latent_slot[] = {-1, 0, -1, -1, -1, 1, 2, -1, -1, -1, -1, -1, 3, 4, 5, -1, -1};
+  test_session t;
+  data_batch *batch = NULL;
+  write_hand(list, 4);
+  open_with(&t, &batch, set);
+  assert_ok(train_model_take(t.session->model, batch, 0, -1));
+  assert_int_equal(t.session->model->items.tokens, 17);
+  assert_int_equal(t.session->model->decoder.latents, 6);
+  expect_numbers(&t.session->model->decoder.token, token, 17);
+  expect_numbers(&t.session->model->decoder.latent_slot, latent_slot, 17);
+  data_stream_put(t.stream, batch);
+  test_session_close(&t);
+}
+
 /* ---- refusals ---- */
 
 static void refuse_set(const sample *list, int64_t count, core_status code, const char *message) {
@@ -195,7 +220,7 @@ static void modalities_must_agree_on_tokens(void **state) {
   const sample one = {{1, 1}, {4}, {3}, 1, 1}, other = {{1, 1}, {4}, {2}, 1, 1};
   data_set *set = NULL;
   const char *names[] = {"image", "text"};
-  const data_text_options options = {50, true};
+  const data_text_options options = {.vocabulary = 50, .responses = true};
   write_modality(0, 0, &one, 1);
   write_modality(1, 1, &one, 1);
   assert_ok(data_set_open(root, "train", names, 2, &set));
@@ -458,6 +483,7 @@ static void generation_is_the_same_with_kept_rows(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_root, remove_root)
   const struct CMUnitTest tests[] = {TEST(rows_lie_in_sequence),
+                                     cmocka_unit_test(marks_keep_their_numbers),
                                      TEST(bad_tokens_are_refused),
                                      TEST(a_set_without_tokens_is_refused),
                                      TEST(modalities_must_agree_on_tokens),

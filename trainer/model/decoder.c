@@ -120,7 +120,7 @@ static void put_prompt(train_model *model, const data_part *part, const data_tex
   for (int64_t p = 0; p < count; p++) {
     if (prompt[p] >= 0)
       put_token(d, prompt[p], at);
-    else
+    else if (prompt[p] != DATA_MARK_NOBODY)
       put_latents(d, &part[-1 - prompt[p]], first[-1 - prompt[p]], i, at);
   }
 }
