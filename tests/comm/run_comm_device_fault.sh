@@ -8,7 +8,7 @@ export CUDA_DOUBLE_DEVICES="$ranks"
 
 here="at step 12, layer 3, dispatch, all-reduce 3 of group 'expert'"
 
-run error 0 12
+run error 0 30
 status_is 1
 says "remote process exited or there was a network error: injected failure"
 says "$here"
@@ -46,7 +46,7 @@ run abort 10 25
 says "the disk of this rank is gone (ERR_IO: input/output error, rank $last)"
 file_says "$last" '"code":	"ERR_IO"'
 
-run well 0 12
+run well 0 60
 status_is 0
 never_says "ERR_"
 
