@@ -46,7 +46,7 @@ static void power_cut_at_every_operation(void **state) {
     disk *d = watch_save(f, directory, s, &committed);
     int64_t operations = disk_operations(d);
     assert_in_range(operations, 12, 200); /* fewer would mean that they are not seen */
-    for (int64_t at = 0; at <= operations; at++) {
+    for (int64_t at = 0; at <= operations; at += SCENE_STRIDE) {
       bool published = at >= committed && s->step >= 20;
       for (int fate = 0; fate < FATES; fate++) {
         disk_materialise(d, at, fates[fate].names, fates[fate].data, (uint64_t)(at * FATES + fate), after);
@@ -68,7 +68,7 @@ static void power_cut_while_cleaning(void **state) {
   fixture_directory(f, "third", again);
   scene_set(f, directory, s);
   disk *d = watch_save(f, directory, s, &committed);
-  for (int64_t at = 5; at <= disk_operations(d); at++) {
+  for (int64_t at = 5; at <= disk_operations(d); at += SCENE_STRIDE) {
     disk_materialise(d, at, DISK_MIXED, DISK_MIXED, (uint64_t)at, after);
     layout l;
     ckpt_writer *writer;
