@@ -8,6 +8,8 @@ CLAIM_DIRECTORY holds claim.json: the claim, what was published, a configuration
 figures are compared (`compare`: functions of this file by name). Runs lie in DIRECTORY (runs/claims), under a name
 made of all that decides them, so that claims share runs and a stopped claim goes on where it was. Each run has one
 thread; N of them run side by side. Written: result.json and plot.png in CLAIM_DIRECTORY, and a row of RESULTS.md.
+Where claim.json names `stages`, a file of further stages for the configuration, a variant is a list of stages: there is
+one run a seed, of all stages that the variants need, and each of them is measured on the splits that claim.json names.
 Python's standard library, and matplotlib for the plot."""
 import argparse
 import hashlib
@@ -15,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -35,7 +38,7 @@ def read_claim(directory):
 
 def settings_of(claim, variant, seed):
     common = [f"run.seed={seed}", "run.threads=1", "run.device=cpu", "checkpoint.keep=1"]
-    return common + claim.get("settings", []) + claim["variants"][variant]
+    return common + claim.get("settings", []) + ([] if "stages" in claim else claim["variants"][variant])
 
 
 def run_directory(claim, variant, seed, runs):
@@ -71,12 +74,70 @@ def train(claim, variant, seed, antiphon, runs):
     return directory
 
 
-def model_of(directory):
-    """What the program says of the model: its parameters, and what an item of each modality passes."""
+def model_of(directory, stage=None):
+    """What the program says of the model's parameters: how many, how many a token meets, how many are frozen."""
     with open(os.path.join(directory, "said.txt"), encoding="utf-8") as said:
-        lines = [line.strip() for line in said]
-    counts = [line.split(";")[0] for line in lines if " M parameters, " in line]
-    return "; ".join(counts + [line for line in lines if line.startswith("forward pass of ")])
+        lines = [line.strip() for line in said if stage is None or line.startswith(f"[{stage}] ")]
+    counts = [line.split(";")[0].split("] ")[-1] for line in lines if " M active, " in line]
+    return counts[-1] if counts else ""
+
+
+# ---- running: stages of one run ----
+
+
+def blocks_of(path):
+    """A file's text before its stages, and the text of each stage by name, in order."""
+    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+        head, stages = file.read().split("\nstages:\n")
+    blocks = re.split(r"^(?=  - name: )", stages, flags=re.MULTILINE)[1:]
+    return head, {re.match(r"  - name: (\w+)", block).group(1): block for block in blocks}
+
+
+def needed(blocks, wanted):
+    """The stages in `wanted` and all that they begin from, in order."""
+    found, queue = set(), list(wanted)
+    while queue:
+        name = queue.pop()
+        if name not in found:
+            found.add(name)
+            sources = re.findall(r"^ +(?:from|base|slots|connectors): (.*)", blocks[name], flags=re.MULTILINE)
+            queue += [word for word in re.findall(r"\w+", " ".join(sources)) if word in blocks]
+    return [name for name in blocks if name in found]
+
+
+def train_stages(claim, seed, antiphon, runs):
+    """The directory of the run of a seed; its stages are in directories of their own. What is done is not done again."""
+    head, blocks = blocks_of(claim["config"])
+    blocks.update(blocks_of(claim["stages"])[1])
+    wanted = needed(blocks, [stage for stages in claim["variants"].values() for stage in stages])
+    decides = "\n".join([head] + sorted(settings_of(claim, None, seed)))
+    directory = os.path.join(runs, hashlib.sha256(decides.encode()).hexdigest()[:16])
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, f"{claim['id']}.yaml")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(head + "\nstages:\n" + "".join(blocks[name] for name in wanted))
+    words = [antiphon, "train", path]
+    for setting in settings_of(claim, None, seed) + [f"run.directory={directory}"]:
+        words += ["--set", setting]
+    with open(os.path.join(directory, "said.txt"), "a", encoding="utf-8") as said:
+        status = subprocess.call(words, cwd=ROOT, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
+    if status != 0:
+        sys.exit(f"seed {seed}: antiphon ended with status {status}; see {directory}/said.txt")
+    print(f"{claim['id']}: seed {seed}: done", flush=True)
+    return directory
+
+
+def measure(antiphon, directory, stage, split):
+    """{stage, split, loss}: the loss of a response token of the split, at the stage's end. Kept beside the stage."""
+    path = os.path.join(directory, stage, f"loss-{split}.json")
+    if not os.path.exists(path):
+        words = [antiphon, "eval", os.path.join(directory, stage), "--split", split, "--json", "--set", "run.threads=1"]
+        said = json.loads(subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump({"stage": stage, "split": split, "loss": said["evaluation"]["next_token"]}, file)
+        os.replace(path + ".part", path)
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 # ---- figures of one run ----
@@ -174,8 +235,23 @@ def purity(run, _):
     return statistics.mean(gains)
 
 
+def caption_loss(run, options):
+    """Loss of a byte of held-out names, nats, of the variant's first stage, mean of the modalities or of one."""
+    asked = options.get("modality")
+    first = [r for r in run if r["stage"] == run[0]["stage"]]
+    return statistics.mean(r["loss"] for r in first if asked in (None, r["split"].split("_")[0]))
+
+
+def drop(run, options):
+    """The caption loss of a modality of the variant's first stage less that of its stage number options["alone"], which
+    has been trained on that modality alone."""
+    stages = list(dict.fromkeys(r["stage"] for r in run))
+    loss = {(r["stage"], r["split"].split("_")[0]): r["loss"] for r in run}
+    return loss[stages[0], options["modality"]] - loss[stages[options["alone"]], options["modality"]]
+
+
 FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, success, worst_success, success_gap, busiest_expert, importance,
-                                   entropy_margin, purity)}
+                                   entropy_margin, purity, caption_loss, drop)}
 
 # ---- statistics ----
 
@@ -321,7 +397,8 @@ def table():
             result = json.load(file)
         measured = "<br>".join(sentence(p) for p in result["parts"])
         rows.append(f"| [{result['id']}]({name}/) {result['claim']} | {result['published']} | {measured} | {result['verdict']} |")
-        details.append(f"**{result['id']}**: {result['data']}; seeds {', '.join(map(str, result['seeds']))}; `{result['config']}` with")
+        details.append(f"**{result['id']}**: {result['data']}; seeds {', '.join(map(str, result['seeds']))}; `{result['config']}` with"
+                       + (f" stages of `{result['stages']}`" if "stages" in result else ""))
         for variant, settings in result["variants"].items():
             model = result["models"].get(variant, "")
             details.append(f"- {variant}: {', '.join(f'`{s}`' for s in settings) or 'as it is'}" + (f" ({model})" if model else ""))
@@ -332,19 +409,33 @@ def table():
         file.write("\n".join(rows + details).rstrip() + "\n")
 
 
+def read_runs(claim, seeds, antiphon, where, pool):
+    """({(variant, seed): records}, {variant: what its model is}) of one run for each."""
+    wanted = [(v, s) for s in seeds for v in claim["variants"]]
+    found = dict(zip(wanted, pool.map(lambda w: train(claim, *w, antiphon, where), wanted)))
+    return {w: records(d) for w, d in found.items()}, {v: model_of(found[v, seeds[0]]) for v in claim["variants"]}
+
+
+def read_stages(claim, seeds, antiphon, where, pool):
+    """The same of stages of one run for each seed; records are those of `measure`, stage by stage."""
+    found = dict(zip(seeds, pool.map(lambda s: train_stages(claim, s, antiphon, where), seeds)))
+    runs = {(v, s): [measure(antiphon, found[s], stage, split) for stage in stages for split in claim["splits"]]
+            for s in seeds for v, stages in claim["variants"].items()}
+    return runs, {v: model_of(found[seeds[0]], stages[0]) for v, stages in claim["variants"].items()}
+
+
 def run_claim(arguments):
     claim = read_claim(arguments.claim)
     seeds = list(range(1, (arguments.seeds or claim["seeds"]) + 1))
     antiphon = os.path.join(os.path.abspath(arguments.build), "launcher", "antiphon")
     if not os.access(antiphon, os.X_OK):
         sys.exit(f"no {antiphon}: build first (cmake --preset release && cmake --build build/release)")
-    wanted = [(v, s) for s in seeds for v in claim["variants"]]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        where = list(pool.map(lambda w: train(claim, *w, antiphon, os.path.abspath(arguments.runs)), wanted))
-    runs = {w: records(d) for w, d in zip(wanted, where)}
-    models = {v: model_of(where[wanted.index((v, seeds[0]))]) for v in claim["variants"]}
+        read = read_stages if "stages" in claim else read_runs
+        runs, models = read(claim, seeds, antiphon, os.path.abspath(arguments.runs), pool)
     parts = [compare_one(rule, runs, seeds) for rule in claim["compare"]]
-    kept = {k: claim[k] for k in ("id", "claim", "published", "data", "config", "variants", "note", "settings") if k in claim}
+    kept = {k: claim[k] for k in ("id", "claim", "published", "data", "config", "variants", "note", "settings", "stages")
+            if k in claim}
     result = {**kept, "seeds": seeds, "models": models, "parts": parts, "verdict": overall(parts)}
     with open(os.path.join(arguments.claim, "result.json"), "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)

@@ -12,10 +12,11 @@ all three modalities stand in every split, so that a model may use any of them:
     speech      spoken names and words              [speech]name:                              the name
     text        text latents of names               [text]name:                                the name
     mixture     those of image and of speech
-    uneven      those of image, a tenth as many of speech
+    few         a tenth as many of speech as there are pictures
+    uneven      those of image and of few
     mixture_all those of image, speech and text
 
-and for each of them but the last two `<split>_validation`, of things whose names are nowhere in the others.  Splits
+and `<split>_validation` of base, image, speech, text and mixture, of things whose names are nowhere in the others.  Splits
 share files (hard links).  Needs numpy, h5py and zstandard (Debian: python3-h5py, python3-zstandard) and no network.
 """
 
@@ -157,7 +158,7 @@ def make(out):
              "base": reading(train, keywords), "base_validation": guessing(held_out, keywords)}
     parts["few"] = some_of(parts["speech"], int(SHARE * len(pictures)))
     parts.update({MODALITIES[m][0] + "_validation": captions(held_out, m) for m in range(3)})
-    splits = {name: [name] for name in parts if name != "few"}
+    splits = {name: [name] for name in parts}
     splits.update(mixture=["image", "speech"], uneven=["image", "few"], mixture_all=["image", "speech", "text"],
                   mixture_validation=["image_validation", "speech_validation"])
     files = {name: write_part(os.path.join(out, ".parts", name), 0, samples) for name, samples in parts.items()}
