@@ -5,253 +5,26 @@ usage: claim.py CLAIM_DIRECTORY [--jobs N] [--seeds N] [--build DIRECTORY] [--ru
        claim.py --table              rebuilds experiments/RESULTS.md from the results that are there
 
 CLAIM_DIRECTORY holds claim.json: the claim, what was published, a configuration, settings of each variant, and which
-figures are compared (`compare`: functions of this file by name). Runs lie in DIRECTORY (runs/claims), under a name
+figures are compared (`compare`: functions of claim_figures.py by name). Runs lie in DIRECTORY (runs/claims), under a name
 made of all that decides them, so that claims share runs and a stopped claim goes on where it was. Each run has one
 thread; N of them run side by side. Written: result.json and plot.png in CLAIM_DIRECTORY, and a row of RESULTS.md.
 Where claim.json names `stages`, a file of further stages for the configuration, a variant is a list of stages: there is
 one run a seed, of all stages that the variants need, and each of them is measured on the splits that claim.json names.
+`ranks` says how many ranks train a stage, where it is not one.
 Python's standard library, and matplotlib for the plot."""
 import argparse
-import hashlib
 import json
 import math
 import os
-import random
-import re
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from claim_figures import FIGURES
+from claim_runs import read_claim, read_runs, read_stages
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-
-# ---- running ----
-
-
-def read_claim(directory):
-    with open(os.path.join(directory, "claim.json"), encoding="utf-8") as file:
-        claim = json.load(file)
-    claim["directory"] = directory
-    return claim
-
-
-def settings_of(claim, variant, seed):
-    common = [f"run.seed={seed}", "run.threads=1", "run.device=cpu", "checkpoint.keep=1"]
-    return common + claim.get("settings", []) + ([] if "stages" in claim else claim["variants"][variant])
-
-
-def run_directory(claim, variant, seed, runs):
-    with open(os.path.join(ROOT, claim["config"]), "rb") as file:
-        decides = file.read() + "\n".join(sorted(settings_of(claim, variant, seed))).encode()
-    return os.path.join(runs, hashlib.sha256(decides).hexdigest()[:16])
-
-
-def records(directory):
-    with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def finished(directory):
-    return os.path.exists(os.path.join(directory, "finished"))
-
-
-def train(claim, variant, seed, antiphon, runs):
-    """The run's directory. A run that was stopped is the same command again."""
-    directory = run_directory(claim, variant, seed, runs)
-    if not finished(directory):
-        os.makedirs(directory, exist_ok=True)
-        words = [antiphon, "train", claim["config"]]
-        for setting in settings_of(claim, variant, seed) + [f"run.directory={directory}", "evaluate.at_end=true"]:
-            words += ["--set", setting]
-        with open(os.path.join(directory, "said.txt"), "w", encoding="utf-8") as said:
-            status = subprocess.call(words, cwd=ROOT, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
-        if status != 0:
-            sys.exit(f"{variant}, seed {seed}: antiphon ended with status {status}; see {directory}/said.txt")
-        with open(os.path.join(directory, "finished"), "w", encoding="utf-8"):
-            pass
-    print(f"{claim['id']}: {variant}, seed {seed}: done", flush=True)
-    return directory
-
-
-def model_of(directory, stage=None):
-    """What the program says of the model's parameters: how many, how many a token meets, how many are frozen."""
-    with open(os.path.join(directory, "said.txt"), encoding="utf-8") as said:
-        lines = [line.strip() for line in said if stage is None or line.startswith(f"[{stage}] ")]
-    counts = [line.split(";")[0].split("] ")[-1] for line in lines if " M active, " in line]
-    return counts[-1] if counts else ""
-
-
-# ---- running: stages of one run ----
-
-
-def blocks_of(path):
-    """A file's text before its stages, and the text of each stage by name, in order."""
-    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
-        head, stages = file.read().split("\nstages:\n")
-    blocks = re.split(r"^(?=  - name: )", stages, flags=re.MULTILINE)[1:]
-    return head, {re.match(r"  - name: (\w+)", block).group(1): block for block in blocks}
-
-
-def needed(blocks, wanted):
-    """The stages in `wanted` and all that they begin from, in order."""
-    found, queue = set(), list(wanted)
-    while queue:
-        name = queue.pop()
-        if name not in found:
-            found.add(name)
-            sources = re.findall(r"^ +(?:from|base|slots|connectors): (.*)", blocks[name], flags=re.MULTILINE)
-            queue += [word for word in re.findall(r"\w+", " ".join(sources)) if word in blocks]
-    return [name for name in blocks if name in found]
-
-
-def train_stages(claim, seed, antiphon, runs):
-    """The directory of the run of a seed; its stages are in directories of their own. What is done is not done again."""
-    head, blocks = blocks_of(claim["config"])
-    blocks.update(blocks_of(claim["stages"])[1])
-    wanted = needed(blocks, [stage for stages in claim["variants"].values() for stage in stages])
-    decides = "\n".join([head] + sorted(settings_of(claim, None, seed)))
-    directory = os.path.join(runs, hashlib.sha256(decides.encode()).hexdigest()[:16])
-    os.makedirs(directory, exist_ok=True)
-    path = os.path.join(directory, f"{claim['id']}.yaml")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(head + "\nstages:\n" + "".join(blocks[name] for name in wanted))
-    words = [antiphon, "train", path]
-    for setting in settings_of(claim, None, seed) + [f"run.directory={directory}"]:
-        words += ["--set", setting]
-    with open(os.path.join(directory, "said.txt"), "a", encoding="utf-8") as said:
-        status = subprocess.call(words, cwd=ROOT, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
-    if status != 0:
-        sys.exit(f"seed {seed}: antiphon ended with status {status}; see {directory}/said.txt")
-    print(f"{claim['id']}: seed {seed}: done", flush=True)
-    return directory
-
-
-def measure(antiphon, directory, stage, split):
-    """{stage, split, loss}: the loss of a response token of the split, at the stage's end. Kept beside the stage."""
-    path = os.path.join(directory, stage, f"loss-{split}.json")
-    if not os.path.exists(path):
-        words = [antiphon, "eval", os.path.join(directory, stage), "--split", split, "--json", "--set", "run.threads=1"]
-        said = json.loads(subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump({"stage": stage, "split": split, "loss": said["evaluation"]["next_token"]}, file)
-        os.replace(path + ".part", path)
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-# ---- figures of one run ----
-
-
-def last_evaluation(run):
-    return [r for r in run if "evaluation" in r][-1]["evaluation"]
-
-
-def training_steps(run):
-    return [r for r in run if "evaluation" not in r]
-
-
-def late_steps(run):
-    """The last fifth of the training steps."""
-    steps = training_steps(run)
-    return steps[-max(1, len(steps) // 5):]
-
-
-def mean_r1(run, _):
-    """Recall at 1 over all directions on held-out data, in points."""
-    return 100 * last_evaluation(run)["mean_r1"]
-
-
-def mean_r10(run, _):
-    """Recall at 10 over all directions on held-out data, in points."""
-    return 100 * statistics.mean(d["r10"] for d in last_evaluation(run)["retrieval"].values())
-
-
-def success(run, options):
-    """Share of the tokens of options["modality"] (all: of every token) that some expert took, late in training."""
-    kept = tokens = 0
-    for step in late_steps(run):
-        for layer in step["layers"]:
-            for name, m in layer["modalities"].items():
-                if options["modality"] not in (name, "all"):
-                    continue
-                count = step["tokens"][name]
-                kept, tokens = kept + m["success"] * count, tokens + count
-    return 100 * kept / tokens
-
-
-def worst_success(run, _):
-    """The success rate of the modality that has the lowest one, late in training, in percent."""
-    return min(success(run, {"modality": m}) for m in late_steps(run)[0]["tokens"])
-
-
-def success_gap(run, options):
-    """The success rate of all tokens less that of the worst-served modality, late in training, in points."""
-    return success(run, {"modality": "all"}) - worst_success(run, options)
-
-
-def busiest_expert(run, _):
-    """Share of all choices that the busiest expert of a layer gets, mean of layers, late in training, in percent."""
-    shares = [100 * max(layer["load"]) / sum(layer["load"]) for step in late_steps(run) for layer in step["layers"]]
-    return statistics.mean(shares)
-
-
-def importance(run, _):
-    """The importance loss (squared variation of the summed gates), late in training."""
-    return statistics.mean(step["router"]["importance"] for step in late_steps(run))
-
-
-def entropy_margin(run, options):
-    """H(mean p) - log S of the modality and layer where it is smallest, late in training. options["least"]: S_m."""
-    margins = []
-    for name, least in options["least"].items():
-        for layer in range(len(late_steps(run)[0]["layers"])):
-            values = [s["layers"][layer]["modalities"][name]["entropy_of_mean"] for s in late_steps(run)]
-            margins.append(statistics.mean(values) - math.log(least))
-    return min(margins)
-
-
-def purity(run, _):
-    """How much likelier than with shuffled modalities an expert's token is of the expert's main modality, on held-out
-    data, mean of layers, in points. Modalities weigh the same, however many tokens they have."""
-    gains = []
-    draw = random.Random(0)
-    for layer in last_evaluation(run)["layers"]:
-        counts = [m["before"] for m in layer["modalities"].values()]
-        shares = [[c / sum(row) for c in row] for row in counts if sum(row) > 0]
-        real = sum(max(column) for column in zip(*shares)) / len(shares)
-        total = [sum(column) for column in zip(*counts)]
-        labels = [e for e, n in enumerate(total) for _ in range(n)]
-        shuffled = []
-        for _ in range(20):
-            draw.shuffle(labels)
-            rows, at = [], 0
-            for row in counts:
-                part, at = labels[at:at + sum(row)], at + sum(row)
-                if part:
-                    rows.append([part.count(e) / len(part) for e in range(len(total))])
-            shuffled.append(sum(max(column) for column in zip(*rows)) / len(rows))
-        gains.append(100 * (real - statistics.mean(shuffled)))
-    return statistics.mean(gains)
-
-
-def caption_loss(run, options):
-    """Loss of a byte of held-out names, nats, of the variant's first stage, mean of the modalities or of one."""
-    asked = options.get("modality")
-    first = [r for r in run if r["stage"] == run[0]["stage"]]
-    return statistics.mean(r["loss"] for r in first if asked in (None, r["split"].split("_")[0]))
-
-
-def drop(run, options):
-    """The caption loss of a modality of the variant's first stage less that of its stage number options["alone"], which
-    has been trained on that modality alone."""
-    stages = list(dict.fromkeys(r["stage"] for r in run))
-    loss = {(r["stage"], r["split"].split("_")[0]): r["loss"] for r in run}
-    return loss[stages[0], options["modality"]] - loss[stages[options["alone"]], options["modality"]]
-
-
-FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, success, worst_success, success_gap, busiest_expert, importance,
-                                   entropy_margin, purity, caption_loss, drop)}
 
 # ---- statistics ----
 
@@ -407,21 +180,6 @@ def table():
         details += [result["note"], ""] if result.get("note") else [""]
     with open(os.path.join(HERE, "RESULTS.md"), "w", encoding="utf-8") as file:
         file.write("\n".join(rows + details).rstrip() + "\n")
-
-
-def read_runs(claim, seeds, antiphon, where, pool):
-    """({(variant, seed): records}, {variant: what its model is}) of one run for each."""
-    wanted = [(v, s) for s in seeds for v in claim["variants"]]
-    found = dict(zip(wanted, pool.map(lambda w: train(claim, *w, antiphon, where), wanted)))
-    return {w: records(d) for w, d in found.items()}, {v: model_of(found[v, seeds[0]]) for v in claim["variants"]}
-
-
-def read_stages(claim, seeds, antiphon, where, pool):
-    """The same of stages of one run for each seed; records are those of `measure`, stage by stage."""
-    found = dict(zip(seeds, pool.map(lambda s: train_stages(claim, s, antiphon, where), seeds)))
-    runs = {(v, s): [measure(antiphon, found[s], stage, split) for stage in stages for split in claim["splits"]]
-            for s in seeds for v, stages in claim["variants"].items()}
-    return runs, {v: model_of(found[seeds[0]], stages[0]) for v, stages in claim["variants"].items()}
 
 
 def run_claim(arguments):
