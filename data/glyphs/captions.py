@@ -16,8 +16,9 @@ all three modalities stand in every split, so that a model may use any of them:
     uneven      those of image and of few
     mixture_all those of image, speech and text
 
-and `<split>_validation` of base, image, speech, text and mixture, of things whose names are nowhere in the others.  Splits
-share files (hard links).  Needs numpy, h5py and zstandard (Debian: python3-h5py, python3-zstandard) and no network.
+and `<split>_validation` of base, image, speech, text and mixture, of held-out things: no other split answers `name:` with
+theirs, though a keyword that base reads may be one.  Splits share files (hard links).  Needs numpy, h5py and zstandard
+(Debian: python3-h5py, python3-zstandard) and no network.
 """
 
 import argparse
