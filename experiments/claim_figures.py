@@ -112,9 +112,15 @@ def drop(run, options):
 
 
 def loss_moved(run, _):
-    """Largest relative difference of the loss of a step between the variant's two stages, in millionths."""
+    """Largest relative difference of the loss of a step between the variant's two stages, in millionths, as long as all
+    experts have equal loads: where a near-tie has fallen otherwise, the losses are those of other choices."""
     one, other = (training_steps(r["steps"]) for r in run)
-    return 1e6 * max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(one, other, strict=True))
+    moved = [0.0]
+    for a, b in zip(one, other, strict=True):
+        if [layer["load"] for layer in a["layers"]] != [layer["load"] for layer in b["layers"]]:
+            return 1e6 * max(moved) if a is not one[0] else math.inf
+        moved.append(abs(a["loss"] - b["loss"]) / abs(b["loss"]))
+    return 1e6 * max(moved)
 
 
 def choices_moved(run, _):
