@@ -115,8 +115,9 @@ def sentence(part):
     found = part["found"]
     text = f"{title_of(rule)}: {found['mean']:+.3g} ± {found['half']:.2g}"
     if "against" in rule:
-        text += f" ({part['of']['mean']:.3g} against {part['against']['mean']:.3g}"
-        text += f", {part['relative']:+.0f} %)" if "relative" in part else ")"
+        text += f" ({part['of']['mean']:.4g} against {part['against']['mean']:.4g}"
+        relative = part.get("relative")
+        text += ")" if relative is None else f", {relative:+.{0 if abs(relative) >= 1 else 1}f} %)"
     elif "than" in rule:
         text += f" (expected {'above' if rule['expect'] == 'greater' else 'below'} {rule['than']:g})"
     if part["verdict"] == "inconclusive":
