@@ -5,177 +5,26 @@ usage: claim.py CLAIM_DIRECTORY [--jobs N] [--seeds N] [--build DIRECTORY] [--ru
        claim.py --table              rebuilds experiments/RESULTS.md from the results that are there
 
 CLAIM_DIRECTORY holds claim.json: the claim, what was published, a configuration, settings of each variant, and which
-figures are compared (`compare`: functions of this file by name). Runs lie in DIRECTORY (runs/claims), under a name
+figures are compared (`compare`: functions of claim_figures.py by name). Runs lie in DIRECTORY (runs/claims), under a name
 made of all that decides them, so that claims share runs and a stopped claim goes on where it was. Each run has one
 thread; N of them run side by side. Written: result.json and plot.png in CLAIM_DIRECTORY, and a row of RESULTS.md.
+Where claim.json names `stages`, a file of further stages for the configuration, a variant is a list of stages: there is
+one run a seed, of all stages that the variants need, and each of them is measured on the splits that claim.json names.
+`ranks` says how many ranks train a stage, where it is not one.
 Python's standard library, and matplotlib for the plot."""
 import argparse
-import hashlib
 import json
 import math
 import os
-import random
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from claim_figures import FIGURES
+from claim_runs import read_claim, read_runs, read_stages
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-
-# ---- running ----
-
-
-def read_claim(directory):
-    with open(os.path.join(directory, "claim.json"), encoding="utf-8") as file:
-        claim = json.load(file)
-    claim["directory"] = directory
-    return claim
-
-
-def settings_of(claim, variant, seed):
-    common = [f"run.seed={seed}", "run.threads=1", "run.device=cpu", "checkpoint.keep=1"]
-    return common + claim.get("settings", []) + claim["variants"][variant]
-
-
-def run_directory(claim, variant, seed, runs):
-    with open(os.path.join(ROOT, claim["config"]), "rb") as file:
-        decides = file.read() + "\n".join(sorted(settings_of(claim, variant, seed))).encode()
-    return os.path.join(runs, hashlib.sha256(decides).hexdigest()[:16])
-
-
-def records(directory):
-    with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def finished(directory):
-    return os.path.exists(os.path.join(directory, "finished"))
-
-
-def train(claim, variant, seed, antiphon, runs):
-    """The run's directory. A run that was stopped is the same command again."""
-    directory = run_directory(claim, variant, seed, runs)
-    if not finished(directory):
-        os.makedirs(directory, exist_ok=True)
-        words = [antiphon, "train", claim["config"]]
-        for setting in settings_of(claim, variant, seed) + [f"run.directory={directory}", "evaluate.at_end=true"]:
-            words += ["--set", setting]
-        with open(os.path.join(directory, "said.txt"), "w", encoding="utf-8") as said:
-            status = subprocess.call(words, cwd=ROOT, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
-        if status != 0:
-            sys.exit(f"{variant}, seed {seed}: antiphon ended with status {status}; see {directory}/said.txt")
-        with open(os.path.join(directory, "finished"), "w", encoding="utf-8"):
-            pass
-    print(f"{claim['id']}: {variant}, seed {seed}: done", flush=True)
-    return directory
-
-
-def model_of(directory):
-    """What the program says of the model: its parameters, and what an item of each modality passes."""
-    with open(os.path.join(directory, "said.txt"), encoding="utf-8") as said:
-        lines = [line.strip() for line in said]
-    counts = [line.split(";")[0] for line in lines if " M parameters, " in line]
-    return "; ".join(counts + [line for line in lines if line.startswith("forward pass of ")])
-
-
-# ---- figures of one run ----
-
-
-def last_evaluation(run):
-    return [r for r in run if "evaluation" in r][-1]["evaluation"]
-
-
-def training_steps(run):
-    return [r for r in run if "evaluation" not in r]
-
-
-def late_steps(run):
-    """The last fifth of the training steps."""
-    steps = training_steps(run)
-    return steps[-max(1, len(steps) // 5):]
-
-
-def mean_r1(run, _):
-    """Recall at 1 over all directions on held-out data, in points."""
-    return 100 * last_evaluation(run)["mean_r1"]
-
-
-def mean_r10(run, _):
-    """Recall at 10 over all directions on held-out data, in points."""
-    return 100 * statistics.mean(d["r10"] for d in last_evaluation(run)["retrieval"].values())
-
-
-def success(run, options):
-    """Share of the tokens of options["modality"] (all: of every token) that some expert took, late in training."""
-    kept = tokens = 0
-    for step in late_steps(run):
-        for layer in step["layers"]:
-            for name, m in layer["modalities"].items():
-                if options["modality"] not in (name, "all"):
-                    continue
-                count = step["tokens"][name]
-                kept, tokens = kept + m["success"] * count, tokens + count
-    return 100 * kept / tokens
-
-
-def worst_success(run, _):
-    """The success rate of the modality that has the lowest one, late in training, in percent."""
-    return min(success(run, {"modality": m}) for m in late_steps(run)[0]["tokens"])
-
-
-def success_gap(run, options):
-    """The success rate of all tokens less that of the worst-served modality, late in training, in points."""
-    return success(run, {"modality": "all"}) - worst_success(run, options)
-
-
-def busiest_expert(run, _):
-    """Share of all choices that the busiest expert of a layer gets, mean of layers, late in training, in percent."""
-    shares = [100 * max(layer["load"]) / sum(layer["load"]) for step in late_steps(run) for layer in step["layers"]]
-    return statistics.mean(shares)
-
-
-def importance(run, _):
-    """The importance loss (squared variation of the summed gates), late in training."""
-    return statistics.mean(step["router"]["importance"] for step in late_steps(run))
-
-
-def entropy_margin(run, options):
-    """H(mean p) - log S of the modality and layer where it is smallest, late in training. options["least"]: S_m."""
-    margins = []
-    for name, least in options["least"].items():
-        for layer in range(len(late_steps(run)[0]["layers"])):
-            values = [s["layers"][layer]["modalities"][name]["entropy_of_mean"] for s in late_steps(run)]
-            margins.append(statistics.mean(values) - math.log(least))
-    return min(margins)
-
-
-def purity(run, _):
-    """How much likelier than with shuffled modalities an expert's token is of the expert's main modality, on held-out
-    data, mean of layers, in points. Modalities weigh the same, however many tokens they have."""
-    gains = []
-    draw = random.Random(0)
-    for layer in last_evaluation(run)["layers"]:
-        counts = [m["before"] for m in layer["modalities"].values()]
-        shares = [[c / sum(row) for c in row] for row in counts if sum(row) > 0]
-        real = sum(max(column) for column in zip(*shares)) / len(shares)
-        total = [sum(column) for column in zip(*counts)]
-        labels = [e for e, n in enumerate(total) for _ in range(n)]
-        shuffled = []
-        for _ in range(20):
-            draw.shuffle(labels)
-            rows, at = [], 0
-            for row in counts:
-                part, at = labels[at:at + sum(row)], at + sum(row)
-                if part:
-                    rows.append([part.count(e) / len(part) for e in range(len(total))])
-            shuffled.append(sum(max(column) for column in zip(*rows)) / len(rows))
-        gains.append(100 * (real - statistics.mean(shuffled)))
-    return statistics.mean(gains)
-
-
-FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, success, worst_success, success_gap, busiest_expert, importance,
-                                   entropy_margin, purity)}
 
 # ---- statistics ----
 
@@ -266,8 +115,9 @@ def sentence(part):
     found = part["found"]
     text = f"{title_of(rule)}: {found['mean']:+.3g} ± {found['half']:.2g}"
     if "against" in rule:
-        text += f" ({part['of']['mean']:.3g} against {part['against']['mean']:.3g}"
-        text += f", {part['relative']:+.0f} %)" if "relative" in part else ")"
+        text += f" ({part['of']['mean']:.4g} against {part['against']['mean']:.4g}"
+        relative = part.get("relative")
+        text += ")" if relative is None else f", {relative:+.{0 if abs(relative) >= 1 else 1}f} %)"
     elif "than" in rule:
         text += f" (expected {'above' if rule['expect'] == 'greater' else 'below'} {rule['than']:g})"
     if part["verdict"] == "inconclusive":
@@ -321,7 +171,8 @@ def table():
             result = json.load(file)
         measured = "<br>".join(sentence(p) for p in result["parts"])
         rows.append(f"| [{result['id']}]({name}/) {result['claim']} | {result['published']} | {measured} | {result['verdict']} |")
-        details.append(f"**{result['id']}**: {result['data']}; seeds {', '.join(map(str, result['seeds']))}; `{result['config']}` with")
+        details.append(f"**{result['id']}**: {result['data']}; seeds {', '.join(map(str, result['seeds']))}; `{result['config']}` with"
+                       + (f" stages of `{result['stages']}`" if "stages" in result else ""))
         for variant, settings in result["variants"].items():
             model = result["models"].get(variant, "")
             details.append(f"- {variant}: {', '.join(f'`{s}`' for s in settings) or 'as it is'}" + (f" ({model})" if model else ""))
@@ -338,13 +189,12 @@ def run_claim(arguments):
     antiphon = os.path.join(os.path.abspath(arguments.build), "launcher", "antiphon")
     if not os.access(antiphon, os.X_OK):
         sys.exit(f"no {antiphon}: build first (cmake --preset release && cmake --build build/release)")
-    wanted = [(v, s) for s in seeds for v in claim["variants"]]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        where = list(pool.map(lambda w: train(claim, *w, antiphon, os.path.abspath(arguments.runs)), wanted))
-    runs = {w: records(d) for w, d in zip(wanted, where)}
-    models = {v: model_of(where[wanted.index((v, seeds[0]))]) for v in claim["variants"]}
+        read = read_stages if "stages" in claim else read_runs
+        runs, models = read(claim, seeds, antiphon, os.path.abspath(arguments.runs), pool)
     parts = [compare_one(rule, runs, seeds) for rule in claim["compare"]]
-    kept = {k: claim[k] for k in ("id", "claim", "published", "data", "config", "variants", "note", "settings") if k in claim}
+    kept = {k: claim[k] for k in ("id", "claim", "published", "data", "config", "variants", "note", "settings", "stages")
+            if k in claim}
     result = {**kept, "seeds": seeds, "models": models, "parts": parts, "verdict": overall(parts)}
     with open(os.path.join(arguments.claim, "result.json"), "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)

@@ -13,7 +13,7 @@ typedef struct train_run_options {
   const char
       *from; /* a checkpoint whose parameters a new run begins with, as far as it has them; NULL: none */
   const char *stage; /* of several runs of one configuration; NULL: it is a run by itself */
-  int64_t number;    /* of the stage: a new run's order of samples is keyed by it */
+  int64_t number;    /* of stages before this one on its way: a new run's order of samples is keyed by it */
 } train_run_options;
 
 /* How a run ended when nothing failed. */

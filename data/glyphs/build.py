@@ -6,6 +6,7 @@ their versions, and says what is in the set and how to install what this needs.
 
     build.py --out DIR                    write DIR/train and DIR/validation
     build.py --out DIR --compare OTHER    and compare with the set in OTHER
+    build.py --keywords FILE              write every thing's name and keywords, a line each
 
 The choice of samples, names, voices, renderings and the split are pure
 functions of SEED.  The latents are floats of neural networks: another
@@ -444,6 +445,18 @@ def build(out, splits, threads):
                                 rows.std(), sum(map(os.path.getsize, writer.paths)) / 2 ** 20), flush=True)
 
 
+def write_keywords(path):
+    """`name<TAB>keyword, keyword` of every named thing that has keywords, by name; of equal names the first thing's."""
+    found = {}
+    names, keywords = read_names()
+    for text in sorted(names, key=lambda t: [ord(c) for c in t]):
+        words = [k for k in keywords.get(text, []) if k != names[text]]
+        if words and not any(ord(c) in SKIN for c in text):
+            found.setdefault(names[text], ", ".join(words))
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines("%s\t%s\n" % line for line in sorted(found.items()))
+
+
 def compare(out, other, splits):
     """Does the set in `out` say what the set in `other` says?  Prints, returns True or False."""
     np = need("numpy", "comparing")
@@ -473,13 +486,18 @@ def compare(out, other, splits):
 
 def main():
     parser = argparse.ArgumentParser(prog="build.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder that gets train/ and validation/")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", metavar="DIR", help="folder that gets train/ and validation/")
+    what.add_argument("--keywords", metavar="FILE", help="write names and keywords alone")
     parser.add_argument("--split", choices=("train", "validation"), help="only this one")
     parser.add_argument("--compare", metavar="DIR", help="afterwards, compare with the set in DIR; exit 1 if it differs")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     args = parser.parse_args()
     splits = (args.split,) if args.split else ("train", "validation")
     try:
+        if args.keywords:
+            write_keywords(args.keywords)
+            return 0
         build(args.out, splits, max(1, args.threads))
         if args.compare and not compare(args.out, args.compare, splits):
             return 1

@@ -57,6 +57,20 @@ for pair in align:0 expert:1 tune:2; do
   grep -q "\\\\*\"stage\\\\*\":\\\\*\"${pair#*:}\\\\*\"" "$last/manifest.json" || fail "expected the order of stage ${pair#*:} in $stage"
 done
 
+what="stages beside one another have one order, whatever else the file holds"
+write_stages "$work/beside.yaml" "$work/beside"
+sed -i '/^stages:/,$d' "$work/beside.yaml"
+cat >>"$work/beside.yaml" <<END
+stages:
+  - {name: first, set: [run.steps=1]}
+  - {name: left, from: first, set: [run.steps=2]}
+  - {name: right, from: first, set: [run.steps=2]}
+END
+run 1 train "$work/beside.yaml"
+expect_status 0
+losses() { grep -o '"loss":[^,]*,"next_token"' "$work/beside/$1/metrics.jsonl" | tr '\n' ' '; }
+expect_equal "losses" "$(losses left)" "$(losses right)"
+
 what="all of them done"
 run 1 train "$work/stages.yaml"
 expect_status 0

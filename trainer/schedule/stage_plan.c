@@ -80,7 +80,8 @@ core_status train_stage_add_source_priv(train_stages *stages, int32_t i, const c
   CHECK(grown, CORE_ERR_MEMORY, "no memory for the sources of a stage");
   stage->source = grown;
   TRY(find_source(stages, i, text, &grown[stage->sources]));
-  stage->sources++;
+  int32_t from = grown[stage->sources++].stage;
+  if (from >= 0 && stages->list[from].depth >= stage->depth) stage->depth = stages->list[from].depth + 1;
   return CORE_OK;
 }
 

@@ -85,14 +85,13 @@ static core_status record_done(comm_group *control, train_stage *stage) {
   return CORE_OK;
 }
 
-static core_status train(comm_world *world, const train_stages *stages, train_stage *stage,
-                         train_outcome *outcome) {
+static core_status train(comm_world *world, train_stage *stage, train_outcome *outcome) {
   const train_run_options run = {.config = stage->config,
                                  .comm = world,
                                  .resume = "auto",
                                  .from = stage->sources > 0 ? stage->source[0].path : NULL,
                                  .stage = stage->settings->name,
-                                 .number = stage - stages->list};
+                                 .number = stage->depth};
   TRY(train_run(&run, outcome));
   return CORE_OK;
 }
@@ -107,7 +106,7 @@ static core_status run_stage(comm_world *world, const train_stages *stages, trai
   if (stage->settings->kind == TRAIN_STAGE_ASSEMBLE)
     TRY(train_stage_assemble_priv(control, stage));
   else
-    TRY(train(world, stages, stage, outcome));
+    TRY(train(world, stage, outcome));
   if (*outcome == TRAIN_FINISHED) TRY(record_done(control, stage));
   return CORE_OK;
 }

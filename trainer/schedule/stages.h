@@ -12,6 +12,9 @@
  *   stage.json   how it was configured and what it began from; once it is done, the step and content hash of
  * its last checkpoint. Replaced atomically.
  *
+ * The order of samples is keyed by the number of stages that a stage comes after (its source, its source's
+ * source, ...; of several the longest way): controls that begin from one stage see the same samples.
+ *
  * A stage that is done is passed over by the next start, unless its configuration has changed in anything
  * that decides what is trained (not: where files lie, how many ranks, threads, devices, when it is saved), or
  * what it began from has: both are refused. One that is not done goes on at its newest checkpoint.

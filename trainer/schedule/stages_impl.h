@@ -22,6 +22,8 @@ typedef struct train_stage {
   char directory[TRAIN_STAGE_PATH - 128];
   train_stage_source *source; /* train: at most one; assemble: the base, the slots, the connectors */
   int32_t sources;
+  int32_t depth; /* stages on the longest way to it. Keys its order of samples, so that stages beside one
+                    another that differ in a setting see the same samples, and no other stage changes them */
   /* of an assembly, whose sources are the base, the slots, the connectors: */
   int32_t slots, *layer_slots;            /* all of them; [layers] of each, NULL: all are for each */
   int32_t connector[CORE_MAX_MODALITIES]; /* number of the source, -1: the base's */

@@ -1,0 +1,137 @@
+"""The figures that claims compare, by name: each is a number of the records of one run."""
+import math
+import random
+import statistics
+
+
+def last_evaluation(run):
+    return [r for r in run if "evaluation" in r][-1]["evaluation"]
+
+
+def training_steps(run):
+    return [r for r in run if "evaluation" not in r]
+
+
+def late_steps(run):
+    """The last fifth of the training steps."""
+    steps = training_steps(run)
+    return steps[-max(1, len(steps) // 5):]
+
+
+def mean_r1(run, _):
+    """Recall at 1 over all directions on held-out data, in points."""
+    return 100 * last_evaluation(run)["mean_r1"]
+
+
+def mean_r10(run, _):
+    """Recall at 10 over all directions on held-out data, in points."""
+    return 100 * statistics.mean(d["r10"] for d in last_evaluation(run)["retrieval"].values())
+
+
+def success(run, options):
+    """Share of the tokens of options["modality"] (all: of every token) that some expert took, late in training."""
+    kept = tokens = 0
+    for step in late_steps(run):
+        for layer in step["layers"]:
+            for name, m in layer["modalities"].items():
+                if options["modality"] not in (name, "all"):
+                    continue
+                count = step["tokens"][name]
+                kept, tokens = kept + m["success"] * count, tokens + count
+    return 100 * kept / tokens
+
+
+def worst_success(run, _):
+    """The success rate of the modality that has the lowest one, late in training, in percent."""
+    return min(success(run, {"modality": m}) for m in late_steps(run)[0]["tokens"])
+
+
+def success_gap(run, options):
+    """The success rate of all tokens less that of the worst-served modality, late in training, in points."""
+    return success(run, {"modality": "all"}) - worst_success(run, options)
+
+
+def busiest_expert(run, _):
+    """Share of all choices that the busiest expert of a layer gets, mean of layers, late in training, in percent."""
+    shares = [100 * max(layer["load"]) / sum(layer["load"]) for step in late_steps(run) for layer in step["layers"]]
+    return statistics.mean(shares)
+
+
+def importance(run, _):
+    """The importance loss (squared variation of the summed gates), late in training."""
+    return statistics.mean(step["router"]["importance"] for step in late_steps(run))
+
+
+def entropy_margin(run, options):
+    """H(mean p) - log S of the modality and layer where it is smallest, late in training. options["least"]: S_m."""
+    margins = []
+    for name, least in options["least"].items():
+        for layer in range(len(late_steps(run)[0]["layers"])):
+            values = [s["layers"][layer]["modalities"][name]["entropy_of_mean"] for s in late_steps(run)]
+            margins.append(statistics.mean(values) - math.log(least))
+    return min(margins)
+
+
+def purity(run, _):
+    """How much likelier than with shuffled modalities an expert's token is of the expert's main modality, on held-out
+    data, mean of layers, in points. Modalities weigh the same, however many tokens they have."""
+    gains = []
+    draw = random.Random(0)
+    for layer in last_evaluation(run)["layers"]:
+        counts = [m["before"] for m in layer["modalities"].values()]
+        shares = [[c / sum(row) for c in row] for row in counts if sum(row) > 0]
+        real = sum(max(column) for column in zip(*shares)) / len(shares)
+        total = [sum(column) for column in zip(*counts)]
+        labels = [e for e, n in enumerate(total) for _ in range(n)]
+        shuffled = []
+        for _ in range(20):
+            draw.shuffle(labels)
+            rows, at = [], 0
+            for row in counts:
+                part, at = labels[at:at + sum(row)], at + sum(row)
+                if part:
+                    rows.append([part.count(e) / len(part) for e in range(len(total))])
+            shuffled.append(sum(max(column) for column in zip(*rows)) / len(rows))
+        gains.append(100 * (real - statistics.mean(shuffled)))
+    return statistics.mean(gains)
+
+
+def caption_loss(run, options):
+    """Loss of a byte of held-out names, nats, of the variant's first stage, mean of the modalities or of one."""
+    asked = options.get("modality")
+    first = [r for r in run if r["stage"] == run[0]["stage"]]
+    return statistics.mean(r["loss"] for r in first if asked in (None, r["split"].split("_")[0]))
+
+
+def drop(run, options):
+    """The caption loss of a modality of the variant's first stage less that of its stage number options["alone"], which
+    has been trained on that modality alone."""
+    stages = list(dict.fromkeys(r["stage"] for r in run))
+    loss = {(r["stage"], r["split"].split("_")[0]): r["loss"] for r in run}
+    return loss[stages[0], options["modality"]] - loss[stages[options["alone"]], options["modality"]]
+
+
+def loss_moved(run, _):
+    """Largest relative difference of the loss of a step between the variant's two stages, in millionths, as long as all
+    experts have equal loads: where a near-tie has fallen otherwise, the losses are those of other choices."""
+    one, other = (training_steps(r["steps"]) for r in run)
+    moved = [0.0]
+    for a, b in zip(one, other, strict=True):
+        if [layer["load"] for layer in a["layers"]] != [layer["load"] for layer in b["layers"]]:
+            return 1e6 * max(moved) if a is not one[0] else math.inf
+        moved.append(abs(a["loss"] - b["loss"]) / abs(b["loss"]))
+    return 1e6 * max(moved)
+
+
+def choices_moved(run, _):
+    """Share of the choices of experts that fall on another expert in the one stage than in the other, summed over
+    steps and layers by the experts' loads, in percent."""
+    one, other = (training_steps(r["steps"]) for r in run)
+    pairs = [(x, y) for a, b in zip(one, other, strict=True) for m, n in zip(a["layers"], b["layers"], strict=True)
+             for x, y in zip(m["load"], n["load"], strict=True)]
+    return 100 * sum(abs(x - y) for x, y in pairs) / 2 / sum(y for _, y in pairs)
+
+
+FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, success, worst_success, success_gap, busiest_expert, importance,
+                                   entropy_margin, purity, caption_loss, drop,
+                                   loss_moved, choices_moved)}
