@@ -44,7 +44,8 @@ static core_status check_sources(const train_stages *stages, const train_stage *
 static core_status read_records(train_stages *stages, const char *resume) {
   for (int32_t i = 0; i < stages->count; i++) {
     train_stage *stage = &stages->list[i];
-    core_status status = train_stage_read_priv(stages->control, stage);
+    core_status status = train_stage_take_extension_priv(stages->control, stages, i);
+    if (status == CORE_OK) status = train_stage_read_priv(stages->control, stage);
     if (status == CORE_OK) status = check_sources(stages, stage);
     if (status == CORE_OK && stage->begun && strcmp(resume, "never") == 0)
       status = core_error_begin(CORE_ERR_ARGUMENT, __func__, __FILE__, __LINE__,
@@ -97,15 +98,18 @@ static core_status train(comm_world *world, const train_stages *stages, train_st
   return CORE_OK;
 }
 
-static core_status run_stage(comm_world *world, const train_stages *stages, train_stage *stage,
+static core_status run_stage(comm_world *world, train_stages *stages, train_stage *stage,
                              train_outcome *outcome) {
   comm_group *control = comm_control_group(world);
+  TRY(train_stage_take_extension_priv(control, stages, (int32_t)(stage - stages->list)));
   place_sources(stages, stage);
   comm_note(world, 0, -1, "stage");
   TRY(train_stage_open_sources_priv(control, stage));
   TRY(train_stage_write_priv(control, stage));
   if (stage->settings->kind == TRAIN_STAGE_ASSEMBLE)
     TRY(train_stage_assemble_priv(control, stage));
+  else if (stage->settings->kind == TRAIN_STAGE_EXTEND)
+    TRY(train_stage_extend_priv(world, stage));
   else
     TRY(train(world, stages, stage, outcome));
   if (*outcome == TRAIN_FINISHED) TRY(record_done(control, stage));
@@ -113,7 +117,7 @@ static core_status run_stage(comm_world *world, const train_stages *stages, trai
 }
 
 /* The same with its name before every line and error. */
-static core_status run_named(comm_world *world, const train_stages *stages, train_stage *stage,
+static core_status run_named(comm_world *world, train_stages *stages, train_stage *stage,
                              train_outcome *outcome) {
   core_log_set_label(stage->settings->name);
   LOG_INFO("stage %d of %d, in %s", (int)(stage - stages->list) + 1, stages->count, stage->directory);
@@ -141,7 +145,7 @@ static void end_job(comm_world *part, core_status status) {
   if (alone || comm_rank(comm_world_group(part)) == 0) comm_fail_stop(part, status);
 }
 
-static core_status run_part(comm_world *part, const train_stages *stages, train_stage *stage,
+static core_status run_part(comm_world *part, train_stages *stages, train_stage *stage,
                             train_outcome *outcome) {
   int32_t rank = comm_rank(stages->control);
   core_log_set_rank(comm_rank(comm_world_group(part))); /* the first rank of each stage speaks */
