@@ -267,7 +267,7 @@ static core_status compare_values(const train_extension_work *work, const share 
 
 /* ---- hashes ---- */
 
-/* "HASH NAME" for each old tensor of this rank; malloc'ed. */
+/* "HASH NAME" for each old tensor of this rank, hashed as a run's manifest does; malloc'ed. */
 static core_status hash_old(const train_extension_work *work, const share *own, char **out) {
   size_t used = 0, room = (size_t)own->count * (CORE_NAME + 24) + 1;
   char *text = calloc(room, 1);
@@ -275,7 +275,8 @@ static core_status hash_old(const train_extension_work *work, const share *own, 
   for (int32_t i = 0; i < own->count; i++) {
     const train_extension_tensor *t = &work->tensor[own->number[i]];
     if (t->kind != TRAIN_EXTENSION_OLD) continue;
-    uint64_t hash = core_hash(own->list[i].data, (size_t)t->count * sizeof(core_real), 0);
+    const char *name = strncmp(t->name, "parameter/", 10) == 0 ? t->name + 10 : t->name;
+    uint64_t hash = core_hash(own->list[i].data, (size_t)t->count * sizeof(core_real), core_hash_text(name));
     used += (size_t)snprintf(text + used, room - used, "%016" PRIx64 " %s\n", hash, t->name);
   }
   *out = text;

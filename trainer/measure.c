@@ -9,6 +9,7 @@
 
 #include "data/data.h"
 #include "trainer/caption.h"
+#include "trainer/health.h"
 #include "trainer/retrieval.h"
 #include "trainer/source.h"
 
@@ -171,6 +172,8 @@ static core_status take_shape(const train_session *session, train_measurement *o
 
 static void take_counts(const train_session *session, train_measurement *out) {
   const train_moe_sums *sums = &session->model->sums;
+  for (int32_t c = 0; c <= out->classes; c++)
+    out->fresh[c] = train_health_new(sums, session->env.settings, c < out->classes ? c : -1);
   for (int32_t l = 0; l < out->layers; l++)
     for (int32_t c = 0; c < out->classes; c++) {
       const int64_t *count = train_moe_counts(sums, l, c);
@@ -274,22 +277,6 @@ int64_t train_measurement_count(const train_measurement *m, int32_t layer, int32
   for (int32_t i = 0; i < m->classes; i++)
     if (c < 0 || i == c) sum += m->count[((int64_t)layer * m->classes + i) * m->most + e];
   return sum;
-}
-
-double train_measurement_new(const train_measurement *m, int32_t c) {
-  double sum = 0;
-  int32_t layers = 0;
-  for (int32_t l = 0; l < m->layers; l++) {
-    int64_t tokens = 0, chose = 0;
-    for (int32_t i = 0; i < m->classes; i++)
-      if (c < 0 || i == c) tokens += m->tokens[(int64_t)l * m->classes + i];
-    for (int64_t e = m->experts[l] - m->added[l]; e < m->experts[l]; e++)
-      chose += train_measurement_count(m, l, c, e);
-    if (m->added[l] == 0 || tokens == 0) continue;
-    sum += (double)chose / (double)tokens;
-    layers++;
-  }
-  return layers > 0 ? sum / layers : 0;
 }
 
 int32_t train_measurement_class(const train_measurement *m, const char *name) {

@@ -29,6 +29,7 @@ typedef struct train_measurement {
   double *gap; /* [layers][most] least of the K-th logit minus its own, over all tokens */
   bool decoder;
   double quality; /* a decoder's mean loss of a response token; else mean R@1, 0 for none */
+  double fresh[CORE_MAX_MODALITIES + 2]; /* [classes + 1] share of tokens at added experts, the last of all */
   int64_t samples;
 } train_measurement;
 
@@ -41,11 +42,8 @@ void train_measurement_free(train_measurement *measurement);
  * (ERR_MEMORY) with what it is made of; so are settings that are none. Collective. */
 CORE_NODISCARD core_status train_measure_room(const train_measure_options *options);
 
-/* Tokens of class c (-1: all) that chose expert e of a layer; their share of all choices. Local. */
+/* Tokens of class c (-1: all) that chose expert e of a layer. Local. */
 int64_t train_measurement_count(const train_measurement *m, int32_t layer, int32_t c, int64_t e);
-/* Of the tokens of class c (-1: all), the share that chose an added expert, the mean over the layers that
- * have one; 0 where there is none. Local. */
-double train_measurement_new(const train_measurement *m, int32_t c);
 /* Number of a class by its name, -1 if there is none. Local. */
 int32_t train_measurement_class(const train_measurement *m, const char *name);
 

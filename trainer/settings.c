@@ -270,8 +270,11 @@ static const cyaml_schema_field_t checkpoint_fields[] = {
 typedef PART(evaluate) evaluate_part;
 static const cyaml_schema_field_t evaluate_fields[] = {
     CYAML_FIELD_INT("interval", NEEDED, evaluate_part, interval),
-    CYAML_FIELD_INT("batch", NEEDED, evaluate_part, batch), CORE_FIELD_BOOL("at_end", evaluate_part, at_end),
-    TEXT("capacity", evaluate_part, capacity), CYAML_FIELD_END};
+    CYAML_FIELD_INT("batch", NEEDED, evaluate_part, batch),
+    CORE_FIELD_BOOL("at_end", evaluate_part, at_end),
+    TEXT("capacity", evaluate_part, capacity),
+    CYAML_FIELD_SEQUENCE("forgetting", CYAML_FLAG_POINTER, evaluate_part, forgetting, &pair_value, 0, 32),
+    CYAML_FIELD_END};
 
 #define S train_stage_settings
 enum { LONGEST_SET = 4096, MOST_SET = 96, MOST_STAGES = 64 };
@@ -354,7 +357,7 @@ static const char defaults[] =
     "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay, contents: all, "
     "keep_best: "
     "false}\n"
-    "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none}\n"
+    "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none, forgetting: []}\n"
     "stages: []\n";
 
 static const char modality_defaults[] =

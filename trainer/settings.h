@@ -274,7 +274,10 @@ typedef struct train_settings {
     int64_t interval; /* steps between evaluations; 0: only at the end */
     int64_t batch;
     int at_end;
-    char *capacity; /* none: nothing is dropped; a factor, at most three decimals: for ablations */
+    char *capacity;    /* none: nothing is dropped; a factor, at most three decimals: for ablations */
+    char **forgetting; /* splits of data.path on which a stage's checkpoint is compared with the one that it
+                          began with (forgetting.json); they may lack modalities; empty: it is not */
+    unsigned forgetting_count;
   } evaluate;
   train_stage_settings *stages; /* empty: the file is one run */
   unsigned stages_count;

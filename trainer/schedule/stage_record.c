@@ -102,7 +102,8 @@ static const char *const neutral[] = {"run.directory=.",
                                       "checkpoint.level=1",
                                       "checkpoint.threads=1",
                                       "checkpoint.busy=delay",
-                                      "evaluate.batch=1"};
+                                      "evaluate.batch=1",
+                                      "evaluate.forgetting=[]"};
 enum { NEUTRAL = sizeof neutral / sizeof *neutral };
 
 /* "optimizer: ...  rate: 0.1": line of `text` at `at`, with the key at the margin above it. */

@@ -12,6 +12,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/stop.h"
+#include "trainer/forgetting.h"
 #include "trainer/schedule/stages_impl.h"
 
 /* ---- before anything runs ---- */
@@ -70,9 +71,23 @@ static void place_sources(const train_stages *stages, train_stage *stage) {
   }
 }
 
+/* What it did to what was there before, against the first source: what it began with, or extends. */
+static core_status compare(comm_world *world, const train_stage *stage, const char *after) {
+  char report[TRAIN_STAGE_PATH];
+  snprintf(report, sizeof report, "%s/forgetting.json", stage->directory);
+  const train_forgetting forgetting = {.comm = world,
+                                       .run = stage->config,
+                                       .before = stage->sources > 0 ? stage->source[0].path : NULL,
+                                       .after = after,
+                                       .report = report};
+  if (stage->settings->kind != TRAIN_STAGE_ASSEMBLE) TRY(train_forgetting_run(&forgetting));
+  return CORE_OK;
+}
+
 /* What it ends with is read and verified before it counts as done. */
-static core_status record_done(comm_group *control, train_stage *stage) {
-  char directory[TRAIN_STAGE_PATH];
+static core_status record_done(comm_world *world, train_stage *stage) {
+  char directory[TRAIN_STAGE_PATH], path[TRAIN_STAGE_PATH];
+  comm_group *control = comm_control_group(world);
   const train_settings *s = core_config_data(stage->config);
   ckpt_reader *reader = NULL;
   snprintf(directory, sizeof directory, "%s/checkpoints", stage->directory);
@@ -80,7 +95,9 @@ static core_status record_done(comm_group *control, train_stage *stage) {
   CHECK(reader, CORE_ERR_INTERNAL, "%s: a stage has ended without a checkpoint", directory);
   stage->step = ckpt_reader_step(reader);
   stage->content = ckpt_reader_content_hash(reader);
+  snprintf(path, sizeof path, "%s", ckpt_reader_path(reader));
   ckpt_reader_close(reader);
+  TRY(compare(world, stage, path));
   stage->done = true;
   TRY(train_stage_write_priv(control, stage));
   return CORE_OK;
@@ -112,7 +129,7 @@ static core_status run_stage(comm_world *world, train_stages *stages, train_stag
     TRY(train_stage_extend_priv(world, stage));
   else
     TRY(train(world, stages, stage, outcome));
-  if (*outcome == TRAIN_FINISHED) TRY(record_done(control, stage));
+  if (*outcome == TRAIN_FINISHED) TRY(record_done(world, stage));
   return CORE_OK;
 }
 
