@@ -140,4 +140,41 @@ sed -i 's/init: copy_below/init: zero/' "$work/recipe.yaml"
 run 1 train "$work/recipe.yaml"
 expect_status 1
 expect_error "was another extension"
+
+what="bad stages"
+bad() { # what a stage of kind extend lacks, words
+  sed "s|kind: extend|&|; $1" "$work/recipe.yaml" >"$work/other.yaml"
+  run 1 train "$work/other.yaml" --set run.directory="$work/other"
+  expect_status 1
+  expect_error "$2"
+  [ ! -e "$work/other/base" ] || fail "expected nothing to be run"
+}
+bad "s/tuned: route, split/layers: d, split/; s/layers: all, //" "extend.tuned, which is not given"
+bad "s/init: zero/share: '1.5'/" "extend.share is no decimal"
+bad "s/init: zero/margin: 0/" "extend.margin is not above 0"
+bad "/kind: extend/{n;d;}" "which says what is extended"
+bad 's/"optimizer.trained=.added."/"model.moe.added=[1, 0, 0, 0]"/' "leave model.moe.added empty"
+what="patterns that name nothing"
+run 1 train "$work/recipe.yaml" --set stages=[] --set run.directory="$work/other" --set optimizer.trained=[blocks.*.nothing]
+expect_status 1
+expect_error "optimizer.trained.0: no parameter's name matches 'blocks.*.nothing'"
+
+# The file of experiments/moextend with other sizes, from an old model of those
+what="the recipe of experiments/moextend"
+"$MAKE_SET" directory="$work/data/image_held_out" samples=12 shards=1 vocabulary=30 image=12 text=0 || exit 1
+for split in video_captions video_instructions video_held_out; do cp -r "$work/data/new" "$work/data/$split"; done
+sed -e 's/video/speech/g; /{name: speech, .* # the new one/d; s/marks in prompts.*//; s/, speech_held_out\]/]/' \
+  -e "s|data/moextend|$work/data|; s|runs/old/step-00010000|$work/old/checkpoints/step-00000002|" -e "s/speech_\(captions\|instructions\|held_out\)/video_\1/" \
+  "$(dirname "$0")/../../experiments/moextend/moextend.yaml" >"$work/published.yaml"
+small="--set run.precision=float32 --set run.steps=2 --set run.threads=1 --set parallel.experts=1 --set model.vocabulary=30
+  --set model.width=16 --set model.layers=4 --set model.heads=2 --set model.hidden=24 --set model.moe.hidden=24 --set data.cache=8"
+# shellcheck disable=SC2086
+run 1 train "$work/published.yaml" $small --set stages=[] --set run.directory="$work/old" --set data.train=image_held_out \
+  --set data.use=[image] --set checkpoint.contents=all
+expect_status 0
+sed -i 's/run.steps=1000/run.steps=3/; s/batch=256/batch=8/' "$work/published.yaml"
+# shellcheck disable=SC2086
+run 2 train "$work/published.yaml" $small --set run.directory="$work/published" --set parallel.experts=2 --set optimizer.batch=8
+expect_status 0
+expect_text "$work/err" "[extend] extended 1 of 2 MoE layers" "[tune] done: 2 steps" "[tune] forgetting, image_held_out: loss"
 finish
