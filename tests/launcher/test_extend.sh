@@ -177,4 +177,25 @@ sed -i 's/run.steps=1000/run.steps=3/; s/batch=256/batch=8/' "$work/published.ya
 run 2 train "$work/published.yaml" $small --set run.directory="$work/published" --set parallel.experts=2 --set optimizer.batch=8
 expect_status 0
 expect_text "$work/err" "[extend] extended 1 of 2 MoE layers" "[tune] done: 2 steps" "[tune] forgetting, image_held_out: loss"
+
+# A tower: its quality is recall, its tokens choose one expert
+rm -rf "$work/run" "$work/extended"
+prepare samples=40
+cat >>"$work/config.yaml" <<END_OF_FILE
+stages:
+  - {name: base, set: [run.steps=6]}
+  - {name: route, from: base, set: [run.steps=6, optimizer.rate=0.1, "optimizer.trained=[blocks.*.router.*]"]}
+  - {name: extend, kind: extend, from: base, extend: {tuned: route, share: '0.5'}}
+  - {name: tune, from: extend, set: [run.steps=6, optimizer.rate=0.1, "optimizer.trained=[added]", "evaluate.forgetting=[validation]"]}
+END_OF_FILE
+what="a tower"
+run 2 train "$work/config.yaml" --set parallel.experts=2
+expect_status 0
+expect_text "$work/err" "[extend] extended 1 of 2 MoE layers" "[tune] forgetting, validation: mean R@1 in %"
+"$ANTIPHON" eval "$work/run/tune" >"$work/table" 2>"$work/err" || fail "expected eval to end well"
+sed -n '/"splits"/,$p' "$work/run/tune/forgetting.json" >"$work/splits"
+expect_equal "tokens at new experts" "$(value "$work/splits" all | awk '{printf "%.2f", 100 * $1}')" \
+  "$(sed -n 's/^tokens at new experts: \([0-9.]*\) %.*/\1/p' "$work/table")"
+expect_equal "mean R@1" "$(value "$work/splits" after | awk '{printf "%.2f", 100 * $1}')" \
+  "$(awk '$1 ~ /->/ || $2 == "->" {for (i = 1; i <= NF; i++) if ($i ~ /%/) {sum += $i; n++; break}} END {printf "%.2f", sum / n}' "$work/table")"
 finish

@@ -9,12 +9,15 @@
  * any other, which may be looked at, evaluated and plotted by itself. Beside the run's own files its
  * directory has
  *
- *   stage.json       how it was configured and what it began from; once it is done, the step and content hash
- * of its last checkpoint. Replaced atomically.
- *   forgetting.json  with evaluate.forgetting: held-out quality of what it began with and of what it ended
- * with extend.json      of a stage of kind extend: which mixtures got an expert, and why (extend.h)
+ *   stage.json   how it was configured and what it began from; once it is done, the step and content hash of
+ * its last checkpoint. Replaced atomically.
+ *
+ *   forgetting.json   with evaluate.forgetting: what it did to the quality of what it began with
+ *
+ *   extend.json   of a stage of kind extend: which mixtures got an expert, and why (extend.h)
  *
  * A stage after an extension has the model that was made: it takes the numbers of experts from there.
+ *
  * A stage that is done is passed over by the next start, unless its configuration has changed in anything
  * that decides what is trained (not: where files lie, how many ranks, threads, devices, when it is saved), or
  * what it began from has: both are refused. One that is not done goes on at its newest checkpoint.
