@@ -11,6 +11,9 @@
  *   blocks.L.router.added.*    its column, or another, by `init`; a bias where there is one
  *   all else                   the original's, byte for byte
  *
+ * Every rank makes whole tensors of its own, about 1/W of the bytes, which it holds three times: what they
+ * are made of, what is made, and the writer's copy.
+ *
  * There is no optimizer state in what is made, and no calibration: the run that begins with it has both. */
 #ifndef TRAIN_EXTEND_H
 #define TRAIN_EXTEND_H

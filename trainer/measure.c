@@ -13,7 +13,7 @@
 #include "trainer/retrieval.h"
 #include "trainer/source.h"
 
-enum { WORD = 1200, OWN = 16, USED = CORE_MAX_MODALITIES * (CORE_NAME + 4) };
+enum { WORD = 1200, OWN = 14, USED = CORE_MAX_MODALITIES * (CORE_NAME + 4) };
 
 /* ---- configuration ---- */
 
@@ -60,10 +60,7 @@ static int32_t put_place(const train_measure_options *o, const train_settings *r
   snprintf(word[n++], WORD, "model.moe.dispatch=dropless");
   snprintf(word[n++], WORD, "evaluate.capacity='none'");
   snprintf(word[n++], WORD, "objective.balance=0");
-  /* they may name a modality that the split lacks */
-  snprintf(word[n++], WORD, "objective.pairs=[]");
-  snprintf(word[n++], WORD, "optimizer.frozen=[]");
-  snprintf(word[n++], WORD, "optimizer.trained=[]");
+  snprintf(word[n++], WORD, "objective.pairs=[]"); /* one may be of a modality that the split lacks */
   return n;
 }
 

@@ -16,7 +16,7 @@ enum { LARGEST_MANIFEST = 1 << 24, SHOWN = 8 };
 typedef struct row {
   char name[CORE_NAME];
   int64_t trained, frozen;
-  uint64_t hash; /* of the frozen ones, whatever rank holds them: a sum over them */
+  uint64_t hash, set; /* of the frozen ones, and of their names: sums over them, whatever rank holds them */
 } row;
 
 typedef struct table {
@@ -60,6 +60,7 @@ static core_status add_row(table *t, const char *name, const row *more) {
   t->list[i].trained += more->trained;
   t->list[i].frozen += more->frozen;
   t->list[i].hash += more->hash;
+  t->list[i].set += more->set;
   return CORE_OK;
 }
 
@@ -88,6 +89,7 @@ static core_status add_own(const train_run_state *r, table *t) {
     group_of(p->name, group);
     row one = {.trained = p->frozen ? 0 : p->count, .frozen = p->frozen ? p->count : 0};
     if (p->frozen) TRY(hash_of(r, p, &one.hash));
+    if (p->frozen) one.set = core_hash_text(p->name);
     TRY(add_row(t, group, &one));
   }
   return CORE_OK;
@@ -103,7 +105,7 @@ static memory own_memory(const train_run_state *r) {
 
 /* ---- to rank 0 ---- */
 
-/* "group NAME TRAINED FROZEN HASH" and "new NAME" lines; malloc'ed. */
+/* "group NAME TRAINED FROZEN HASH SET" and "new NAME" lines; malloc'ed. */
 static core_status write_lines(const train_run_state *r, char **out) {
   table t = {0};
   const char *fresh = r->begun.fresh ? r->begun.fresh : "";
@@ -114,9 +116,9 @@ static core_status write_lines(const train_run_state *r, char **out) {
     status = core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "no memory for the manifest");
   if (text) text[0] = '\0';
   for (int32_t i = 0; status == CORE_OK && i < t.count; i++)
-    used +=
-        (size_t)snprintf(text + used, capacity - used, "group %s %" PRId64 " %" PRId64 " %016" PRIx64 "\n",
-                         t.list[i].name, t.list[i].trained, t.list[i].frozen, t.list[i].hash);
+    used += (size_t)snprintf(
+        text + used, capacity - used, "group %s %" PRId64 " %" PRId64 " %016" PRIx64 " %016" PRIx64 "\n",
+        t.list[i].name, t.list[i].trained, t.list[i].frozen, t.list[i].hash, t.list[i].set);
   for (const char *line = fresh; status == CORE_OK && *line; line += strcspn(line, "\n") + 1)
     used += (size_t)snprintf(text + used, capacity - used, "new %.*s\n", (int)strcspn(line, "\n"), line);
   free(t.list);
@@ -131,8 +133,8 @@ static core_status read_lines(char *all, table *groups, table *fresh) {
   for (char *save = NULL, *line = strtok_r(all, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
     char name[CORE_NAME];
     row one = {.trained = 0};
-    if (sscanf(line, "group %95s %" SCNd64 " %" SCNd64 " %" SCNx64, name, &one.trained, &one.frozen,
-               &one.hash) == 4)
+    if (sscanf(line, "group %95s %" SCNd64 " %" SCNd64 " %" SCNx64 " %" SCNx64, name, &one.trained,
+               &one.frozen, &one.hash, &one.set) == 5)
       TRY(add_row(groups, name, &one));
     else if (sscanf(line, "new %95s", name) == 1)
       TRY(add_row(fresh, name, &one));
@@ -161,19 +163,32 @@ static void print(const table *groups, const table *fresh, const memory *each, i
   if (fresh->count > SHOWN) LOG_INFO("  new: %d more, listed in manifest.json", fresh->count - SHOWN);
 }
 
-/* What a group's frozen parameters were when the run began: as the file has it, where it is of as many; else
- * as they are. */
-static void find_begun(const cJSON *old, const row *group, char out[24]) {
+static void put_hash(cJSON *object, const char *name, uint64_t value) {
+  char text[24];
+  snprintf(text, sizeof text, "%016" PRIx64, value);
+  cJSON_AddStringToObject(object, name, text);
+}
+
+static bool has_hash(const cJSON *object, const char *name, uint64_t value) {
+  char text[24];
+  const char *its = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, name));
+  snprintf(text, sizeof text, "%016" PRIx64, value);
+  return its && strcmp(its, text) == 0;
+}
+
+/* What a group's frozen parameters were when the run began: as the file has it, where the same ones were
+ * frozen; else as they are. */
+static void put_begun(cJSON *object, const cJSON *old, const row *group) {
   const cJSON *item = NULL;
-  snprintf(out, 24, "%016" PRIx64, group->hash);
   cJSON_ArrayForEach(item, cJSON_GetObjectItemCaseSensitive(old, "groups")) {
     const char *name = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(item, "name"));
     const char *hash = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(item, "frozen_begun"));
-    const cJSON *frozen = cJSON_GetObjectItemCaseSensitive(item, "frozen");
-    if (name && hash && strlen(hash) == 16 && strcmp(name, group->name) == 0 && cJSON_IsNumber(frozen) &&
-        frozen->valuedouble == (double)group->frozen)
-      snprintf(out, 24, "%s", hash);
+    if (!name || !hash || strcmp(name, group->name) != 0 || !has_hash(item, "frozen_set", group->set))
+      continue;
+    cJSON_AddStringToObject(object, "frozen_begun", hash);
+    return;
   }
+  put_hash(object, "frozen_begun", group->hash);
 }
 
 /* Numbers of parameters are far below 2^53. old: what the file held, or NULL. */
@@ -186,11 +201,9 @@ static void put_groups(cJSON *object, const table *groups, const cJSON *old) {
     cJSON_AddNumberToObject(item, "trained", (double)groups->list[i].trained);
     cJSON_AddNumberToObject(item, "frozen", (double)groups->list[i].frozen);
     if (groups->list[i].frozen > 0) {
-      char begun[24], now[24];
-      find_begun(old, &groups->list[i], begun);
-      snprintf(now, sizeof now, "%016" PRIx64, groups->list[i].hash);
-      cJSON_AddStringToObject(item, "frozen_begun", begun);
-      cJSON_AddStringToObject(item, "frozen_now", now);
+      put_begun(item, old, &groups->list[i]);
+      put_hash(item, "frozen_now", groups->list[i].hash);
+      put_hash(item, "frozen_set", groups->list[i].set);
     }
     cJSON_AddItemToArray(list, item);
     trained += groups->list[i].trained;
@@ -212,13 +225,11 @@ static void put_memory(cJSON *object, const memory *each, int32_t ranks) {
 }
 
 static cJSON *describe_begun(const train_begun *begun, const table *fresh) {
-  char content[24];
   if (!begun->path[0]) return cJSON_CreateNull();
   cJSON *object = cJSON_CreateObject();
-  snprintf(content, sizeof content, "%016" PRIx64, begun->content);
   cJSON_AddStringToObject(object, "from", begun->path);
   cJSON_AddNumberToObject(object, "step", (double)begun->step);
-  cJSON_AddStringToObject(object, "content", content);
+  put_hash(object, "content", begun->content);
   cJSON *list = cJSON_AddArrayToObject(object, "new");
   for (int32_t i = 0; i < fresh->count; i++)
     cJSON_AddItemToArray(list, cJSON_CreateString(fresh->list[i].name));

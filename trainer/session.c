@@ -397,10 +397,10 @@ static core_status allocate_local(train_session *session, const int64_t *width) 
   return CORE_OK;
 }
 
-/* A pattern that names nothing on any rank is a mistake. */
+/* A pattern that names nothing on any rank is a mistake, where something is trained. */
 static core_status check_patterns(train_session *session, const char *list, char *const *pattern,
                                   unsigned count) {
-  for (unsigned i = 0; i < count; i++) {
+  for (unsigned i = 0; i < count && session->purpose == TRAIN_PURPOSE_TRAIN; i++) {
     const train_parameters *set = &session->model->parameters;
     int64_t matches = 0;
     for (int32_t k = 0; k < set->count; k++)

@@ -69,6 +69,10 @@ for pair in next_token:after new_experts:all; do
     "$(sed -n '/"new_held_out"/,$p' "$work/run/tune/forgetting.json" | sed -n "s/.*\"${pair#*:}\":[[:space:]]*\([-+.e0-9]*\).*/\1/p" | awk '{printf "%.6f", $1}')"
 done
 
+"$ANTIPHON" eval "$work/run/tune" "$work/data" --split old_held_out --set data.use=[image] --json >"$work/eval.json" 2>"$work/err" || fail "expected eval to end well"
+expect_equal "loss without the new modality" "$(sed -n '/"old_held_out"/,/}/s/.*"after":[[:space:]]*\([-+.e0-9]*\).*/\1/p' "$work/run/tune/forgetting.json" | awk '{printf "%.6f", $1}')" \
+  "$(sed -n 's/.*"next_token":\([-+.e0-9]*\).*/\1/p' "$work/eval.json" | awk '{printf "%.6f", $1}')"
+
 # The same two checkpoints, counted and extended elsewhere
 for layout in "1 1" "2 1" "2 2"; do
   what="extension on ${layout% *} ranks, experts on ${layout#* }"
@@ -79,6 +83,16 @@ for layout in "1 1" "2 1" "2 2"; do
   layers "$work/extended/extend.json" >"$work/layers.got"
   expect_same_file "what was counted and chosen" "$work/layers.expected" "$work/layers.got"
   expect_equal "the extended tensors" "$(value "$work/run/extend/stage.json" content)" "$(content "$work/extended/step-00000000")"
+done
+
+what="two ways to tune, side by side"
+sed 's|  - name: tune|  - {name: other, group: both, from: extend, set: [optimizer.rate=0.01, "optimizer.trained=[added]"]}\n&\n    group: both|' \
+  "$work/recipe.yaml" >"$work/both.yaml"
+for again in 0 1; do
+  run 2 train "$work/both.yaml" --set run.directory="$work/both"
+  expect_status 0
+  [ "$again" = 0 ] || expect_text "$work/err" "stage 'other' is done"
+  [ "$again" = 1 ] && grep -q trains "$work/err" && fail "expected nothing to be trained again"
 done
 
 # Killed in one stage, stopped in another, killed while the extension is written

@@ -188,7 +188,10 @@ static core_status run_together(train_stages *stages, int32_t begin, int32_t end
   int64_t stopped = *outcome == TRAIN_STOPPED;
   TRY(comm_all_reduce(stages->control, COMM_MAX, CORE_INT64, &stopped, 1));
   if (stopped) *outcome = TRAIN_STOPPED;
-  for (int32_t i = begin; i < end; i++) TRY(train_stage_read_priv(stages->control, &stages->list[i]));
+  for (int32_t i = begin; i < end; i++) {
+    TRY(train_stage_take_extension_priv(stages->control, stages, i)); /* as the ranks that ran it did */
+    TRY(train_stage_read_priv(stages->control, &stages->list[i]));
+  }
   return CORE_OK;
 }
 
