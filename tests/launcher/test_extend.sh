@@ -153,7 +153,7 @@ what="refused: another extension than the one that is done"
 sed -i 's/init: copy_below/init: zero/' "$work/recipe.yaml"
 run 1 train "$work/recipe.yaml"
 expect_status 1
-expect_error "was another extension"
+expect_error "begun as another extension"
 
 what="bad stages"
 bad() { # what a stage of kind extend lacks, words

@@ -149,14 +149,15 @@ static core_status compare_config(const train_stage *stage, const char *stored) 
   return CORE_OK;
 }
 
-/* Likewise what was asked of an extension, which no run's configuration holds. */
+/* Likewise what was asked of an extension, which no run's configuration holds; also of one that was begun,
+ * whose checkpoint may be there already. */
 static core_status compare_extension(const train_stage *stage, const cJSON *object) {
   char now[LONGEST_EXTENSION];
   const char *then = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, "extend"));
   if (stage->settings->kind != TRAIN_STAGE_EXTEND) return CORE_OK;
   train_stage_extension_text_priv(stage, now, sizeof now);
   CHECK(then && strcmp(then, now) == 0, CORE_ERR_CONFIG,
-        "it is done, but was another extension (%.400s; now %.400s); take the change back, or remove %.100s "
+        "it was begun as another extension (%.400s; now %.400s); take the change back, or remove %.100s "
         "and what began from it to make them again",
         then ? then : "none", now, stage->directory);
   return CORE_OK;
@@ -197,7 +198,7 @@ static core_status take(const char *path, const cJSON *object, train_stage *stag
   if (stage->done && good) stage->step = (int64_t)step->valuedouble;
   CHECK(good, CORE_ERR_FORMAT, "%s is no record of a stage; remove the directory to train it again", path);
   if (stage->done) TRY(compare_config(stage, config));
-  if (stage->done) TRY(compare_extension(stage, object));
+  TRY(compare_extension(stage, object));
   return CORE_OK;
 }
 
