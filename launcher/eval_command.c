@@ -53,6 +53,7 @@ static core_status print_retrieval(const train_session *session, const evaluatio
          (long long)result->samples);
   train_retrieval_print(result, session->env.settings, stdout);
   train_health_print(&session->model->sums, session->env.settings, stdout);
+  train_health_print_new(&session->model->sums, session->env.settings, stdout);
   return CORE_OK;
 }
 
@@ -74,13 +75,15 @@ static core_status measure_captions(train_session *session, const evaluation *e)
   if (comm_rank(session->env.world) != 0) return CORE_OK;
   if (e->arguments->json)
     printf("{\"step\":%" PRId64 ",\"evaluation\":{\"samples\":%" PRId64 ",\"predictions\":%" PRId64
-           ",\"next_token\":%.9g}}\n",
-           e->meta->step, result.samples, result.predictions, result.loss);
+           ",\"next_token\":%.9g,\"new_experts\":%.9g}}\n",
+           e->meta->step, result.samples, result.predictions, result.loss,
+           train_health_new(&session->model->sums, session->env.settings, -1));
   else
     printf("%s, step %" PRId64 ", %" PRId64 " samples\n%" PRId64
            " response tokens: loss %.4f, perplexity %.3f\n",
            ckpt_reader_path(e->reader), e->meta->step, result.samples, result.predictions, result.loss,
            exp(result.loss));
+  if (!e->arguments->json) train_health_print_new(&session->model->sums, session->env.settings, stdout);
   return CORE_OK;
 }
 

@@ -26,7 +26,7 @@ typedef struct launch_command {
 extern const launch_command launch_train_command, launch_eval_command, launch_inspect_command,
     launch_check_command, launch_bench_command, launch_index_command, launch_pack_command,
     launch_embed_command, launch_search_command, launch_import_command, launch_export_command,
-    launch_assemble_command, launch_merge_command;
+    launch_assemble_command, launch_merge_command, launch_extend_command;
 
 /* Arguments of a subcommand, parsed. */
 typedef struct launch_arguments {

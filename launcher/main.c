@@ -13,7 +13,7 @@ static const launch_command *const commands[] = {
     &launch_train_command,  &launch_eval_command,   &launch_inspect_command, &launch_check_command,
     &launch_bench_command,  &launch_index_command,  &launch_pack_command,    &launch_embed_command,
     &launch_search_command, &launch_import_command, &launch_export_command,  &launch_assemble_command,
-    &launch_merge_command};
+    &launch_merge_command,  &launch_extend_command};
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
 core_status launch_parse(int argc, char **argv, int most_positional, launch_arguments *out) {

@@ -47,6 +47,36 @@ train_layer_health train_health_of_layer(const train_moe_sums *sums, int32_t lay
   return h;
 }
 
+double train_health_new(const train_moe_sums *sums, const train_settings *settings, int32_t c) {
+  double sum = 0;
+  int32_t layers = 0;
+  for (int32_t l = 0; l < sums->layers; l++) {
+    int64_t E = train_moe_layer_experts(sums, l), added = train_settings_added(settings, l);
+    int64_t tokens = 0, chose = 0;
+    for (int32_t i = 0; i < sums->modalities; i++) {
+      const int64_t *count = train_moe_counts(sums, l, i);
+      if (c >= 0 && i != c) continue;
+      tokens += count[2 * E + 1];
+      for (int64_t e = E - added; e < E; e++) chose += count[e];
+    }
+    if (added == 0 || tokens == 0) continue;
+    sum += (double)chose / (double)tokens;
+    layers++;
+  }
+  return layers > 0 ? sum / layers : 0;
+}
+
+void train_health_print_new(const train_moe_sums *sums, const train_settings *settings, FILE *out) {
+  int64_t added = 0;
+  for (int32_t l = 0; l < sums->layers; l++) added += train_settings_added(settings, l);
+  if (added == 0) return;
+  fprintf(out, "tokens at new experts: %.2f %%", 100 * train_health_new(sums, settings, -1));
+  for (int32_t c = 0; c < sums->modalities; c++)
+    fprintf(out, ", %s %.2f %%", train_settings_class(settings, c),
+            100 * train_health_new(sums, settings, c));
+  fprintf(out, "\n");
+}
+
 void train_health_print(const train_moe_sums *sums, const train_settings *settings, FILE *out) {
   if (sums->layers == 0) return;
   fprintf(out, "%-24s %9s %9s %9s %9s %9s %9s\n", "mixture, modality", "tokens", "dropped", "H(p)",

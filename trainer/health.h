@@ -29,6 +29,11 @@ typedef struct train_layer_health {
 
 train_health train_health_of(const train_moe_sums *sums, int32_t layer, int32_t m);
 train_layer_health train_health_of_layer(const train_moe_sums *sums, int32_t layer);
+/* Of the tokens of class c (-1: all), the share that chose an added expert: the mean over the layers that
+ * have some; 0 where none has. What an extended model forgets hangs on it (METHODS section 4). */
+double train_health_new(const train_moe_sums *sums, const train_settings *settings, int32_t c);
+/* A line "tokens at new experts: ..." for all and each class; nothing for a model without added experts. */
+void train_health_print_new(const train_moe_sums *sums, const train_settings *settings, FILE *out);
 /* A table, a row for each layer and modality; nothing for a model without mixtures. */
 void train_health_print(const train_moe_sums *sums, const train_settings *settings, FILE *out);
 

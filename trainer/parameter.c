@@ -40,12 +40,6 @@ void train_parameters_freeze(train_parameters *set, const char *pattern) {
   }
 }
 
-int32_t train_parameters_match(const train_parameters *set, const char *pattern) {
-  int32_t count = 0;
-  for (int32_t i = 0; i < set->count; i++) count += matches(&set->list[i], pattern);
-  return count;
-}
-
 int32_t train_scope_number(const train_parameter *parameter) {
   return parameter->scope == TRAIN_SCOPE_MODALITY ? 2 + parameter->modality : (int32_t)parameter->scope;
 }

@@ -88,8 +88,6 @@ CORE_NODISCARD core_status train_parameters_add(train_parameters *set, const tra
                                                 int32_t *index);
 /* Freezes what matches a pattern of names (* and ?). Before train_parameters_place. */
 void train_parameters_freeze(train_parameters *set, const char *pattern);
-/* How many parameters match it. */
-int32_t train_parameters_match(const train_parameters *set, const char *pattern);
 /* Orders by scope and fixes the ranges; no more declarations. */
 void train_parameters_place(train_parameters *set);
 /* Divides each scope among the ranks of its group, at cells of CKPT_CELL elements inside a parameter, as

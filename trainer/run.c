@@ -164,6 +164,7 @@ static core_status loop(train_run_state *r, train_outcome *outcome) {
 
 static core_status end_run(train_run_state *r, train_outcome *outcome) {
   TRY(train_run_save_now_priv(r));
+  TRY(train_run_manifest_priv(r, TRAIN_MANIFEST_END));
   if (*outcome == TRAIN_STOPPED) {
     LOG_INFO("stopped on request at step %lld; the state is saved, start again to go on",
              (long long)r->env->step);

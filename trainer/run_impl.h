@@ -67,10 +67,12 @@ bool train_run_saves_trained_priv(const train_run_state *r);
 
 /* ---- run_manifest.c ---- */
 
+typedef enum train_manifest_moment { TRAIN_MANIFEST_BEGIN, TRAIN_MANIFEST_END } train_manifest_moment;
 /* Prints what trains and what is frozen, group by group, and what the memory for it is on every rank, and
  * writes it to manifest.json with what the run began from; a run that was resumed keeps what stands there of
- * that. */
-core_status train_run_manifest_priv(const train_run_state *r);
+ * that. Of each group's frozen parameters it holds a hash, as they were when the run began and as they are;
+ * at the end, where nothing is printed, these must be the same: ERR_INTERNAL. */
+core_status train_run_manifest_priv(const train_run_state *r, train_manifest_moment moment);
 
 /* ---- run_save.c ---- */
 

@@ -134,7 +134,7 @@ core_status train_run_open_priv(train_run_state *r, const train_run_options *opt
   TRY(train_run_start_or_resume_priv(r, options->resume, options->from));
   TRY(comm_agree(r->env->control, open_local(r)));
   TRY(describe(r));
-  TRY(train_run_manifest_priv(r));
+  TRY(train_run_manifest_priv(r, TRAIN_MANIFEST_BEGIN));
   return CORE_OK;
 }
 

@@ -397,17 +397,19 @@ static core_status allocate_local(train_session *session, const int64_t *width) 
   return CORE_OK;
 }
 
-/* A pattern that freezes nothing on any rank is a mistake. */
-static core_status check_frozen(train_session *session) {
-  const train_settings *s = session->env.settings;
-  for (unsigned i = 0; i < s->optimizer.frozen_count; i++) {
-    int64_t matches = train_parameters_match(&session->model->parameters, s->optimizer.frozen[i]);
+/* A pattern that names nothing on any rank is a mistake, where something is trained. */
+static core_status check_patterns(train_session *session, const char *list, char *const *pattern,
+                                  unsigned count) {
+  for (unsigned i = 0; i < count && session->purpose == TRAIN_PURPOSE_TRAIN; i++) {
+    const train_parameters *set = &session->model->parameters;
+    int64_t matches = 0;
+    for (int32_t k = 0; k < set->count; k++)
+      matches += train_model_names(session->model, pattern[i], &set->list[k]);
     TRY(comm_all_reduce(session->env.control, COMM_SUM, CORE_INT64, &matches, 1));
     char key[64];
-    snprintf(key, sizeof key, "optimizer.frozen.%u", i);
+    snprintf(key, sizeof key, "optimizer.%s.%u", list, i);
     if (matches == 0)
-      return core_config_refuse(session->env.config, key, "no parameter's name matches '%s'",
-                                s->optimizer.frozen[i]);
+      return core_config_refuse(session->env.config, key, "no parameter's name matches '%s'", pattern[i]);
   }
   return CORE_OK;
 }
@@ -442,12 +444,14 @@ static core_status agree_trained(train_session *session) {
 
 static core_status open_all(train_session *session, const train_session_options *options) {
   train_env *env = &session->env;
+  const train_settings *s = env->settings;
   TRY(train_settings_check(options->config, comm_size(env->world)));
   TRY(open_data(session, options));
   TRY(comm_agree(env->control, make_layout(session)));
   TRY(make_groups(env));
   TRY(comm_agree(env->control, allocate_local(session, options->width)));
-  TRY(check_frozen(session));
+  TRY(check_patterns(session, "frozen", s->optimizer.frozen, s->optimizer.frozen_count));
+  TRY(check_patterns(session, "trained", s->optimizer.trained, s->optimizer.trained_count));
   TRY(check_adapted(session));
   TRY(agree_trained(session));
   return CORE_OK;

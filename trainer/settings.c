@@ -40,8 +40,12 @@ static const cyaml_strval_t batches_words[] = {{"mixed", TRAIN_BATCHES_MIXED},
                                                {"homogeneous", TRAIN_BATCHES_HOMOGENEOUS}};
 static const cyaml_strval_t incomplete_words[] = {{"carry", TRAIN_INCOMPLETE_CARRY},
                                                   {"drop", TRAIN_INCOMPLETE_DROP}};
-static const cyaml_strval_t stage_words[] = {{"train", TRAIN_STAGE_TRAIN},
-                                             {"assemble", TRAIN_STAGE_ASSEMBLE}};
+static const cyaml_strval_t stage_words[] = {
+    {"train", TRAIN_STAGE_TRAIN}, {"assemble", TRAIN_STAGE_ASSEMBLE}, {"extend", TRAIN_STAGE_EXTEND}};
+static const cyaml_strval_t extend_words[] = {{"copy", TRAIN_EXTEND_COPY},
+                                              {"copy_below", TRAIN_EXTEND_COPY_BELOW},
+                                              {"zero", TRAIN_EXTEND_ZERO},
+                                              {"mean", TRAIN_EXTEND_MEAN}};
 static const cyaml_strval_t contents_words[] = {{"all", TRAIN_CONTENTS_ALL},
                                                 {"trained", TRAIN_CONTENTS_TRAINED}};
 static const cyaml_strval_t busy_words[] = {{"delay", TRAIN_BUSY_DELAY}, {"wait", TRAIN_BUSY_WAIT}};
@@ -248,6 +252,7 @@ static const cyaml_schema_field_t optimizer_fields[] = {
     CYAML_FIELD_FLOAT("epsilon", NEEDED, optimizer_part, epsilon),
     CYAML_FIELD_FLOAT("clip", NEEDED, optimizer_part, clip),
     CYAML_FIELD_SEQUENCE("frozen", CYAML_FLAG_POINTER, optimizer_part, frozen, &pair_value, 0, 256),
+    CYAML_FIELD_SEQUENCE("trained", CYAML_FLAG_POINTER, optimizer_part, trained, &pair_value, 0, 256),
     CYAML_FIELD_END};
 
 typedef PART(checkpoint) checkpoint_part;
@@ -265,8 +270,11 @@ static const cyaml_schema_field_t checkpoint_fields[] = {
 typedef PART(evaluate) evaluate_part;
 static const cyaml_schema_field_t evaluate_fields[] = {
     CYAML_FIELD_INT("interval", NEEDED, evaluate_part, interval),
-    CYAML_FIELD_INT("batch", NEEDED, evaluate_part, batch), CORE_FIELD_BOOL("at_end", evaluate_part, at_end),
-    TEXT("capacity", evaluate_part, capacity), CYAML_FIELD_END};
+    CYAML_FIELD_INT("batch", NEEDED, evaluate_part, batch),
+    CORE_FIELD_BOOL("at_end", evaluate_part, at_end),
+    TEXT("capacity", evaluate_part, capacity),
+    CYAML_FIELD_SEQUENCE("forgetting", CYAML_FLAG_POINTER, evaluate_part, forgetting, &pair_value, 0, 32),
+    CYAML_FIELD_END};
 
 #define S train_stage_settings
 enum { LONGEST_SET = 4096, MOST_SET = 96, MOST_STAGES = 64 };
@@ -280,6 +288,17 @@ static const cyaml_schema_field_t assemble_fields[] = {
     CYAML_FIELD_SEQUENCE("connectors", CYAML_FLAG_POINTER, assemble_part, connectors, &set_value, 0,
                          CORE_MAX_MODALITIES),
     CYAML_FIELD_END};
+#define X train_extend_settings
+static const cyaml_schema_field_t extend_fields[] = {
+    TEXT("tuned", X, tuned),
+    TEXT("split", X, split),
+    CYAML_FIELD_SEQUENCE("classes", CYAML_FLAG_POINTER, X, classes, &pair_value, 0, CORE_MAX_MODALITIES + 1),
+    TEXT("layers", X, layers),
+    TEXT("share", X, share),
+    WORD("init", X, init, extend_words),
+    CYAML_FIELD_FLOAT("margin", NEEDED, X, margin),
+    CYAML_FIELD_END};
+#undef X
 static const cyaml_schema_field_t stage_fields[] = {
     TEXT("name", S, name),
     TEXT("from", S, from),
@@ -288,6 +307,7 @@ static const cyaml_schema_field_t stage_fields[] = {
     TEXT("group", S, group),
     CYAML_FIELD_INT("ranks", NEEDED, S, ranks),
     CYAML_FIELD_MAPPING("assemble", NEEDED, S, assemble, assemble_fields),
+    CYAML_FIELD_MAPPING("extend", NEEDED, S, extend, extend_fields),
     CYAML_FIELD_END};
 #undef S
 static const cyaml_schema_value_t stage_value = {
@@ -333,11 +353,11 @@ static const char defaults[] =
     "parallel: {experts: 1, placement: shared, shard_optimizer: true, transport: auto}\n"
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1,"
-    " frozen: []}\n"
+    " frozen: [], trained: []}\n"
     "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay, contents: all, "
     "keep_best: "
     "false}\n"
-    "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none}\n"
+    "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none, forgetting: []}\n"
     "stages: []\n";
 
 static const char modality_defaults[] =
@@ -345,7 +365,8 @@ static const char modality_defaults[] =
     " experts: 0, ranks: 0, mark: -1}";
 static const char stage_defaults[] =
     "{from: none, set: [], kind: train, group: '', ranks: 0,"
-    " assemble: {base: none, slots: [], layers: [], connectors: []}}";
+    " assemble: {base: none, slots: [], layers: [], connectors: []},"
+    " extend: {tuned: none, split: '', classes: [], layers: d, share: '0.5', init: copy, margin: 0.001}}";
 
 /* Which maps, and the rank, are to be said. */
 static const char lora_defaults[] = "{alpha: 16, dropout: 0}";

@@ -58,7 +58,19 @@ typedef enum train_non_finite { TRAIN_NON_FINITE_STOP, TRAIN_NON_FINITE_SKIP } t
 /* What the samples of a batch have in common: nothing, or which modalities they have. */
 typedef enum train_batches { TRAIN_BATCHES_MIXED, TRAIN_BATCHES_HOMOGENEOUS } train_batches;
 typedef enum train_incomplete { TRAIN_INCOMPLETE_CARRY, TRAIN_INCOMPLETE_DROP } train_incomplete;
-typedef enum train_stage_kind { TRAIN_STAGE_TRAIN, TRAIN_STAGE_ASSEMBLE } train_stage_kind;
+typedef enum train_stage_kind {
+  TRAIN_STAGE_TRAIN,
+  TRAIN_STAGE_ASSEMBLE,
+  TRAIN_STAGE_EXTEND
+} train_stage_kind;
+/* What the router's column of an added expert is: the copied expert's; the same with a bias that keeps it
+ * from being chosen; zero; the mean of the layer's columns. The expert is always a copy. */
+typedef enum train_extend_init {
+  TRAIN_EXTEND_COPY,
+  TRAIN_EXTEND_COPY_BELOW,
+  TRAIN_EXTEND_ZERO,
+  TRAIN_EXTEND_MEAN
+} train_extend_init;
 /* What a checkpoint holds of the parameters: all, or those that are trained. */
 typedef enum train_contents { TRAIN_CONTENTS_ALL, TRAIN_CONTENTS_TRAINED } train_contents;
 typedef enum train_busy { TRAIN_BUSY_DELAY, TRAIN_BUSY_WAIT } train_busy;
@@ -76,6 +88,20 @@ typedef struct train_modality_settings {
   int64_t ranks;  /* of each expert group, with placement partitioned; 0: by cost */
   int64_t mark;   /* the prompt token -1 - mark stands where its latents go; -1: its place in the list */
 } train_modality_settings;
+
+/* How a mixture is extended: trainer/extend.h. */
+typedef struct train_extend_settings {
+  char
+      *tuned; /* a source: the model after its routers alone were trained; none: layers are not chosen by d */
+  char *split;    /* held-out samples whose choices are counted; empty: data.validation */
+  char **classes; /* of tokens that count: modalities, `vocabulary`; empty: all */
+  unsigned classes_count;
+  char *layers;  /* of the MoE layers, from 0: d (the largest), lowest, random; or all, first half, every 2,
+                    "0,3" */
+  char *share;   /* of the MoE layers that d, lowest and random take, rounded down; at most three decimals */
+  int init;      /* train_extend_init */
+  double margin; /* copy_below: how far below the K-th logit the new one stays on every held-out token */
+} train_extend_settings;
 
 /* A stage: a run of its own, of the same configuration with changes (schedule/stages.h). */
 typedef struct train_stage_settings {
@@ -95,6 +121,7 @@ typedef struct train_stage_settings {
     char **connectors; /* "image:source"; a modality that is not named comes from the base */
     unsigned connectors_count;
   } assemble;
+  train_extend_settings extend; /* of kind extend; `from` is what is extended */
 } train_stage_settings;
 /* Low-rank adapters of linear maps: trainer/model/lora.h. */
 typedef struct train_lora_settings {
@@ -230,6 +257,9 @@ typedef struct train_settings {
     char **frozen; /* patterns of parameter names (* and ?) that no step changes; adapters are frozen only
                       by patterns that contain lora_ */
     unsigned frozen_count;
+    char **trained; /* unless empty, what matches none of these patterns is frozen too; `added` is what an
+                       extension adds: experts, their columns of the router, calibrations */
+    unsigned trained_count;
   } optimizer;
   struct {
     int64_t interval, keep, keep_every, level, threads;
@@ -244,7 +274,10 @@ typedef struct train_settings {
     int64_t interval; /* steps between evaluations; 0: only at the end */
     int64_t batch;
     int at_end;
-    char *capacity; /* none: nothing is dropped; a factor, at most three decimals: for ablations */
+    char *capacity;    /* none: nothing is dropped; a factor, at most three decimals: for ablations */
+    char **forgetting; /* splits of data.path on which a stage's checkpoint is compared with the one that it
+                          began with (forgetting.json); they may lack modalities; empty: it is not */
+    unsigned forgetting_count;
   } evaluate;
   train_stage_settings *stages; /* empty: the file is one run */
   unsigned stages_count;

@@ -370,6 +370,19 @@ static core_status check_device(const core_config *config, const train_settings 
 }
 
 /* What hangs on evaluations, and how they route. */
+static core_status check_forgetting(const core_config *config, const train_settings *s) {
+  for (unsigned i = 0; i < s->evaluate.forgetting_count; i++) {
+    const char *split = s->evaluate.forgetting[i];
+    if (split[0] == '\0' || strchr(split, '/'))
+      return core_config_refuse(config, "evaluate.forgetting",
+                                "expected names of splits of data.path, got '%s'", split);
+  }
+  if (s->evaluate.forgetting_count > 0 && s->model.kind == TRAIN_KIND_CONNECTOR)
+    return core_config_refuse(config, "evaluate.forgetting",
+                              "towers and decoders are compared, no connector: expected an empty list");
+  return CORE_OK;
+}
+
 static core_status check_evaluate(const core_config *config, const train_settings *s, int32_t ranks) {
   int64_t parts = s->parallel.placement == TRAIN_SHARED ? ranks : ranks / s->parallel.experts;
   int64_t capacity = train_settings_thousandths(s->evaluate.capacity);
@@ -379,6 +392,7 @@ static core_status check_evaluate(const core_config *config, const train_setting
   if (s->checkpoint.keep_best && s->evaluate.interval == 0)
     return core_config_refuse(config, "evaluate.interval",
                               "checkpoint.keep_best follows the validation recall: expected at least 1");
+  TRY(check_forgetting(config, s));
   if (strcmp(s->evaluate.capacity, "none") == 0) return CORE_OK;
   if (capacity < 1 || capacity > 1000000)
     return core_config_refuse(

@@ -13,34 +13,36 @@ typedef struct logits_job {
 } logits_job;
 
 /* Four experts at a time share the loads of x. */
-KERN_INLINE void logits_four(const void *restrict x, core_dtype dtype, const core_real *restrict w, int64_t c,
-                             core_real *restrict out) {
+KERN_INLINE void logits_four(const void *restrict x, core_dtype dtype, const core_real *const row[4],
+                             int64_t c, core_real out[4]) {
+  const core_real *restrict w0 = row[0], *restrict w1 = row[1], *restrict w2 = row[2], *restrict w3 = row[3];
   core_real a = 0, b = 0, d = 0, e = 0;
 #pragma omp simd reduction(+ : a, b, d, e)
   for (int64_t i = 0; i < c; i++) {
     const core_real v = kern_at(x, dtype, i);
-    a += v * w[i];
-    b += v * w[c + i];
-    d += v * w[2 * c + i];
-    e += v * w[3 * c + i];
+    a += v * w0[i];
+    b += v * w1[i];
+    d += v * w2[i];
+    e += v * w3[i];
   }
   out[0] = a, out[1] = b, out[2] = d, out[3] = e;
 }
 
+/* The last experts go through the same sums, the last of them again in the place of those that there are not:
+ * an expert's logit has the same bits however many follow it, so that a mixture can be extended. */
 KERN_INLINE void logits_rows(const logits_job *job, core_dtype dtype, int64_t begin, int64_t end) {
   const int64_t c = job->c, experts = job->experts;
   for (int64_t t = begin; t < end; t++) {
     const void *restrict x = kern_element(job->x, dtype, t * c);
     core_real *restrict out = job->logits + t * experts;
-    int64_t e = 0;
-    for (; e + 4 <= experts; e += 4) logits_four(x, dtype, job->weight + e * c, c, out + e);
-    for (; e < experts; e++) {
-      core_real sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < c; i++) sum += kern_at(x, dtype, i) * job->weight[e * c + i];
-      out[e] = sum;
+    for (int64_t e = 0; e < experts; e += 4) {
+      const core_real *row[4];
+      core_real four[4];
+      for (int64_t i = 0; i < 4; i++) row[i] = job->weight + (e + i < experts ? e + i : experts - 1) * c;
+      logits_four(x, dtype, row, c, four);
+      for (int64_t i = 0; i < 4 && e + i < experts; i++) out[e + i] = four[i];
     }
-    for (e = 0; job->bias != NULL && e < experts; e++) out[e] += job->bias[e];
+    for (int64_t e = 0; job->bias != NULL && e < experts; e++) out[e] += job->bias[e];
   }
 }
 KERN_ACTIVE_RUN(logits_rows, logits_job)

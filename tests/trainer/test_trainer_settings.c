@@ -159,6 +159,8 @@ static const bad_value bad_values[] = {
     {1, "model.moe.partition=modality", "model.moe.choose=5",
      "model.moe.partition: 'image' gets 4 of the 8 experts, fewer than the 5"},
     {1, "evaluate.batch=0", NULL, "evaluate.batch"},
+    {1, "evaluate.forgetting=['']", NULL, "evaluate.forgetting: expected names of splits"},
+    {1, "evaluate.forgetting=[a/b]", NULL, "evaluate.forgetting"},
     {1, "data.modalities.text.hidden=-1", NULL, "data.modalities.text.hidden"},
     {1, "data.modalities.text.length=0", NULL, "data.modalities.text.length"},
     {1, "data.modalities.text.local=-1", NULL, "data.modalities.text.local"},
@@ -215,6 +217,7 @@ static const bad_value bad_values[] = {
 };
 
 static const bad_value bad_connectors[] = {
+    {1, "evaluate.forgetting=[old]", NULL, "evaluate.forgetting: towers and decoders are compared"},
     {1, "objective.directions=[]", NULL, "objective.directions: a connector needs at least one"},
     {1, "objective.directions=['image:smell']", NULL,
      "objective.directions.0: expected two different modalities"},

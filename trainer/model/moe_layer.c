@@ -79,6 +79,8 @@ core_status train_moe_forward(train_model *model, train_moe *moe, core_tensor x,
   const train_settings *s = env->settings;
   int64_t T = x.shape[0];
   TRY(train_moe_route(model, moe, x, mode));
+  if (model->observe.call && mode == TRAIN_MODE_EVALUATE)
+    TRY(model->observe.call(model->observe.context, model, moe, T));
   moe->capacity = train_capacity_factor(s, mode);
   moe->drops = moe->capacity > 0;
   if (moe->drops) TRY(train_capacity_keep(model, moe));

@@ -1,5 +1,6 @@
 #include "trainer/model/tower.h"
 
+#include <fnmatch.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -64,6 +65,34 @@ static void freeze(train_model *model, const char *text) {
       train_parameters_freeze(&model->parameters, s->optimizer.frozen[i]);
 }
 
+/* Of an added expert, of its column, or of the calibration that its layer has. */
+static bool is_added(const train_model *model, const char *name) {
+  const train_settings *s = model->env->settings;
+  int layer = 0, expert = 0;
+  if (strstr(name, ".router.added.") || strstr(name, ".calibration.")) return true;
+  if (sscanf(name, "blocks.%d.experts.%d.", &layer, &expert) != 2) return false;
+  int64_t j = train_settings_mixture(s, layer);
+  return expert >= train_settings_experts(s, j) - train_settings_added(s, j);
+}
+
+bool train_model_names(const train_model *model, const char *pattern, const train_parameter *parameter) {
+  if (strcmp(pattern, "added") == 0) return is_added(model, parameter->name);
+  return fnmatch(pattern, parameter->name, 0) == 0;
+}
+
+/* optimizer.trained: all else is frozen. */
+static void freeze_others(train_model *model) {
+  const train_settings *s = model->env->settings;
+  train_parameters *set = &model->parameters;
+  for (int32_t i = 0; s->optimizer.trained_count > 0 && i < set->count; i++) {
+    bool named = false;
+    for (unsigned k = 0; k < s->optimizer.trained_count; k++)
+      named = named || train_model_names(model, s->optimizer.trained[k], &set->list[i]);
+    set->list[i].frozen = set->list[i].frozen || !named;
+    set->list[i].active = set->list[i].active && named;
+  }
+}
+
 static core_status declare(train_model *model) {
   model->log_scale = -1;
   for (int32_t m = 0; m < model->env->layout.modalities; m++)
@@ -75,6 +104,7 @@ static core_status declare(train_model *model) {
   freeze(model, "");
   TRY(train_lora_declare(model));
   freeze(model, "lora_"); /* other patterns do not reach adapters */
+  freeze_others(model);
   train_parameters_place(&model->parameters);
   train_parameters_share(&model->parameters, model->env, s->parallel.shard_optimizer);
   return CORE_OK;

@@ -94,6 +94,12 @@ typedef struct train_model_limits {
   bool training;
 } train_model_limits;
 
+/* Looks at what a layer's router has made of T rows (moe->logits, choice, gate), while they are there. */
+typedef struct train_route_observer {
+  core_status (*call)(void *context, struct train_model *model, const train_moe *moe, int64_t T);
+  void *context;
+} train_route_observer;
+
 typedef struct train_model {
   train_env *env;
   train_parameters parameters;
@@ -124,6 +130,7 @@ typedef struct train_model {
   bool recomputes;     /* blocks keep only their outputs; see block.c */
   int64_t lowest; /* block: nothing below it is trained, so gradients go no further; -1: below all blocks */
   train_items items;
+  train_route_observer observe; /* of forward passes that evaluate; call NULL: none */
 } train_model;
 
 /* Declares all parameters; world sizes come from env->layout. width: [M] of the data. Local. */
@@ -143,6 +150,9 @@ void train_model_destroy(train_model *model);
  * pass tokens on to one another go down equally far: the least of theirs is model->lowest (-1 until it is
  * set). */
 int64_t train_model_lowest(const train_model *model);
+/* Whether an entry of optimizer.trained names a parameter: by pattern (* and ?), or `added`, which names what
+ * an extension adds, added experts, their columns of the router and calibrations. */
+bool train_model_names(const train_model *model, const char *pattern, const train_parameter *parameter);
 /* Directions that a step may train: those of a connector, 1 for a tower. */
 int32_t train_model_directions(const train_model *model);
 /* Marks the parameters that a step of direction d changes (-1: all) as active. */

@@ -150,7 +150,7 @@ static core_status write_files(const train_stage *stage) {
 
 /* A checkpoint that was published before the stage could be recorded as done is the one that would be made.
  */
-static core_status is_made(comm_group *control, const char *directory, int32_t *made) {
+core_status train_stage_is_made_priv(comm_group *control, const char *directory, int32_t *made) {
   char path[TRAIN_STAGE_PATH + 32];
   snprintf(path, sizeof path, "%s/step-00000000", directory);
   *made = core_file_exists(path);
@@ -181,7 +181,7 @@ core_status train_stage_assemble_priv(comm_group *control, const train_stage *st
                                                "no memory for the slots of an assembly");
   if (status == CORE_OK && comm_rank(control) == 0) status = write_files(stage);
   status = comm_agree(control, status);
-  if (status == CORE_OK) status = is_made(control, directory, &made);
+  if (status == CORE_OK) status = train_stage_is_made_priv(control, directory, &made);
   if (status == CORE_OK && !made) status = train_assemble(&assembly);
   free(slot);
   TRY(status);

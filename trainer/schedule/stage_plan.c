@@ -89,6 +89,8 @@ static core_status find_sources(train_stages *stages, int32_t i) {
   const train_stage_settings *s = stages->list[i].settings;
   if (s->kind == TRAIN_STAGE_ASSEMBLE) {
     TRY(train_stage_assembly_sources_priv(stages, i));
+  } else if (s->kind == TRAIN_STAGE_EXTEND) {
+    TRY(train_stage_extension_sources_priv(stages, i));
   } else if (strcmp(s->from, "none") != 0) {
     TRY(train_stage_add_source_priv(stages, i, s->from));
   }
@@ -107,26 +109,32 @@ static void quote(const char *key, const char *value, char *out, size_t capacity
   snprintf(out + used, capacity - used, "'");
 }
 
-static core_status resolve(train_stages *stages, int32_t i) {
+static core_status check_set(const train_stages *stages, const train_stage_settings *s) {
+  for (unsigned k = 0; k < s->set_count; k++)
+    if (strncmp(s->set[k], "run.directory", 13) == 0 || strncmp(s->set[k], "stages", 6) == 0)
+      return core_config_refuse(
+          stages->config, "stages",
+          "'%s' sets %s: its directory is its name in run.directory, and it has no stages", s->name,
+          s->set[k]);
+  return CORE_OK;
+}
+
+core_status train_stage_resolve_priv(train_stages *stages, int32_t i, const char *const *more,
+                                     int32_t more_count, core_config **out) {
   train_stage *stage = &stages->list[i];
   const train_stage_settings *s = stage->settings;
   char directory[2 * TRAIN_STAGE_PATH + 32];
-  const char **set = calloc((size_t)s->set_count + 2, sizeof *set);
+  int32_t n = 0;
+  TRY(check_set(stages, s));
+  const char **set = calloc((size_t)s->set_count + (size_t)more_count + 2, sizeof *set);
   CHECK(set, CORE_ERR_MEMORY, "no memory for a stage");
   snprintf(stage->directory, sizeof stage->directory, "%s/%s", stages->settings->run.directory, s->name);
   quote("run.directory", stage->directory, directory, sizeof directory);
-  core_status status = CORE_OK;
-  for (unsigned k = 0; k < s->set_count; k++) {
-    set[k] = s->set[k];
-    if (status == CORE_OK && (strncmp(set[k], "run.directory", 13) == 0 || strncmp(set[k], "stages", 6) == 0))
-      status = core_config_refuse(
-          stages->config, "stages",
-          "'%s' sets %s: its directory is its name in run.directory, and it has no stages", s->name, set[k]);
-  }
-  set[s->set_count] = directory;
-  set[s->set_count + 1] = "stages=[]";
-  if (status == CORE_OK)
-    status = core_config_derive(stages->config, set, (int32_t)s->set_count + 2, &stage->config);
+  for (unsigned k = 0; k < s->set_count; k++) set[n++] = s->set[k];
+  for (int32_t k = 0; k < more_count; k++) set[n++] = more[k];
+  set[n++] = directory;
+  set[n++] = "stages=[]";
+  core_status status = core_config_derive(stages->config, set, n, out);
   free(set);
   TRY(status);
   return CORE_OK;
@@ -180,6 +188,11 @@ static core_status check_split(const train_settings *s, const char *split) {
 
 static core_status check_data(const train_stage *stage) {
   const train_settings *s = core_config_data(stage->config);
+  const char *held_out = stage->settings->extend.split;
+  char names[CORE_MAX_MODALITIES][CORE_NAME];
+  int32_t count = 0;
+  if (stage->settings->kind == TRAIN_STAGE_EXTEND) /* some of the modalities are enough */
+    TRY(data_list_modalities(s->data.path, held_out[0] ? held_out : s->data.validation, names, &count));
   if (stage->settings->kind != TRAIN_STAGE_TRAIN) return CORE_OK;
   TRY(check_split(s, s->data.train));
   if (s->evaluate.interval > 0 || s->evaluate.at_end) TRY(check_split(s, s->data.validation));
@@ -189,8 +202,9 @@ static core_status check_data(const train_stage *stage) {
 /* ---- the whole ---- */
 
 static core_status plan_stage(train_stages *stages, int32_t i) {
-  TRY(resolve(stages, i));
+  TRY(train_stage_resolve_priv(stages, i, NULL, 0, &stages->list[i].config));
   TRY(find_sources(stages, i));
+  TRY(train_stage_expect_extension_priv(stages, i));
   TRY(train_settings_check(stages->list[i].config, stages->list[i].ranks));
   return CORE_OK;
 }

@@ -9,7 +9,7 @@
 #include "core/file.h"
 #include "trainer/schedule/stages_impl.h"
 
-enum { LARGEST_RECORD = 1 << 24 };
+enum { LARGEST_RECORD = 1 << 24, LONGEST_EXTENSION = 4096 };
 
 /* ---- the file ---- */
 
@@ -58,6 +58,11 @@ static core_status write_local(const train_stage *stage) {
     cJSON_AddItemToArray(list, item);
   }
   cJSON_AddStringToObject(object, "config", core_config_text(stage->config));
+  if (stage->settings->kind == TRAIN_STAGE_EXTEND) {
+    char text[LONGEST_EXTENSION];
+    train_stage_extension_text_priv(stage, text, sizeof text);
+    cJSON_AddStringToObject(object, "extend", text);
+  }
   char *json = cJSON_Print(object);
   cJSON_Delete(object);
   CHECK(json, CORE_ERR_MEMORY, "no memory for %s", path);
@@ -97,7 +102,8 @@ static const char *const neutral[] = {"run.directory=.",
                                       "checkpoint.level=1",
                                       "checkpoint.threads=1",
                                       "checkpoint.busy=delay",
-                                      "evaluate.batch=1"};
+                                      "evaluate.batch=1",
+                                      "evaluate.forgetting=[]"};
 enum { NEUTRAL = sizeof neutral / sizeof *neutral };
 
 /* "optimizer: ...  rate: 0.1": line of `text` at `at`, with the key at the margin above it. */
@@ -143,6 +149,20 @@ static core_status compare_config(const train_stage *stage, const char *stored) 
   return CORE_OK;
 }
 
+/* Likewise what was asked of an extension, which no run's configuration holds; also of one that was begun,
+ * whose checkpoint may be there already. */
+static core_status compare_extension(const train_stage *stage, const cJSON *object) {
+  char now[LONGEST_EXTENSION];
+  const char *then = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, "extend"));
+  if (stage->settings->kind != TRAIN_STAGE_EXTEND) return CORE_OK;
+  train_stage_extension_text_priv(stage, now, sizeof now);
+  CHECK(then && strcmp(then, now) == 0, CORE_ERR_CONFIG,
+        "it was begun as another extension (%.400s; now %.400s); take the change back, or remove %.100s "
+        "and what began from it to make them again",
+        then ? then : "none", now, stage->directory);
+  return CORE_OK;
+}
+
 static bool get_hash(const cJSON *object, const char *name, uint64_t *out) {
   const char *text = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, name));
   char *end = NULL;
@@ -178,6 +198,7 @@ static core_status take(const char *path, const cJSON *object, train_stage *stag
   if (stage->done && good) stage->step = (int64_t)step->valuedouble;
   CHECK(good, CORE_ERR_FORMAT, "%s is no record of a stage; remove the directory to train it again", path);
   if (stage->done) TRY(compare_config(stage, config));
+  TRY(compare_extension(stage, object));
   return CORE_OK;
 }
 

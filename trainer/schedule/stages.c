@@ -12,6 +12,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/stop.h"
+#include "trainer/forgetting.h"
 #include "trainer/schedule/stages_impl.h"
 
 /* ---- before anything runs ---- */
@@ -44,7 +45,8 @@ static core_status check_sources(const train_stages *stages, const train_stage *
 static core_status read_records(train_stages *stages, const char *resume) {
   for (int32_t i = 0; i < stages->count; i++) {
     train_stage *stage = &stages->list[i];
-    core_status status = train_stage_read_priv(stages->control, stage);
+    core_status status = train_stage_take_extension_priv(stages->control, stages, i);
+    if (status == CORE_OK) status = train_stage_read_priv(stages->control, stage);
     if (status == CORE_OK) status = check_sources(stages, stage);
     if (status == CORE_OK && stage->begun && strcmp(resume, "never") == 0)
       status = core_error_begin(CORE_ERR_ARGUMENT, __func__, __FILE__, __LINE__,
@@ -69,9 +71,23 @@ static void place_sources(const train_stages *stages, train_stage *stage) {
   }
 }
 
+/* What it did to what was there before, against the first source: what it began with, or extends. */
+static core_status compare(comm_world *world, const train_stage *stage, const char *after) {
+  char report[TRAIN_STAGE_PATH];
+  snprintf(report, sizeof report, "%s/forgetting.json", stage->directory);
+  const train_forgetting forgetting = {.comm = world,
+                                       .run = stage->config,
+                                       .before = stage->sources > 0 ? stage->source[0].path : NULL,
+                                       .after = after,
+                                       .report = report};
+  if (stage->settings->kind != TRAIN_STAGE_ASSEMBLE) TRY(train_forgetting_run(&forgetting));
+  return CORE_OK;
+}
+
 /* What it ends with is read and verified before it counts as done. */
-static core_status record_done(comm_group *control, train_stage *stage) {
-  char directory[TRAIN_STAGE_PATH];
+static core_status record_done(comm_world *world, train_stage *stage) {
+  char directory[TRAIN_STAGE_PATH], path[TRAIN_STAGE_PATH];
+  comm_group *control = comm_control_group(world);
   const train_settings *s = core_config_data(stage->config);
   ckpt_reader *reader = NULL;
   snprintf(directory, sizeof directory, "%s/checkpoints", stage->directory);
@@ -79,7 +95,9 @@ static core_status record_done(comm_group *control, train_stage *stage) {
   CHECK(reader, CORE_ERR_INTERNAL, "%s: a stage has ended without a checkpoint", directory);
   stage->step = ckpt_reader_step(reader);
   stage->content = ckpt_reader_content_hash(reader);
+  snprintf(path, sizeof path, "%s", ckpt_reader_path(reader));
   ckpt_reader_close(reader);
+  TRY(compare(world, stage, path));
   stage->done = true;
   TRY(train_stage_write_priv(control, stage));
   return CORE_OK;
@@ -96,23 +114,26 @@ static core_status train(comm_world *world, train_stage *stage, train_outcome *o
   return CORE_OK;
 }
 
-static core_status run_stage(comm_world *world, const train_stages *stages, train_stage *stage,
+static core_status run_stage(comm_world *world, train_stages *stages, train_stage *stage,
                              train_outcome *outcome) {
   comm_group *control = comm_control_group(world);
+  TRY(train_stage_take_extension_priv(control, stages, (int32_t)(stage - stages->list)));
   place_sources(stages, stage);
   comm_note(world, 0, -1, "stage");
   TRY(train_stage_open_sources_priv(control, stage));
   TRY(train_stage_write_priv(control, stage));
   if (stage->settings->kind == TRAIN_STAGE_ASSEMBLE)
     TRY(train_stage_assemble_priv(control, stage));
+  else if (stage->settings->kind == TRAIN_STAGE_EXTEND)
+    TRY(train_stage_extend_priv(world, stage));
   else
     TRY(train(world, stage, outcome));
-  if (*outcome == TRAIN_FINISHED) TRY(record_done(control, stage));
+  if (*outcome == TRAIN_FINISHED) TRY(record_done(world, stage));
   return CORE_OK;
 }
 
 /* The same with its name before every line and error. */
-static core_status run_named(comm_world *world, const train_stages *stages, train_stage *stage,
+static core_status run_named(comm_world *world, train_stages *stages, train_stage *stage,
                              train_outcome *outcome) {
   core_log_set_label(stage->settings->name);
   LOG_INFO("stage %d of %d, in %s", (int)(stage - stages->list) + 1, stages->count, stage->directory);
@@ -140,7 +161,7 @@ static void end_job(comm_world *part, core_status status) {
   if (alone || comm_rank(comm_world_group(part)) == 0) comm_fail_stop(part, status);
 }
 
-static core_status run_part(comm_world *part, const train_stages *stages, train_stage *stage,
+static core_status run_part(comm_world *part, train_stages *stages, train_stage *stage,
                             train_outcome *outcome) {
   int32_t rank = comm_rank(stages->control);
   core_log_set_rank(comm_rank(comm_world_group(part))); /* the first rank of each stage speaks */
@@ -166,7 +187,10 @@ static core_status run_together(train_stages *stages, int32_t begin, int32_t end
   int64_t stopped = *outcome == TRAIN_STOPPED;
   TRY(comm_all_reduce(stages->control, COMM_MAX, CORE_INT64, &stopped, 1));
   if (stopped) *outcome = TRAIN_STOPPED;
-  for (int32_t i = begin; i < end; i++) TRY(train_stage_read_priv(stages->control, &stages->list[i]));
+  for (int32_t i = begin; i < end; i++) {
+    TRY(train_stage_take_extension_priv(stages->control, stages, i)); /* as the ranks that ran it did */
+    TRY(train_stage_read_priv(stages->control, &stages->list[i]));
+  }
   return CORE_OK;
 }
 

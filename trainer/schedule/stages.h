@@ -15,6 +15,12 @@
  * The order of samples is keyed by the number of stages that a stage comes after (its source, its source's
  * source, ...; of several the longest way): controls that begin from one stage see the same samples.
  *
+ *   forgetting.json   with evaluate.forgetting: what it did to the quality of what it began with
+ *
+ *   extend.json   of a stage of kind extend: which mixtures got an expert, and why (extend.h)
+ *
+ * A stage after an extension has the model that was made: it takes the numbers of experts from there.
+ *
  * A stage that is done is passed over by the next start, unless its configuration has changed in anything
  * that decides what is trained (not: where files lie, how many ranks, threads, devices, when it is saved), or
  * what it began from has: both are refused. One that is not done goes on at its newest checkpoint.

@@ -20,7 +20,9 @@ typedef struct train_stage {
   const train_stage_settings *settings;
   core_config *config; /* resolved */
   char directory[TRAIN_STAGE_PATH - 128];
-  train_stage_source *source; /* train: at most one; assemble: the base, the slots, the connectors */
+  train_stage_source
+      *source; /* train: at most one; assemble: the base, the slots, the connectors; extend:
+                  what is extended, and it after its routers were trained, if that is asked for */
   int32_t sources;
   int32_t depth; /* stages on the longest way to it. Keys its order of samples, so that stages beside one
                     another that differ in a setting see the same samples, and no other stage changes them */
@@ -55,6 +57,9 @@ void train_stages_free_priv(train_stages *stages);
 int32_t train_stages_group_end_priv(const train_stages *stages, int32_t i);
 /* Adds the source that stage i names by `text`, which is borrowed. ERR_CONFIG. */
 core_status train_stage_add_source_priv(train_stages *stages, int32_t i, const char *text);
+/* Stage i's configuration with `more` overrides after its own. ERR_CONFIG. */
+core_status train_stage_resolve_priv(train_stages *stages, int32_t i, const char *const *more,
+                                     int32_t more_count, core_config **out);
 
 /* ---- stage_assemble.c ---- */
 
@@ -62,6 +67,24 @@ core_status train_stage_add_source_priv(train_stages *stages, int32_t i, const c
 core_status train_stage_assembly_sources_priv(train_stages *stages, int32_t i);
 /* Makes its checkpoint, manifest and config.yaml; a checkpoint that is there already stays. Collective. */
 core_status train_stage_assemble_priv(comm_group *control, const train_stage *stage);
+/* Whether a stage's only checkpoint, of step 0, has been published. Collective. */
+core_status train_stage_is_made_priv(comm_group *control, const char *directory, int32_t *made);
+
+/* ---- stage_extend.c ---- */
+
+/* Finds the sources of stage i, which is an extension. Local. ERR_CONFIG. */
+core_status train_stage_extension_sources_priv(train_stages *stages, int32_t i);
+/* Makes its checkpoint, extend.json and config.yaml; a checkpoint that is there already stays. Collective. */
+core_status train_stage_extend_priv(comm_world *world, const train_stage *stage);
+/* What is asked of it, in a line. */
+void train_stage_extension_text_priv(const train_stage *stage, char *out, size_t capacity);
+/* The extension whose experts the model of stage i has, directly or through stages between; -1: none. */
+int32_t train_stage_extension_priv(const train_stages *stages, int32_t i);
+/* Gives stage i, if it follows an extension, a configuration in which every MoE layer is extended: the most
+ * that it may be. Local. ERR_CONFIG. */
+core_status train_stage_expect_extension_priv(train_stages *stages, int32_t i);
+/* Gives it the one that was made, once the extension is done. Collective. */
+core_status train_stage_take_extension_priv(comm_group *control, train_stages *stages, int32_t i);
 
 /* ---- stage_record.c ---- */
 
