@@ -1,5 +1,6 @@
 /* Runs a fuzz target without libFuzzer: every input of the corpus and every seed, then mutations of all of
- * them for a bounded time (at least LEAST_RUNS, however slow the machine), always the same ones in the same order.
+ * them for a bounded time (at least LEAST_RUNS, however slow the machine), always the same ones in the same
+ * order.
  *
  *   fuzz_x CORPUS SECONDS              CORPUS: what libFuzzer found worth keeping, lengths (32 bits) and
  * bytes, by zstd fuzz_x CORPUS --write-seeds DIR    seeds and corpus as files, for libFuzzer */
