@@ -91,7 +91,7 @@ static const char decoder_base[] =
 typedef struct layout_case {
   const char *base, *name;
   const char *data;        /* which set */
-  const char *settings[6]; /* --set of the case, kept over all layouts */
+  const char *settings[7]; /* --set of the case, kept over all layouts */
   bool hot;                /* the router is made to send everything to expert 0 */
 } layout_case;
 
