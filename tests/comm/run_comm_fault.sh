@@ -8,7 +8,7 @@ last=$((ranks - 1))
 here="at step 12, layer 3, dispatch, all-reduce 5 of group 'world'"
 
 # deadline 2 s, answers 2 s, start and end of the job
-run late 2 12
+run late 2 20
 status_is 1
 says "ERR_TIMEOUT"
 says "the deadline of 2 s passed $here"
@@ -20,7 +20,7 @@ file_says any '"ERR_TIMEOUT"'
 file_says any "rank $last is missing"
 file_says any '"phase":	"dispatch"'
 
-run elsewhere 2 12
+run elsewhere 2 20
 status_is 1
 says "rank $last is at step 13, checkpoint, barrier 1 of group 'control'"
 says "passed $here"
@@ -35,7 +35,7 @@ run paused 0 20
 status_is 0
 never_says "ERR_"
 
-run failing 0 12
+run failing 0 20
 status_is 1
 says "the disk of this rank is gone (ERR_IO: input/output error, rank $last)"
 file_says "$last" '"code":	"ERR_IO"'
@@ -44,14 +44,14 @@ file_says "$last" '"step":	12'
 file_says "$last" '"message":	"the disk of this rank is gone"'
 file_says "$last" 'in failing, '
 
-run killed 0 12
+run killed 0 20
 [ "$status" -ne 0 ] || fail "a killed rank went unnoticed"
 
-run longer 0 12
+run longer 0 20
 status_is 1
 says "a message of peer $last: MPI_ERR_TRUNCATE"
 
-run shorter 0 12
+run shorter 0 20
 status_is 1
 says "group 'world': rank $last sent 50 bytes where 100 were expected (ERR_COMM"
 

@@ -91,7 +91,7 @@ static const char decoder_base[] =
 typedef struct layout_case {
   const char *base, *name;
   const char *data;        /* which set */
-  const char *settings[7]; /* --set of the case, kept over all layouts */
+  const char *settings[8]; /* --set of the case, kept over all layouts */
   bool hot;                /* the router is made to send everything to expert 0 */
 } layout_case;
 
@@ -150,7 +150,7 @@ static const layout_case cases[] = {
     {base,
      "balance of groups, added experts, calibration by the input, holes",
      "holes",
-     {"model.moe.choose=2", "model.moe.added=[1, 2]", "model.moe.calibration=multiply",
+     {"model.moe.added=[1, 2]", "model.moe.calibration=multiply", "model.moe.calibration_renormalize=false",
       "objective.balance=0.5", "objective.balance_scope=local", "model.moe.group_samples=4", NULL},
      false},
     {base,
