@@ -15,8 +15,7 @@ CORE_NODISCARD core_status ckpt_header_parse_priv(const char *text, int64_t leng
                                                   ckpt_header *out);
 void ckpt_header_free_priv(ckpt_header *header);
 
-/* "F32" and so on; CORE_DTYPE_COUNT and NULL for what has none. */
-core_dtype ckpt_safetensors_dtype_priv(const char *text);
+/* "F32" and so on; NULL for what has none. */
 const char *ckpt_safetensors_text_priv(core_dtype dtype);
 
 #endif

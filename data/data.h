@@ -206,7 +206,9 @@ typedef enum data_incomplete {
 typedef struct data_group_options {
   int64_t batch; /* B */
   data_incomplete incomplete;
-  data_non_finite non_finite; /* SKIP: a sample that the index lists lacks the modality */
+  data_non_finite non_finite;        /* SKIP: a sample that the index lists lacks the modality */
+  int64_t rows[CORE_MAX_MODALITIES]; /* that an item of each modality counts as in its sample's length, where
+                                        a model makes so many of it; 0: as many as it has */
 } data_group_options;
 
 /* Sorts the samples by signature, the set of modalities that they have, for batches of one signature each (Li

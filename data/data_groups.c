@@ -26,8 +26,9 @@ static int64_t text_of(const data_set *set, int64_t sample) {
 }
 
 /* Samples [first, first + count) of the set, whose columns lie in `column`. signature: of each, into kind. */
-static void measure(const data_set *set, const data_samples *column, int64_t first, int64_t count,
-                    bool skip) {
+static void measure(const data_set *set, const data_group_options *options, const data_samples *column,
+                    int64_t first, int64_t count) {
+  const bool skip = options->non_finite == DATA_NON_FINITE_SKIP && set->index != NULL;
   data_groups *groups = set->groups;
   for (int64_t i = 0; i < count; ++i) {
     int64_t length = text_of(set, first + i);
@@ -36,7 +37,7 @@ static void measure(const data_set *set, const data_samples *column, int64_t fir
       const bool bad = skip && data_index_bad_count_priv(set->index, m) > 0 &&
                        data_index_is_bad_priv(set->index, m, first + i);
       const int32_t rows = bad ? 0 : column->rows[m][i];
-      length += rows;
+      length += rows > 0 && options->rows[m] > 0 ? options->rows[m] : rows;
       if (rows > 0) signature |= 1u << m;
     }
     groups->kind[first + i] = (uint16_t)signature;
@@ -61,7 +62,7 @@ static core_status take_span(const data_set *set, data_samples *column, uint8_t 
   return CORE_OK;
 }
 
-static core_status measure_all(const data_set *set, bool skip) {
+static core_status measure_all(const data_set *set, const data_group_options *options) {
   data_samples column;
   uint8_t *memory = NULL;
   core_status status = take_span(set, &column, &memory);
@@ -70,7 +71,7 @@ static core_status measure_all(const data_set *set, bool skip) {
     for (int64_t first = 0; first < all && status == CORE_OK; first += SPAN) {
       const int64_t count = all - first < SPAN ? all - first : SPAN;
       status = data_set_read_samples_priv(set, k, first, count, memory, &column, 0);
-      if (status == CORE_OK) measure(set, &column, base + first, count, skip);
+      if (status == CORE_OK) measure(set, options, &column, base + first, count);
     }
   }
   free(memory);
@@ -123,7 +124,7 @@ static core_status group(data_set *set, const data_group_options *options) {
   groups->drop = options->incomplete == DATA_INCOMPLETE_DROP;
   TRY(DATA_ALLOCATE(set->samples, "signatures", &groups->kind));
   TRY(DATA_ALLOCATE(set->samples, "lengths", &groups->length));
-  TRY(measure_all(set, options->non_finite == DATA_NON_FINITE_SKIP && set->index != NULL));
+  TRY(measure_all(set, options));
   TRY(number_kinds(set));
   TRY(check_counts(set));
   return CORE_OK;

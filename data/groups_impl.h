@@ -11,7 +11,7 @@ struct data_groups {
   int32_t kinds;    /* signatures that occur */
   int64_t *samples; /* [kinds] */
   uint16_t *kind;   /* [samples of the set] */
-  int32_t *length;  /* [samples of the set] rows of all modalities, and tokens */
+  int32_t *length;  /* [samples of the set] rows that all modalities count as, and tokens */
 };
 
 /* What computing an epoch takes; all memory is the caller's. */

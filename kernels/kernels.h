@@ -84,6 +84,16 @@ typedef struct kern_attention {
   double scale; /* usually 1 / sqrt(A) */
 } kern_attention;
 
+/* Attention of the queries of one packed tensor to keys and values of another: segment s of
+ * attention.segments, over the rows of q, to segment s of `keys`, over the rows of kv. As many segments of
+ * both; one with queries has keys. No mask. */
+typedef struct kern_cross {
+  kern_attention attention;
+  kern_segments keys;
+  core_tensor q, kv;    /* [T, H A]; [R, 2 G A] = [k | v]; Active */
+  core_tensor out, lse; /* [T, H A], Active; [T, H], Real: as attention_fwd */
+} kern_cross;
+
 /* Sums over the tokens of one modality in one layer, float64 [3 + 2 E] = tokens, sum of logsumexp(logits)^2,
  * sum of H(p) (natural log), sum of p_e [E], sum of 1 - Phi((thr - logit_e) / sigma) [E] with thr the K-th
  * largest noisy logit. Noise-free logits but for thr. Additive over ranks and micro-batches: all-reduce them,
@@ -168,6 +178,12 @@ typedef struct kern_ops {
                                core_tensor lse);
   core_status (*attention_bwd)(kern_context *, const kern_attention *, core_tensor dout, core_tensor qkv,
                                core_tensor out, core_tensor lse, core_tensor dqkv);
+
+  /* The same between two tensors; sets out and lse. dout, dq, dkv like out, q, kv; dq and dkv are set, also
+   * for keys that nobody asks. */
+  core_status (*attention_cross_fwd)(kern_context *, const kern_cross *);
+  core_status (*attention_cross_bwd)(kern_context *, const kern_cross *, core_tensor dout, core_tensor dq,
+                                     core_tensor dkv);
 
   /* One query a row against rows that are kept: q of qkv[n, (H + 2G) A] and the k and v of rows [first[i],
    * first[i] + length[i]) of cache[R, (H + 2G) A], whose q is not read; int32 [n] both. out[n, H A]; 0 where

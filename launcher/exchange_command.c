@@ -34,15 +34,15 @@ static int run_export(const launch_command *command, int argc, char **argv) {
 }
 
 const launch_command launch_import_command = {
-    "import", "weights of a LLaMA or Qwen2 decoder into a checkpoint",
+    "import", "weights of a LLaMA or Qwen2 decoder, or an exported model, into a checkpoint",
     "usage: antiphon import SOURCE --config FILE -o DIRECTORY\n\n"
     "SOURCE is a directory with config.json and model.safetensors or model.safetensors.index.json, or one of "
-    "these\nfiles, float32, float16 or bfloat16. Writes the checkpoint DIRECTORY/step-00000000 and FILE, a "
-    "configuration of the same\ndecoder in which `data` is to be filled in; then\n\n"
-    "  antiphon train FILE --from DIRECTORY/step-00000000\n\n"
+    "these\nfiles, float32, float16 or bfloat16; or a directory that `antiphon export` wrote, with mixtures, "
+    "connectors and\nall. Writes the checkpoint DIRECTORY/step-00000000 and FILE, its configuration: of the "
+    "same decoder, in which `data` is\nto be filled in, or the one of the exported model; then\n\n"
+    "  antiphon train FILE --from DIRECTORY/step-00000000 --set run.directory=RUN\n\n"
     "begins with these weights. Neither is overwritten; nothing half-written is left after a failure. Runs "
-    "on one "
-    "rank.\n",
+    "on one rank.\n",
     run_import};
 
 const launch_command launch_export_command = {

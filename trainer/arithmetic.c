@@ -46,12 +46,30 @@ static bool is_unknown(const draft *d, const train_parameter *p) {
   return p->scope == TRAIN_SCOPE_MODALITY && d->width[p->modality] == 0 && begins(p->name, "connector.");
 }
 
+/* A matrix of a resampler that latents meet, not the rows that they become. */
+static bool is_per_latent(const char *name) {
+  return begins(name, "connector.") && ends(name, ".cross.kv.weight");
+}
+
+/* Rows of modality m in an item with the mean number of latents, and the FLOPs of attention inside the
+ * connector that each of them costs. */
+static double rows_of(const draft *d, int32_t m, double *attention) {
+  const train_resampler *resampler = d->model->connector[m].resampler;
+  *attention = resampler ? train_resampler_attention(resampler, d->tokens[m]) : 0;
+  return resampler && d->tokens[m] > 0 ? (double)resampler->Q : d->tokens[m];
+}
+
 /* Adds parameter p, which the path meets. Of a layer's experts a token passes K, all of one size: the first K
  * stand for them. views: times that a token passes the blocks. */
 static void meet(const draft *d, const train_parameter *p, int64_t views, train_path *path) {
   if (p->expert >= d->env.settings->model.moe.choose) return;
   path->parameters += p->count;
-  if (p->rank != 2 || ends(p->name, ".position")) return; /* added or multiplied by element */
+  if (p->rank != 2 || ends(p->name, ".position") || ends(p->name, ".query"))
+    return; /* added or multiplied by element */
+  if (is_per_latent(p->name)) {
+    path->item += 2 * (double)p->count * d->tokens[p->modality];
+    return;
+  }
   bool connector = d->env.settings->model.kind == TRAIN_KIND_CONNECTOR;
   bool of_item =
       !connector ? begins(p->name, "head.") : !begins(p->name, "adapter.") && !begins(p->name, "blocks.");
@@ -66,8 +84,9 @@ static void meet(const draft *d, const train_parameter *p, int64_t views, train_
 static void follow_modality(draft *d, int32_t m, train_path *path) {
   const train_model *model = d->model;
   snprintf(path->name, sizeof path->name, "%s", d->env.settings->data.modalities[m].name);
-  path->tokens = d->tokens[m];
-  path->attention = 4 * path->tokens * (double)(model->H * model->A * model->L);
+  double inside;
+  path->tokens = rows_of(d, m, &inside);
+  path->attention = 4 * path->tokens * (double)(model->H * model->A * model->L) + inside;
   for (int32_t i = 0; i < model->parameters.count; i++) {
     const train_parameter *p = &model->parameters.list[i];
     if ((p->scope == TRAIN_SCOPE_MODALITY && p->modality != m) || is_unknown(d, p)) continue;
@@ -81,8 +100,8 @@ static void follow_class(draft *d, int32_t c, train_path *path) {
   const train_model *model = d->model;
   bool vocabulary = c == d->env.layout.modalities;
   snprintf(path->name, sizeof path->name, "%s", train_settings_class(d->env.settings, c));
-  path->tokens =
-      vocabulary ? 0 : d->tokens[c]; /* attention is over whole sequences, whose lengths are not known */
+  /* attention is over whole sequences, whose lengths are not known; but for that inside a connector */
+  path->tokens = vocabulary ? 0 : rows_of(d, c, &path->attention);
   for (int32_t i = 0; i < model->parameters.count; i++) {
     const train_parameter *p = &model->parameters.list[i];
     bool table = i == model->decoder.embedding || i == model->decoder.output;

@@ -16,10 +16,10 @@
 typedef struct train_path {
   char name[2 * CORE_NAME]; /* "image", or "image:text" */
   int64_t parameters;       /* that one of its tokens or its item passes */
-  double tokens;            /* mean rows of a sample that has the modality; 0: not known */
+  double tokens;            /* mean rows of the trunk of a sample that has the modality; 0: not known */
   double token;             /* FLOPs of a token in products with parameters */
   double attention;         /* FLOPs of a token in attention's scores and mixtures, at the mean length */
-  double item;              /* FLOPs of an item once, after its tokens: heads */
+  double item;              /* FLOPs of an item once: heads, what a resampler does with each latent */
 } train_path;
 
 typedef struct train_arithmetic {
@@ -29,9 +29,9 @@ typedef struct train_arithmetic {
   train_path *path; /* [paths] */
 } train_arithmetic;
 
-/* width, tokens: [M] of the latents, and the mean rows of a sample that has the modality; 0: not known, then
- * what hangs on it is left out. Checked settings. Free with train_arithmetic_free. ERR_ARGUMENT: a connector,
- * of which nearly everything hangs on the widths, with an unknown one. */
+/* width, tokens: [M] of the latents, and the mean latents of a sample that has the modality; 0: not known,
+ * then what hangs on it is left out. Checked settings. Free with train_arithmetic_free. ERR_ARGUMENT: a
+ * connector, of which nearly everything hangs on the widths, with an unknown one. */
 CORE_NODISCARD core_status train_arithmetic_make(const train_settings *settings, const int64_t *width,
                                                  const double *tokens, train_arithmetic *out);
 void train_arithmetic_free(train_arithmetic *arithmetic);

@@ -45,6 +45,14 @@ CORE_NODISCARD core_status train_exchange_map(const train_settings *settings, tr
 /* The parameters of a dense decoder, mapped; *list is malloc'ed. */
 CORE_NODISCARD core_status train_exchange_list(const train_settings *settings, train_exchange_entry **list,
                                                int32_t *count);
+/* exchange_own.c: whether files are what train_export wrote: some tensor's name begins with "antiphon.". */
+bool train_exchange_is_own(const ckpt_safetensors *files);
+/* All parameters and standardisations of a model of any kind, mapped; the widths of its latents are what the
+ * files say. *list is malloc'ed. ERR_MISMATCH: a modality without standardisation. Local. */
+CORE_NODISCARD core_status train_exchange_list_own(const core_config *config, const ckpt_safetensors *files,
+                                                   train_exchange_entry **list, int32_t *count);
+/* What an entry is called in a checkpoint: "parameter/<name>", or "latent_shift/<modality>". */
+void train_exchange_stored_name(const char *name, char *out, size_t capacity);
 
 /* A configuration (YAML, malloc'ed) from a config.json of LlamaForCausalLM or Qwen2ForCausalLM. ERR_FORMAT,
  * ERR_UNSUPPORTED (another architecture, another scaling of positions, another activation, ...), naming file
@@ -54,7 +62,8 @@ CORE_NODISCARD core_status train_exchange_read_config(const char *path, char **y
 CORE_NODISCARD core_status train_exchange_write_config(const train_settings *settings, core_dtype dtype,
                                                        char **json);
 
-/* Reads the weights at `source` (a safetensors file, an index, or a directory; config.json lies beside them)
+/* Reads the weights at `source` (a safetensors file, an index, or a directory; config.json lies beside them,
+ * or the config.yaml of train_export, whose models come back whole and, exported as float32, bit for bit)
  * into <directory>/step-00000000 and writes a configuration for it to config_path. Both must not be there
  * yet; on failure there is no configuration, and no checkpoint (but a whole one where only the last sync of
  * its directory failed). Errors besides those of safetensors.h: ERR_MISMATCH for a tensor that is missing,

@@ -1,6 +1,6 @@
-/* Outline: config.json gives the configuration, the configuration the parameters, the parameters the tensors
- * that must be there, each of its shape and nothing beside them; then all are read, and only then anything is
- * written: the configuration, then the checkpoint. */
+/* Outline: config.json, or the config.yaml of an exported model, gives the configuration, the configuration
+ * the parameters, the parameters the tensors that must be there, each of its shape and nothing beside them;
+ * then all are read, and only then anything is written: the configuration, then the checkpoint. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +11,7 @@
 #include "trainer/exchange.h"
 #include "trainer/state.h"
 
-enum { PATH = 2048 };
+enum { PATH = 2048, MOST_YAML = 16 << 20 };
 
 typedef struct import {
   ckpt_safetensors *files;
@@ -23,6 +23,7 @@ typedef struct import {
   core_real *value;
   ckpt_tensor *tensor; /* [count] */
   char (*name)[CORE_NAME + 16];
+  bool own; /* the files are an exported model of ours */
 } import;
 
 static int64_t count_of(const train_exchange_entry *entry) {
@@ -89,8 +90,9 @@ static core_status read_entry(const import *im, const train_exchange_entry *entr
 
 static core_status compare_head(const import *im) {
   const ckpt_safetensor *head = ckpt_safetensors_find(im->files, "lm_head.weight");
-  const ckpt_tensor *embedding = &im->tensor[0];
+  const ckpt_tensor *embedding = im->tensor;
   if (!im->settings->model.tied || !head) return CORE_OK;
+  while (strcmp(embedding->name, "parameter/embedding.weight") != 0) embedding++;
   CHECK(head->count == embedding->count, CORE_ERR_MISMATCH,
         "the head is tied to the embedding, but 'lm_head.weight' has %lld numbers, the embedding %lld",
         (long long)head->count, (long long)embedding->count);
@@ -116,7 +118,7 @@ static core_status read_tensors(import *im) {
   core_real *value = im->value;
   for (int32_t i = 0; i < im->count; i++) {
     const train_exchange_entry *entry = &im->list[i];
-    snprintf(im->name[i], sizeof *im->name, "parameter/%s", entry->name);
+    train_exchange_stored_name(entry->name, im->name[i], sizeof *im->name);
     im->tensor[i] = (ckpt_tensor){.name = im->name[i],
                                   .dtype = CORE_REAL_DTYPE,
                                   .rank = entry->rank,
@@ -167,6 +169,7 @@ static core_status write_both(const import *im, comm_group *control, const char 
 
 static core_status open_source(import *im, const char *source, char **yaml) {
   char beside[PATH];
+  int64_t length = 0;
   struct ckpt_safetensors *files = NULL;
   TRY(ckpt_safetensors_open(source, &files));
   im->files = files;
@@ -174,12 +177,17 @@ static core_status open_source(import *im, const char *source, char **yaml) {
   const char *first = ckpt_safetensors_path(files, ckpt_safetensors_at(files, 0)),
              *slash = strrchr(first, '/');
   int folder = slash ? (int)(slash - first) + 1 : 0;
-  snprintf(beside, sizeof beside, "%.*sconfig.json", folder, first);
-  CHECK(core_file_exists(beside), CORE_ERR_NOT_FOUND, "%s: no config.json lies beside the weights", beside);
-  TRY(train_exchange_read_config(beside, yaml));
+  im->own = train_exchange_is_own(files);
+  snprintf(beside, sizeof beside, "%.*sconfig.%s", folder, first, im->own ? "yaml" : "json");
+  CHECK(core_file_exists(beside), CORE_ERR_NOT_FOUND, "%s: no config.%s lies beside the weights", beside,
+        im->own ? "yaml" : "json");
+  if (im->own)
+    TRY(core_file_read_all(beside, MOST_YAML, yaml, &length));
+  else
+    TRY(train_exchange_read_config(beside, yaml));
   TRY(core_config_load(train_settings_spec(), beside, *yaml, NULL, 0, &im->config));
   im->settings = core_config_data(im->config);
-  TRY(train_settings_check(im->config, 1));
+  TRY(train_settings_check(im->config, im->own ? (int32_t)im->settings->parallel.experts : 1));
   return CORE_OK;
 }
 
@@ -196,7 +204,8 @@ static core_status run(import *im, comm_group *control, const char *source, cons
                        const char *directory, char **yaml) {
   TRY(check_targets(config_path, directory));
   TRY(open_source(im, source, yaml));
-  TRY(train_exchange_list(im->settings, &im->list, &im->count));
+  TRY(im->own ? train_exchange_list_own(im->config, im->files, &im->list, &im->count)
+              : train_exchange_list(im->settings, &im->list, &im->count));
   TRY(check_tensors(im, source));
   TRY(read_tensors(im));
   TRY(write_both(im, control, *yaml, config_path, directory));

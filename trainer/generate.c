@@ -65,7 +65,8 @@ static core_status make(generation *g) {
   g->samples = train_layout_most_samples(&session->evaluation_layout, 0, 0);
   g->capacity = data_set_longest_text(session->evaluation, DATA_TEXT_PROMPT) + g->options->tokens;
   for (int32_t m = 0; m < session->env.layout.modalities; m++)
-    g->capacity += data_set_modality(session->evaluation, m)->longest;
+    g->capacity += train_settings_item_rows(session->env.settings, m,
+                                            data_set_modality(session->evaluation, m)->longest);
   g->V = model->decoder.V;
   g->numbers = model->T > g->samples ? model->T : g->samples;
   TRY(make_cache(g));

@@ -70,11 +70,14 @@ static core_status open_part(train_session *session, const train_session_options
 /* Training on batches of one signature each. */
 static core_status group_set(const train_session *session, data_set *set) {
   const train_settings *s = session->env.settings;
-  const data_group_options options = {.batch = s->optimizer.batch,
-                                      .incomplete = s->data.incomplete == TRAIN_INCOMPLETE_DROP
-                                                        ? DATA_INCOMPLETE_DROP
-                                                        : DATA_INCOMPLETE_CARRY,
-                                      .non_finite = train_session_non_finite_priv(session)};
+  data_group_options options = {.batch = s->optimizer.batch,
+                                .incomplete = s->data.incomplete == TRAIN_INCOMPLETE_DROP
+                                                  ? DATA_INCOMPLETE_DROP
+                                                  : DATA_INCOMPLETE_CARRY,
+                                .non_finite = train_session_non_finite_priv(session)};
+  for (int32_t m = 0; m < (int32_t)s->data.modalities_count; m++)
+    if (s->data.modalities[m].connector == TRAIN_CONNECTOR_RESAMPLER)
+      options.rows[m] = train_settings_item_rows(s, m, 1);
   if (s->data.batches == TRAIN_BATCHES_HOMOGENEOUS && session->purpose == TRAIN_PURPOSE_TRAIN)
     TRY(data_set_group(set, &options));
   return CORE_OK;
@@ -132,22 +135,29 @@ static int32_t holders_of(const train_session *session, int32_t m, holder out[MO
 
 /* ---- layout and groups ---- */
 
-/* Multiply-adds of one sample of modality m, roughly: its tokens through the trunk (attention's projections,
+/* Multiply-adds of one sample of modality m, roughly: its rows through the trunk (attention's projections,
  * and three matrices of a dense layer or of each chosen expert) and through the connector. Only the partition
  * hangs on it. */
 static double sample_cost(const train_session *session, int32_t m) {
   const train_settings *s = session->env.settings;
   if (!any_set(session) || session->sizes) return 1; /* shared placement: nothing is partitioned */
   const data_modality_info *info = data_set_modality(any_set(session), m);
-  double tokens = (double)info->tokens / (double)data_set_samples(any_set(session)),
-         C = (double)s->model.width;
+  double samples = (double)data_set_samples(any_set(session)), latents = (double)info->tokens / samples;
+  double C = (double)s->model.width, tokens = latents, connector = latents * (double)info->width * C;
   double dense = s->model.hidden > 0 ? (double)s->model.hidden : 8.0 / 3 * C, trunk = 0;
   double expert =
       (double)s->model.moe.choose * (s->model.moe.hidden > 0 ? (double)s->model.moe.hidden : dense);
   for (int64_t l = 0; l < s->model.layers; l++)
     trunk += 4 * C * C +
              3 * C * (train_settings_moe_layer(s->model.moe.layers, s->model.layers, l) ? expert : dense);
-  return tokens * (trunk + (double)info->width * C) + C * C;
+  if (s->data.modalities[m].connector == TRAIN_CONNECTOR_RESAMPLER) {
+    const train_modality_settings *r = &s->data.modalities[m];
+    double W = r->hidden ? (double)r->hidden : C, depth = (double)r->depth;
+    tokens = (double)r->queries * (samples - (double)info->absent) / samples;
+    /* of a row of queries: 4 W^2 of each attention but the keys and values, 8 W^2 of the feed-forward */
+    connector = depth * (tokens * 14 * W * W + latents * 2 * (double)info->width * W) + tokens * W * C;
+  }
+  return tokens * trunk + connector + C * C;
 }
 
 static core_status make_layout(train_session *session) {
@@ -190,15 +200,23 @@ static int64_t larger(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
+/* Most rows of the trunk of so many samples of modality m. */
+static int64_t most_rows(const train_settings *s, holder in, int32_t m, int64_t samples) {
+  if (s->data.modalities[m].connector != TRAIN_CONNECTOR_RESAMPLER)
+    return data_set_most_rows(in.set, in.place, samples);
+  return samples * train_settings_item_rows(s, m, data_set_modality(in.set, in.place)->longest);
+}
+
 /* Largest micro-batch of modality m in rows, here and in the whole expert group. */
-static void add_limits(holder in, const train_layout *layout, int32_t m, train_model_limits *limits,
-                       int64_t *group_rows) {
+static void add_limits(const train_settings *s, holder in, const train_layout *layout, int32_t m,
+                       train_model_limits *limits, int64_t *group_rows) {
   int64_t own = train_layout_most_samples(layout, layout->rank, m), rows = 0;
   for (int32_t slot = 0; slot < layout->expert_ranks; slot++)
-    rows += data_set_most_rows(
-        in.set, in.place, train_layout_most_samples(layout, layout->group * layout->expert_ranks + slot, m));
+    rows += most_rows(s, in, m,
+                      train_layout_most_samples(layout, layout->group * layout->expert_ranks + slot, m));
   limits->segments[m] = larger(limits->segments[m], own);
-  limits->tokens[m] = larger(limits->tokens[m], data_set_most_rows(in.set, in.place, own));
+  limits->latents[m] = larger(limits->latents[m], data_set_most_rows(in.set, in.place, own));
+  limits->tokens[m] = larger(limits->tokens[m], most_rows(s, in, m, own));
   *group_rows = larger(*group_rows, rows);
 }
 
@@ -221,8 +239,21 @@ static int64_t longest_sequence(const train_session *session, const data_set *se
   bool decoder = session->env.settings->model.kind == TRAIN_KIND_DECODER;
   int64_t longest = set && decoder ? data_set_longest_text(set, DATA_TEXT_BOTH) : 0;
   for (int32_t m = 0; set && m < session->env.layout.modalities; m++) {
-    int64_t rows = data_set_modality(set, m)->longest;
+    int64_t rows = train_settings_item_rows(session->env.settings, m, data_set_modality(set, m)->longest);
     longest = decoder ? longest + rows : larger(longest, rows);
+  }
+  return longest;
+}
+
+/* Rows of the longest item of latents that any resampler reads. */
+static int64_t longest_latents(const train_session *session) {
+  int64_t longest = 0;
+  for (int32_t m = 0; m < session->env.layout.modalities; m++) {
+    holder in[MOST_HOLDERS];
+    int32_t count = holders_of(session, m, in);
+    if (session->env.settings->data.modalities[m].connector != TRAIN_CONNECTOR_RESAMPLER) continue;
+    for (int32_t i = 0; i < count; i++)
+      longest = larger(longest, data_set_modality(in[i].set, in[i].place)->longest);
   }
   return longest;
 }
@@ -246,9 +277,14 @@ static train_model_limits stated_limits(const train_session *session) {
   train_model_limits limits = {.training = false};
   int64_t segments = 0;
   memcpy(limits.width, sizes->width, sizeof limits.width);
-  memcpy(limits.tokens, sizes->tokens, sizeof limits.tokens);
+  memcpy(limits.latents, sizes->tokens, sizeof limits.latents);
   memcpy(limits.segments, sizes->segments, sizeof limits.segments);
   memcpy(limits.latent_bytes, sizes->latent_bytes, sizeof limits.latent_bytes);
+  for (int32_t m = 0; m < env->layout.modalities; m++) {
+    bool resampled = env->settings->data.modalities[m].connector == TRAIN_CONNECTOR_RESAMPLER;
+    limits.tokens[m] =
+        !resampled ? sizes->tokens[m] : sizes->segments[m] * train_settings_item_rows(env->settings, m, 1);
+  }
   train_model_rows(env->settings, &limits, &limits.group_tokens, &segments);
   limits.expert_rows = larger(limits.group_tokens * env->settings->model.moe.choose, 1);
   return limits;
@@ -278,8 +314,9 @@ static train_model_limits find_limits(const train_session *session, const int64_
     holder in[MOST_HOLDERS];
     int32_t count = holders_of(session, m, in);
     for (int32_t i = 0; i < count; i++)
-      add_limits(in[i], in[i].set == session->training ? &env->layout : &session->evaluation_layout, m,
-                 &limits, &group_rows);
+      add_limits(env->settings, in[i],
+                 in[i].set == session->training ? &env->layout : &session->evaluation_layout, m, &limits,
+                 &group_rows);
     limits.width[m] = width ? width[m] : data_set_modality(any_set(session), m)->width;
     limits.latent_bytes[m] = stored_bytes(session, m);
     groups.tokens[m] = group_rows;
@@ -321,17 +358,25 @@ static kern_limits kernel_limits(const train_session *session, const train_model
   width = larger(width, larger(model->Z, s->evaluate.batch));
   for (int32_t m = 0; m < session->env.layout.modalities; m++) {
     width = larger(width, larger(limits->width[m], s->data.modalities[m].hidden));
+    train_resampler_limits(model, m, limits, &k);
   }
+  width = larger(width, k.width);
   k.sequence =
       larger(longest_sequence(session, session->training), longest_sequence(session, session->evaluation));
   for (int32_t m = 0; session->sizes && m < session->env.layout.modalities; m++)
-    k.sequence = larger(k.sequence, session->sizes->longest[m]);
+    k.sequence = larger(k.sequence, larger(session->sizes->longest[m],
+                                           train_settings_item_rows(s, m, session->sizes->longest[m])));
   for (int32_t i = 0; i < session->part_count; i++)
-    k.sequence = larger(k.sequence, data_set_modality(session->part[i].set, 0)->longest);
+    k.sequence =
+        larger(k.sequence, train_settings_item_rows(s, session->part[i].modality,
+                                                    data_set_modality(session->part[i].set, 0)->longest));
   k.updates = model->parameters.count;
+  k.sequence = larger(k.sequence, longest_latents(session));
+  int64_t latents = k.rows; /* a resampler's may be more than the trunk's rows */
   train_model_rows(s, limits, &k.rows, &k.segments);
   k.segments = larger(k.segments + 1, session->env.layout.batch);
   k.rows = larger(larger(k.rows * s->model.moe.choose, limits->expert_rows), session->env.layout.batch);
+  k.rows = larger(k.rows, latents);
   k.width = larger(width, session->env.layout.batch);
   return k;
 }

@@ -18,7 +18,8 @@
 #define PART(member) __typeof__(((train_settings *)0)->member)
 
 static const cyaml_strval_t connector_words[] = {{"linear", TRAIN_CONNECTOR_LINEAR},
-                                                 {"mlp", TRAIN_CONNECTOR_MLP}};
+                                                 {"mlp", TRAIN_CONNECTOR_MLP},
+                                                 {"resampler", TRAIN_CONNECTOR_RESAMPLER}};
 static const cyaml_strval_t position_words[] = {
     {"none", TRAIN_POSITIONS_NONE}, {"learned", TRAIN_POSITIONS_LEARNED}, {"rope", TRAIN_POSITIONS_ROPE}};
 static const cyaml_strval_t normalize_words[] = {
@@ -79,6 +80,9 @@ static const cyaml_strval_t transport_words[] = {
 static const cyaml_schema_field_t modality_fields[] = {TEXT("name", M, name),
                                                        WORD("connector", M, connector, connector_words),
                                                        CYAML_FIELD_INT("hidden", NEEDED, M, hidden),
+                                                       CYAML_FIELD_INT("queries", NEEDED, M, queries),
+                                                       CYAML_FIELD_INT("depth", NEEDED, M, depth),
+                                                       CYAML_FIELD_INT("heads", NEEDED, M, heads),
                                                        WORD("positions", M, positions, position_words),
                                                        CYAML_FIELD_INT("length", NEEDED, M, length),
                                                        WORD("normalize", M, normalize, normalize_words),
@@ -361,7 +365,8 @@ static const char defaults[] =
     "stages: []\n";
 
 static const char modality_defaults[] =
-    "{connector: linear, hidden: 0, positions: learned, length: 64, normalize: standard, local: 0, global: 0,"
+    "{connector: linear, hidden: 0, queries: 50, depth: 4, heads: 0, positions: learned, length: 64, "
+    "normalize: standard, local: 0, global: 0,"
     " experts: 0, ranks: 0, mark: -1}";
 static const char stage_defaults[] =
     "{from: none, set: [], kind: train, group: '', ranks: 0,"
@@ -390,6 +395,12 @@ int64_t train_settings_thousandths(const char *text) {
     for (end++; *end >= '0' && *end <= '9' && unit > 0; end++, unit /= 10) value += (*end - '0') * unit;
   while (*end == '0') end++;
   return *end == '\0' ? value : -1;
+}
+
+int64_t train_settings_item_rows(const train_settings *settings, int32_t m, int64_t latents) {
+  const train_modality_settings *modality = &settings->data.modalities[m];
+  if (latents == 0 || modality->connector != TRAIN_CONNECTOR_RESAMPLER) return latents;
+  return modality->queries;
 }
 
 int32_t train_settings_modality(const train_settings *settings, const char *name) {

@@ -7,7 +7,11 @@
 #include "core/dims.h"
 #include "core/status.h"
 
-typedef enum train_connector { TRAIN_CONNECTOR_LINEAR, TRAIN_CONNECTOR_MLP } train_connector;
+typedef enum train_connector {
+  TRAIN_CONNECTOR_LINEAR,
+  TRAIN_CONNECTOR_MLP,
+  TRAIN_CONNECTOR_RESAMPLER /* an item becomes `queries` rows: model/resampler.h */
+} train_connector;
 typedef enum train_positions {
   TRAIN_POSITIONS_NONE,
   TRAIN_POSITIONS_LEARNED,
@@ -76,14 +80,16 @@ typedef enum train_contents { TRAIN_CONTENTS_ALL, TRAIN_CONTENTS_TRAINED } train
 typedef enum train_busy { TRAIN_BUSY_DELAY, TRAIN_BUSY_WAIT } train_busy;
 
 typedef struct train_modality_settings {
-  char *name;     /* as in the shards' file names */
-  int connector;  /* train_connector: latents -> trunk */
-  int64_t hidden; /* of an mlp connector; 0: the trunk's width */
-  int positions;  /* train_positions */
-  int64_t length; /* rows of the learned table */
-  int normalize;  /* train_normalize: latents before the connector */
-  double local;   /* weight of the local entropy loss */
-  double global;  /* weight of the global entropy loss */
+  char *name;             /* as in the shards' file names */
+  int connector;          /* train_connector: latents -> trunk */
+  int64_t hidden;         /* of an mlp connector, or the width of a resampler; 0: the trunk's width */
+  int64_t queries, depth; /* of a resampler: rows of an item, layers */
+  int64_t heads;          /* of its attentions; 0: the trunk's number of heads */
+  int positions;          /* train_positions; not learned with a resampler, whose queries are learned */
+  int64_t length;         /* rows of the learned table */
+  int normalize;          /* train_normalize: latents before the connector */
+  double local;           /* weight of the local entropy loss */
+  double global;          /* weight of the global entropy loss */
   double experts; /* S_m, the soft minimum of experts, at most those it may choose; 0: no global loss */
   int64_t ranks;  /* of each expert group, with placement partitioned; 0: by cost */
   int64_t mark;   /* the prompt token -1 - mark stands where its latents go; -1: its place in the list */
@@ -323,6 +329,9 @@ int32_t train_settings_classes(const train_settings *settings);
 const char *train_settings_class(const train_settings *settings, int32_t c);
 /* Whether an MoE layer has a calibration: some of its experts are added, and model.moe.calibration. */
 bool train_settings_calibrated(const train_settings *settings, int64_t mixture);
+/* Rows of the trunk that an item of modality m with so many latents becomes; 0 latents: the item is absent.
+ */
+int64_t train_settings_item_rows(const train_settings *settings, int32_t m, int64_t latents);
 /* Groups of tokens whose balance is lost over: 1, those of a batch, or 0 where there is no such loss. */
 int64_t train_settings_balance_groups(const train_settings *settings);
 /* Whether any loss hangs on the router's sums. */

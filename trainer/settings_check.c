@@ -95,12 +95,30 @@ static core_status check_sizes(const core_config *config, const train_settings *
   return CORE_OK;
 }
 
+/* Positions are added to the rows of a connector, and the rows of a resampler are learned ones. */
+static core_status check_resampler(const core_config *config, const train_settings *s,
+                                   const train_modality_settings *modality, const char *positions,
+                                   const char *heads) {
+  int64_t width = modality->hidden ? modality->hidden : s->model.width;
+  int64_t count = modality->heads ? modality->heads : s->model.heads;
+  if (modality->connector != TRAIN_CONNECTOR_RESAMPLER || s->model.kind == TRAIN_KIND_CONNECTOR)
+    return CORE_OK;
+  if (modality->positions == TRAIN_POSITIONS_LEARNED)
+    return core_config_refuse(config, positions, "a resampler's rows are learned queries: expected none%s",
+                              s->model.kind == TRAIN_KIND_TOWER ? " or rope" : "");
+  if (count < 1 || width % count != 0 || width / count > 256)
+    return core_config_refuse(config, heads,
+                              "%lld heads do not divide the resampler's width %lld into at most 256 each",
+                              (long long)count, (long long)width);
+  return CORE_OK;
+}
+
 static core_status check_modality(const core_config *config, const train_settings *s, unsigned m) {
   const train_modality_settings *modality = &s->data.modalities[m];
-  char key[9][160];
-  static const char *const names[] = {"hidden", "length", "local",     "global", "experts",
-                                      "ranks",  "name",   "positions", "mark"};
-  for (int i = 0; i < 9; i++)
+  char key[12][160];
+  static const char *const names[] = {"hidden", "length",    "local", "global",  "experts", "ranks",
+                                      "name",   "positions", "mark",  "queries", "depth",   "heads"};
+  for (int i = 0; i < 12; i++)
     snprintf(key[i], sizeof key[i], "data.modalities.%.96s.%s", modality->name, names[i]);
   const bound list[] = {
       {key[0], (double)modality->hidden, 0, large},
@@ -110,6 +128,9 @@ static core_status check_modality(const core_config *config, const train_setting
       {key[4], modality->experts, 0, (double)train_settings_most_experts(s)},
       {key[5], (double)modality->ranks, 0, (double)s->parallel.experts},
       {key[8], (double)modality->mark, 0, CORE_MAX_MODALITIES - 1},
+      {key[9], (double)modality->queries, 1, 65536},
+      {key[10], (double)modality->depth, 1, 256},
+      {key[11], (double)modality->heads, 0, large},
   };
   size_t length = strlen(modality->name);
   if (length == 0 || length > 48 || strpbrk(modality->name, "/.: \t") ||
@@ -129,6 +150,7 @@ static core_status check_modality(const core_config *config, const train_setting
   if (modality->global > 0 && modality->experts < 1)
     return core_config_refuse(config, key[4],
                               "the global entropy loss needs a soft minimum of at least 1 expert");
+  TRY(check_resampler(config, s, modality, key[7], key[11]));
   return CORE_OK;
 }
 

@@ -1,7 +1,7 @@
 /* Attention on packed segments, backward: with P recomputed from lse,
  *   dV = P^T dO;  dP = dO V^T;  dS = P (dP - rowsum(P dP)) scale;  dQ = dS K;  dK = dS^T Q.
  * rowsum(P dP) equals rowsum(dO O), which a tiled device kernel would take; here P and dP lie in the cache.
- * One (segment, key/value head) writes its own columns of dqkv, so threads never meet. */
+ * One (segment, key/value head) writes its own columns of the gradients, so threads never meet. */
 #include <omp.h> /* omp_get_thread_num */
 
 #include "attention_impl.h" /* kern_tile */
@@ -38,10 +38,10 @@ KERN_CLONES static void gradient_tile(const kern_attention_job *job, const backw
 static void backward_run(const kern_attention_job *job, const backward_tile *t) {
   const int64_t width = job->attention->head_width, columns = job->columns;
   const kern_slice query = t->query, dout = t->dout, key = job->key, dkey = job->dkey, dvalue = job->dvalue;
-  const kern_tile scores = {query.at, job->keys, job->score, query.row,  1,
-                            columns,  columns,   t->rows,    t->columns, width};
-  const kern_tile dprob = {dout.at, job->values, job->dscore, dout.row,   1,
-                           columns, columns,     t->rows,     t->columns, width};
+  const kern_tile scores = {query.at, job->key_table, job->score, query.row,  1,
+                            columns,  columns,        t->rows,    t->columns, width};
+  const kern_tile dprob = {dout.at, job->value_table, job->dscore, dout.row,   1,
+                           columns, columns,          t->rows,     t->columns, width};
   const kern_tile to_query = {job->dscore, key.at,        t->dquery.at, columns, 1,
                               key.row,     t->dquery.row, t->rows,      width,   t->keys};
   const kern_tile to_key = {job->dscore, query.at, dkey.at, 1,     columns,
@@ -69,13 +69,13 @@ static void backward_tile_at(const kern_attention_job *job, int64_t head, int64_
       .rows = rows,
       .keys = keys,
       .columns = kern_round_lanes(keys),
-      .query = kern_slice_load_priv(job, job->qkv, query, job->row, rows, job->query_room),
+      .query = kern_slice_load_priv(job, job->query, query, job->row, rows, job->query_room),
       .dout = kern_slice_load_priv(job, job->dout, out, job->out_row, rows, job->dout_room),
-      .dquery = kern_slice_open_priv(job, job->dqkv, query, job->row, job->to_room),
+      .dquery = kern_slice_open_priv(job, job->dquery, query, job->row, job->to_room),
       .lse = job->lse + tokens * attention->heads + head,
       .write = is_first ? KERN_SET : KERN_ADD};
   backward_run(job, &t);
-  kern_slice_store_priv(job, t.dquery, job->dqkv, query, job->row, rows);
+  kern_slice_store_priv(job, t.dquery, job->dquery, query, job->row, rows);
 }
 
 static void slice_clear(kern_slice slice, int64_t begin, int64_t end, int64_t width) {
@@ -86,23 +86,42 @@ static void slice_clear(kern_slice slice, int64_t begin, int64_t end, int64_t wi
 static void backward_segment(kern_attention_job *job) {
   const kern_attention *attention = job->attention;
   const int64_t group = attention->heads / attention->kv_heads, width = attention->head_width;
-  const int64_t length = job->length, row = job->row;
-  const int64_t key = job->begin * row + (attention->heads + job->kv_head) * width;
+  const int64_t length = job->key_length, row = job->source_row;
+  const int64_t key = job->key_begin * row + job->key_column + job->kv_head * width;
   const int64_t value = key + attention->kv_heads * width;
-  job->key = kern_slice_load_priv(job, job->qkv, key, row, length, job->key_room);
-  job->value = kern_slice_load_priv(job, job->qkv, value, row, length, job->value_room);
-  job->dkey = kern_slice_open_priv(job, job->dqkv, key, row, job->dkey_room);
-  job->dvalue = kern_slice_open_priv(job, job->dqkv, value, row, job->dvalue_room);
-  /* Later keys of a causal segment are first met by ADD. */
-  const int64_t met = attention->mask == KERN_CAUSAL ? KERN_QUERY_ROWS : length;
+  job->key = kern_slice_load_priv(job, job->source, key, row, length, job->key_room);
+  job->value = kern_slice_load_priv(job, job->source, value, row, length, job->value_room);
+  job->dkey = kern_slice_open_priv(job, job->dsource, key, row, job->dkey_room);
+  job->dvalue = kern_slice_open_priv(job, job->dsource, value, row, job->dvalue_room);
+  /* Later keys of a causal segment are first met by ADD, and those without queries never. */
+  const int64_t seen = attention->mask == KERN_CAUSAL ? KERN_QUERY_ROWS : length;
+  const int64_t met = job->length > 0 ? seen : 0;
   slice_clear(job->dkey, met, length, width);
   slice_clear(job->dvalue, met, length, width);
-  kern_tile_transpose_priv(job->key.at, job->key.row, length, job->columns, width, job->keys);
-  kern_tile_transpose_priv(job->value.at, job->value.row, length, job->columns, width, job->values);
+  kern_tile_transpose_priv(job->key.at, job->key.row, length, job->columns, width, job->key_table);
+  kern_tile_transpose_priv(job->value.at, job->value.row, length, job->columns, width, job->value_table);
   for (int64_t head = job->kv_head * group; head < (job->kv_head + 1) * group; head++)
-    for (int64_t first = 0; first < length; first += KERN_QUERY_ROWS) backward_tile_at(job, head, first);
-  kern_slice_store_priv(job, job->dkey, job->dqkv, key, row, length);
-  kern_slice_store_priv(job, job->dvalue, job->dqkv, value, row, length);
+    for (int64_t first = 0; first < job->length; first += KERN_QUERY_ROWS) backward_tile_at(job, head, first);
+  kern_slice_store_priv(job, job->dkey, job->dsource, key, row, length);
+  kern_slice_store_priv(job, job->dvalue, job->dsource, value, row, length);
+}
+
+/* All segments and key/value heads of a call. */
+static void backward_all(kern_context *context, const kern_attention_job *call) {
+  const kern_attention *attention = call->attention;
+  const int64_t jobs = attention->segments.count * attention->kv_heads;
+#pragma omp parallel for schedule(dynamic, 8) num_threads(context->threads)
+  for (int64_t at = 0; at < jobs; at++) {
+    kern_attention_job job = *call;
+    const int64_t next = at / attention->kv_heads + 1;
+    kern_attention_start_priv(&job, context, next - 1, at % attention->kv_heads, omp_get_thread_num());
+    if (job.kv_head == 0) {
+      kern_attention_prefetch_priv(&job, job.keys, next, job.source, job.source_row);
+      kern_attention_prefetch_priv(&job, attention->segments, next, job.dout, job.out_row);
+      kern_attention_prefetch_priv(&job, job.keys, next, job.dsource, job.source_row);
+    }
+    if (job.key_length > 0) backward_segment(&job);
+  }
 }
 
 core_status kern_attention_bwd_cpu(kern_context *context, const kern_attention *attention, core_tensor dout,
@@ -110,23 +129,21 @@ core_status kern_attention_bwd_cpu(kern_context *context, const kern_attention *
   TRY(kern_attention_check_priv(__func__, context, attention, qkv, out, lse));
   KERN_CHECK_LIKE(dout, out);
   KERN_CHECK_LIKE(dqkv, qkv);
-  const int64_t jobs = attention->segments.count * attention->kv_heads;
-#pragma omp parallel for schedule(dynamic, 8) num_threads(context->threads)
-  for (int64_t at = 0; at < jobs; at++) {
-    kern_attention_job job = {.attention = attention,
-                              .dtype = qkv.dtype,
-                              .qkv = qkv.data,
-                              .dout = dout.data,
-                              .lse = lse.data,
-                              .dqkv = dqkv.data};
-    const int64_t next = at / attention->kv_heads + 1;
-    kern_attention_start_priv(&job, context, next - 1, at % attention->kv_heads, omp_get_thread_num());
-    if (job.kv_head == 0) {
-      kern_attention_prefetch_priv(&job, next, job.qkv, job.row);
-      kern_attention_prefetch_priv(&job, next, job.dout, job.out_row);
-      kern_attention_prefetch_priv(&job, next, job.dqkv, job.row);
-    }
-    if (job.length > 0) backward_segment(&job);
-  }
+  kern_attention_job call = kern_attention_job_priv(attention, qkv, lse);
+  call.dout = dout.data, call.dquery = call.dsource = dqkv.data;
+  backward_all(context, &call);
+  return CORE_OK;
+}
+
+core_status kern_attention_cross_bwd_cpu(kern_context *context, const kern_cross *cross, core_tensor dout,
+                                         core_tensor dq, core_tensor dkv) {
+  const core_tensor q = cross->q, kv = cross->kv, out = cross->out;
+  TRY(kern_cross_check_priv(__func__, context, cross));
+  KERN_CHECK_LIKE(dout, out);
+  KERN_CHECK_LIKE(dq, q);
+  KERN_CHECK_LIKE(dkv, kv);
+  kern_attention_job call = kern_cross_job_priv(cross);
+  call.dout = dout.data, call.dquery = dq.data, call.dsource = dkv.data;
+  backward_all(context, &call);
   return CORE_OK;
 }

@@ -1,10 +1,10 @@
 /* Private to attention_{tile,fwd,bwd}.c. Work is one (segment, key/value head) at a time, on one thread, with
  * that thread's scratch:
  *
- *   keys    [A][columns]  K transposed; columns = the segment's length rounded up to whole vectors
- *   values  [A][columns]  V transposed (backward)
- *   score   [KERN_QUERY_ROWS][columns]
- *   dscore  [KERN_QUERY_ROWS][columns]  (backward)
+ *   key_table    [A][columns]  K transposed; columns = the segment's keys rounded up to whole vectors
+ *   value_table  [A][columns]  V transposed (backward)
+ *   score        [KERN_QUERY_ROWS][columns]
+ *   dscore       [KERN_QUERY_ROWS][columns]  (backward)
  *
  * and, for bfloat16, copies of the head's columns as core_real, so that the arithmetic is the same and a
  * gradient is rounded once, when it is complete:
@@ -37,15 +37,18 @@ typedef struct kern_slice {
 
 typedef struct kern_attention_job {
   const kern_attention *attention;
-  core_dtype dtype; /* of qkv, out and their gradients */
-  const void *qkv, *dout;
-  void *to_out, *dqkv;
+  kern_segments keys;                /* those of the attention, where a tensor attends to itself */
+  core_dtype dtype;                  /* of all tensors but lse */
+  const void *query, *source, *dout; /* source: of keys and values; of self-attention the same tensor */
+  void *to_out, *dquery, *dsource;
   core_real *lse;
-  int64_t row, out_row;  /* elements from one token to the next in qkv and in out */
-  int64_t length, begin; /* of the segment */
-  int64_t columns;       /* length rounded up */
+  int64_t row, source_row, out_row; /* elements from one token to the next in query, source and out */
+  int64_t key_column;               /* of the first key head in a row of source; the values follow */
+  int64_t length, begin;            /* of the segment's queries */
+  int64_t key_length, key_begin;    /* of its keys */
+  int64_t columns;                  /* key_length rounded up */
   int64_t kv_head;
-  core_real *keys, *values, *score, *dscore; /* scratch */
+  core_real *key_table, *value_table, *score, *dscore; /* scratch */
   core_real *key_room, *value_room, *dkey_room, *dvalue_room, *query_room, *dout_room, *to_room;
   kern_slice key, value, dkey, dvalue; /* of the segment and key/value head */
 } kern_attention_job;
@@ -77,18 +80,23 @@ void kern_slice_store_priv(const kern_attention_job *job, kern_slice slice, void
 CORE_NODISCARD core_status kern_attention_check_priv(const char *op, const kern_context *context,
                                                      const kern_attention *attention, core_tensor qkv,
                                                      core_tensor out, core_tensor lse);
+CORE_NODISCARD core_status kern_cross_check_priv(const char *op, const kern_context *context,
+                                                 const kern_cross *cross);
+/* What all segments and heads of a call share, without gradients. */
+kern_attention_job kern_attention_job_priv(const kern_attention *attention, core_tensor qkv, core_tensor lse);
+kern_attention_job kern_cross_job_priv(const kern_cross *cross);
 /* Fills in what depends on the segment and the thread. */
 void kern_attention_start_priv(kern_attention_job *job, const kern_context *context, int64_t segment,
                                int64_t kv_head, int32_t thread);
 
-/* Asks for the rows of the next segment before they are needed: heads are visited in slices too short for the
- * hardware to see a stream. Long segments, whose slices it does see, are left alone. */
-void kern_attention_prefetch_priv(const kern_attention_job *job, int64_t segment, const void *rows,
-                                  int64_t row);
+/* Asks for the rows of the next one of `segments` before they are needed: heads are visited in slices too
+ * short for the hardware to see a stream. Long segments, whose slices it does see, are left alone. */
+void kern_attention_prefetch_priv(const kern_attention_job *job, kern_segments segments, int64_t segment,
+                                  const void *rows, int64_t row);
 
 /* Keys that query rows below `end` see, and the padded count of score columns that holds them. */
 static inline int64_t kern_attention_keys(const kern_attention_job *job, int64_t end) {
-  return job->attention->mask == KERN_CAUSAL ? end : job->length;
+  return job->attention->mask == KERN_CAUSAL ? end : job->key_length;
 }
 
 #endif

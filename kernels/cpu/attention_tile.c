@@ -125,27 +125,86 @@ void kern_slice_store_priv(const kern_attention_job *job, kern_slice slice, void
     kern_narrow_rows_priv(slice.at, slice.row, rows, slice.row, KERN_SET, (uint16_t *)tensor + first, row, 1);
 }
 
-core_status kern_attention_check_priv(const char *op, const kern_context *context,
-                                      const kern_attention *attention, core_tensor qkv, core_tensor out,
-                                      core_tensor lse) {
-  const int64_t rows = qkv.shape[0], heads = attention->heads, kv_heads = attention->kv_heads;
-  const int64_t width = attention->head_width;
+static core_status heads_check(const char *op, const kern_attention *attention) {
+  const int64_t heads = attention->heads, kv_heads = attention->kv_heads, width = attention->head_width;
   CHECK(heads >= 1 && kv_heads >= 1 && heads % kv_heads == 0, CORE_ERR_ARGUMENT,
         "%s: %lld heads over %lld key/value heads, expected a multiple", op, (long long)heads,
         (long long)kv_heads);
   CHECK(width >= 1 && width <= KERN_MAX_HEAD_WIDTH, CORE_ERR_ARGUMENT,
         "%s: head width %lld, expected 1 to %d", op, (long long)width, (int)KERN_MAX_HEAD_WIDTH);
-  TRY(kern_check_priv(op, "qkv", &qkv, kern_active_dtype(qkv.dtype),
-                      (const int64_t[]){KERN_ANY, (heads + 2 * kv_heads) * width}, 2));
-  TRY(kern_check_priv(op, "out", &out, qkv.dtype, (const int64_t[]){rows, heads * width}, 2));
-  TRY(kern_check_priv(op, "lse", &lse, CORE_REAL_DTYPE, (const int64_t[]){rows, heads}, 2));
-  TRY(kern_check_limit_priv(op, "width", qkv.shape[1], context->limits.width));
-  const kern_segments segments = attention->segments;
+  return CORE_OK;
+}
+
+static core_status segments_check(const char *op, const kern_context *context, kern_segments segments,
+                                  int64_t rows) {
   TRY(kern_check_offset_priv(op, "segments", segments.offset, segments.count, rows));
   for (int64_t s = 0; s < segments.count; s++)
     TRY(kern_check_limit_priv(op, "a segment's length", segments.offset[s + 1] - segments.offset[s],
                               context->limits.sequence));
   return CORE_OK;
+}
+
+core_status kern_attention_check_priv(const char *op, const kern_context *context,
+                                      const kern_attention *attention, core_tensor qkv, core_tensor out,
+                                      core_tensor lse) {
+  const int64_t rows = qkv.shape[0], heads = attention->heads, kv_heads = attention->kv_heads;
+  const int64_t width = attention->head_width;
+  TRY(heads_check(op, attention));
+  TRY(kern_check_priv(op, "qkv", &qkv, kern_active_dtype(qkv.dtype),
+                      (const int64_t[]){KERN_ANY, (heads + 2 * kv_heads) * width}, 2));
+  TRY(kern_check_priv(op, "out", &out, qkv.dtype, (const int64_t[]){rows, heads * width}, 2));
+  TRY(kern_check_priv(op, "lse", &lse, CORE_REAL_DTYPE, (const int64_t[]){rows, heads}, 2));
+  TRY(kern_check_limit_priv(op, "width", qkv.shape[1], context->limits.width));
+  TRY(segments_check(op, context, attention->segments, rows));
+  return CORE_OK;
+}
+
+core_status kern_cross_check_priv(const char *op, const kern_context *context, const kern_cross *cross) {
+  const kern_attention *attention = &cross->attention;
+  const kern_segments queries = attention->segments, keys = cross->keys;
+  const int64_t rows = cross->q.shape[0], heads = attention->heads, width = attention->head_width;
+  TRY(heads_check(op, attention));
+  CHECK(attention->mask == KERN_BIDIRECTIONAL, CORE_ERR_ARGUMENT, "%s: there is no mask between two tensors",
+        op);
+  TRY(kern_check_priv(op, "q", &cross->q, kern_active_dtype(cross->q.dtype),
+                      (const int64_t[]){KERN_ANY, heads * width}, 2));
+  TRY(kern_check_priv(op, "kv", &cross->kv, cross->q.dtype,
+                      (const int64_t[]){KERN_ANY, 2 * (int64_t)attention->kv_heads * width}, 2));
+  TRY(kern_check_priv(op, "out", &cross->out, cross->q.dtype, (const int64_t[]){rows, heads * width}, 2));
+  TRY(kern_check_priv(op, "lse", &cross->lse, CORE_REAL_DTYPE, (const int64_t[]){rows, heads}, 2));
+  TRY(kern_check_limit_priv(op, "width", cross->kv.shape[1], context->limits.width));
+  CHECK(keys.count == queries.count, CORE_ERR_ARGUMENT, "%s: %lld segments of queries and %lld of keys", op,
+        (long long)queries.count, (long long)keys.count);
+  TRY(segments_check(op, context, queries, rows));
+  TRY(segments_check(op, context, keys, cross->kv.shape[0]));
+  for (int64_t s = 0; s < keys.count; s++)
+    CHECK(queries.offset[s + 1] == queries.offset[s] || keys.offset[s + 1] > keys.offset[s],
+          CORE_ERR_ARGUMENT, "%s: segment %lld has queries and no keys", op, (long long)s);
+  return CORE_OK;
+}
+
+kern_attention_job kern_attention_job_priv(const kern_attention *attention, core_tensor qkv,
+                                           core_tensor lse) {
+  return (kern_attention_job){.attention = attention,
+                              .keys = attention->segments,
+                              .dtype = qkv.dtype,
+                              .query = qkv.data,
+                              .source = qkv.data,
+                              .lse = lse.data,
+                              .row = qkv.shape[1],
+                              .source_row = qkv.shape[1],
+                              .key_column = (int64_t)attention->heads * attention->head_width};
+}
+
+kern_attention_job kern_cross_job_priv(const kern_cross *cross) {
+  return (kern_attention_job){.attention = &cross->attention,
+                              .keys = cross->keys,
+                              .dtype = cross->q.dtype,
+                              .query = cross->q.data,
+                              .source = cross->kv.data,
+                              .lse = cross->lse.data,
+                              .row = cross->q.shape[1],
+                              .source_row = cross->kv.shape[1]};
 }
 
 void kern_attention_start_priv(kern_attention_job *job, const kern_context *context, int64_t segment,
@@ -154,13 +213,14 @@ void kern_attention_start_priv(kern_attention_job *job, const kern_context *cont
   const int64_t width = attention->head_width;
   job->begin = attention->segments.offset[segment];
   job->length = attention->segments.offset[segment + 1] - job->begin;
-  job->columns = kern_round_lanes(job->length);
+  job->key_begin = job->keys.offset[segment];
+  job->key_length = job->keys.offset[segment + 1] - job->key_begin;
+  job->columns = kern_round_lanes(job->key_length);
   job->kv_head = kv_head;
-  job->row = (attention->heads + 2 * (int64_t)attention->kv_heads) * width;
   job->out_row = attention->heads * width;
-  job->keys = context->attention + thread * context->attention_count;
-  job->values = job->keys + width * job->columns;
-  job->score = job->values + width * job->columns;
+  job->key_table = context->attention + thread * context->attention_count;
+  job->value_table = job->key_table + width * job->columns;
+  job->score = job->value_table + width * job->columns;
   job->dscore = job->score + KERN_QUERY_ROWS * job->columns;
   job->key_room = job->dscore + KERN_QUERY_ROWS * job->columns;
   job->value_room = job->key_room + width * job->columns;
@@ -171,10 +231,10 @@ void kern_attention_start_priv(kern_attention_job *job, const kern_context *cont
   job->to_room = job->dout_room + KERN_QUERY_ROWS * width;
 }
 
-void kern_attention_prefetch_priv(const kern_attention_job *job, int64_t segment, const void *rows,
-                                  int64_t row) {
-  if (segment >= job->attention->segments.count) return;
-  const int64_t *offset = job->attention->segments.offset + segment;
+void kern_attention_prefetch_priv(const kern_attention_job *job, kern_segments segments, int64_t segment,
+                                  const void *rows, int64_t row) {
+  if (segment >= segments.count) return;
+  const int64_t *offset = segments.offset + segment;
   const int64_t elements = (offset[1] - offset[0]) * row;
   if (elements <= PREFETCH_MOST)
     kern_prefetch(kern_element(rows, job->dtype, offset[0] * row), job->dtype, elements);

@@ -168,6 +168,9 @@ core_status kern_attention_fwd_cpu(kern_context *context, const kern_attention *
                                    core_tensor out, core_tensor lse);
 core_status kern_attention_bwd_cpu(kern_context *context, const kern_attention *attention, core_tensor dout,
                                    core_tensor qkv, core_tensor out, core_tensor lse, core_tensor dqkv);
+core_status kern_attention_cross_fwd_cpu(kern_context *context, const kern_cross *cross);
+core_status kern_attention_cross_bwd_cpu(kern_context *context, const kern_cross *cross, core_tensor dout,
+                                         core_tensor dq, core_tensor dkv);
 core_status kern_attention_cached_cpu(kern_context *context, const kern_attention *attention,
                                       core_tensor first, core_tensor length, core_tensor qkv,
                                       core_tensor cache, core_tensor out);

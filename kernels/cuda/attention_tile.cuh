@@ -25,29 +25,28 @@ enum {
 
 /* What all kernels of a call share. */
 struct kern_attention_job {
-  const int2 *range; /* [rows] begin and end of each row's segment */
-  int64_t rows;
+  const int2 *range; /* [rows] begin and end, among the rows that pass by, of each own row's segment */
+  int64_t rows;      /* own ones */
+  int64_t query_row, source_row; /* elements from one row to the next: of queries, of keys and values */
+  int64_t key_first;             /* column of the first key head in a row of the source */
   int32_t heads, kv_heads, width;
   bool causal, vectors;
   float scale;
 
-  __device__ int64_t qkv_row() const {
-    return (int64_t)(heads + 2 * kv_heads) * width;
-  }
   __device__ int64_t out_row() const {
     return (int64_t)heads * width;
   }
-  /* Columns of a query, key or value head in a row of qkv. */
+  /* Columns of a query head in a row of queries, of a key or value head in a row of the source. */
   __device__ int64_t query_column(int head) const {
     return (int64_t)head * width;
   }
   __device__ int64_t key_column(int kv_head) const {
-    return (int64_t)(heads + kv_head) * width;
+    return key_first + (int64_t)kv_head * width;
   }
   __device__ int64_t value_column(int kv_head) const {
-    return (int64_t)(heads + kv_heads + kv_head) * width;
+    return key_first + (int64_t)(kv_heads + kv_head) * width;
   }
-  /* Segment of a row; empty past the end. */
+  /* Segment of an own row; empty past the end. */
   __device__ int2 segment(int64_t row) const {
     return row < rows ? range[row] : make_int2(0, 0);
   }
@@ -180,10 +179,17 @@ __device__ __forceinline__ void kern_tile_store(const kern_attention_job &job, i
 CORE_NODISCARD core_status kern_attention_checked_priv(const char *op, const kern_context *context,
                                                        const kern_attention *attention, core_tensor qkv,
                                                        core_tensor out, core_tensor lse);
+CORE_NODISCARD core_status kern_cross_checked_priv(const char *op, const kern_context *context,
+                                                   const kern_cross *cross);
 /* Fills context->range and says what kernels need to know. */
 CORE_NODISCARD core_status kern_attention_job_priv(const kern_context *context,
                                                    const kern_attention *attention, core_tensor qkv,
                                                    kern_fault fault, kern_attention_job *job);
+/* The same for queries against the keys of another tensor; and then for its keys against the queries. */
+CORE_NODISCARD core_status kern_cross_job_priv(const kern_context *context, const kern_cross *cross,
+                                               kern_fault fault, kern_attention_job *job);
+CORE_NODISCARD core_status kern_cross_turn_priv(const kern_context *context, const kern_cross *cross,
+                                                kern_fault fault, kern_attention_job *job);
 
 /* Calls run with the padded width of a head. */
 template <typename F>

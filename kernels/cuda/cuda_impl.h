@@ -39,7 +39,7 @@ enum {
 #define KERN_CUDA_OPS(X)                                                                                   \
   X(gemm) X(gemm_grouped) X(bias_fwd) X(bias_bwd) X(gelu_fwd) X(gelu_bwd) X(swiglu_fwd) X(swiglu_bwd)      \
   X(rmsnorm_fwd) X(rmsnorm_bwd) X(layernorm_fwd) X(layernorm_bwd) X(rope)                                  \
-  X(attention_fwd) X(attention_bwd) X(attention_cached) X(router_logits) X(router_logits_bwd) X(router_noise) X(softmax_fwd)   \
+  X(attention_fwd) X(attention_bwd) X(attention_cross_fwd) X(attention_cross_bwd) X(attention_cached) X(router_logits) X(router_logits_bwd) X(router_noise) X(softmax_fwd)   \
   X(router_choose) X(router_gate_bwd) X(router_sums) X(router_sums_bwd) X(router_count) X(dispatch_plan)   \
   X(softmax_bwd) X(router_second) X(router_gate_fwd) X(router_calibrated_bwd) X(router_balance)            \
   X(router_balance_bwd) X(gather_rows) X(combine_fwd) X(combine_bwd) X(segment_mean_fwd) X(segment_mean_bwd)                     \

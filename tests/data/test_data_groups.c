@@ -9,6 +9,7 @@
 #include <cmocka.h>
 
 #include "core/random.h"
+#include "data/groups_impl.h" /* data_groups */
 #include "data_fixture.h"
 
 enum { B = 8, SAMPLES = 100, KINDS = 8, MOST = SAMPLES + KINDS * B };
@@ -263,6 +264,26 @@ static void rare_samples_fit_the_memory(void **state) {
   fixture_remove(f.directory);
 }
 
+/* What a model makes of an item counts, not what it has; an absent one counts nothing. */
+static void lengths_are_those_of_the_model(void **state) {
+  (void)state;
+  fixture f = fixture_small();
+  fixture_write(&f, "train");
+  data_set *set = fixture_open(&f, "train");
+  const data_group_options options = {.batch = B, .rows = {7, 0, 300}};
+  assert_int_equal(data_set_group(set, &options), CORE_OK);
+  int64_t absent = 0;
+  for (int64_t i = 0; i < fixture_samples(&f); ++i) {
+    const int64_t first = fixture_rows(&f, 0, fixture_id(i)), last = fixture_rows(&f, 2, fixture_id(i));
+    absent += (first == 0) + (last == 0);
+    assert_int_equal(set->groups->length[i],
+                     (first > 0 ? 7 : 0) + fixture_rows(&f, 1, fixture_id(i)) + (last > 0 ? 300 : 0));
+  }
+  assert_true(absent > 0);
+  data_set_close(set);
+  fixture_remove(f.directory);
+}
+
 static void bad_options(void **state) {
   (void)state;
   fixture f = fixture_small();
@@ -305,6 +326,7 @@ int main(void) {
                                      cmocka_unit_test(the_order_is_pinned),
                                      cmocka_unit_test(streams_resume_anywhere),
                                      cmocka_unit_test(rare_samples_fit_the_memory),
+                                     cmocka_unit_test(lengths_are_those_of_the_model),
                                      cmocka_unit_test(bad_options)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -184,10 +184,11 @@ class Features(Folder):
             return {"a": entry}
 
         good = tensor()["a"]
-        cases = [(tensor(data_offsets=[0, 64]), "makes no sense"), (tensor(data_offsets=[32, 0]), "makes no sense"),
-                 (tensor(shape=[2, 5]), "needs 40 bytes"), (tensor(shape=[2 ** 52, 2 ** 52]), "not addressable"),
-                 (tensor(shape=[-1, 4]), "makes no sense"), ({"a": good, "b": good}, "overlap"),
-                 (tensor(dtype="F8_E4M3"), "0 tensors"), ({"a": 1}, "makes no sense"), ([], "no JSON object")]
+        cases = [(tensor(data_offsets=[0, 64]), "claims bytes 0 to 64"), (tensor(data_offsets=[32, 0]), "claims bytes 32"),
+                 (tensor(shape=[2, 5]), "needs 10 elements"), (tensor(shape=[2 ** 52, 2 ** 52]), "at dimension 1"),
+                 (tensor(shape=[-1, 4]), "at dimension 0"), ({"a": good, "b": good}, "inside the one before it"),
+                 (tensor(dtype="F8_E4M3", shape=[32]), "0 tensors"), (tensor(dtype="NEW"), "0 tensors"),
+                 ({"a": 1}, "is not described"), ([], "does not begin with")]
         for header, words in cases:
             head = json.dumps(header).encode()
             with open(self.at("t.safetensors"), "wb") as file:

@@ -13,6 +13,8 @@ import struct
 import numpy as np
 import torch
 
+import reference_resampler
+
 MASK64 = (1 << 64) - 1
 
 
@@ -73,17 +75,22 @@ def standardisation(rows, how):
     return mean, np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1), 1)
 
 
-class Batch:
-    """sample[i] = (id, label, [latents of each modality, [t, D]]), latents standardised."""
+def rows_of(latents, m, queries):
+    return queries[m] if queries and queries[m] and len(latents) > 0 else len(latents)
 
-    def __init__(self, samples, modalities):
+
+class Batch:
+    """sample[i] = (id, label, [latents of each modality, [t, D]]), latents standardised.  queries[m]: rows that a
+    resampler makes of an item, or 0."""
+
+    def __init__(self, samples, modalities, queries=None):
         self.samples, self.M = samples, modalities
         self.ids = [s[0] for s in samples]
         self.labels = [s[1] for s in samples]
         self.items, self.sample, self.modality, self.position, self.key = [], [], [], [], []
         for i, (_, _, latents) in enumerate(samples):
             for m in range(modalities):
-                n = len(latents[m])
+                n = rows_of(latents[m], m, queries)
                 if n == 0:
                     continue
                 self.items.append((i, m, len(self.sample), n))
@@ -170,6 +177,8 @@ class Tower:
     def connect(self, i, m):
         settings, P = self.modalities[m], self.P
         name = "connector.%s." % settings["name"]
+        if settings["connector"] == "resampler":
+            return reference_resampler.resample(self.batch.samples[i][2][m], settings, self.model, P, name)
         x = self.batch.samples[i][2][m] @ P[name + "first.weight"].T + P[name + "first.bias"]
         if settings["connector"] == "mlp":
             x = torch.nn.functional.gelu(x) @ P[name + "second.weight"].T + P[name + "second.bias"]
@@ -361,7 +370,7 @@ def rate(optimizer, t, steps):
 
 def decays(name):
     """Weight decay is for matrices: not for norms, biases, embeddings, routers, the temperature."""
-    return not (name.endswith("norm.weight") or name.endswith(".bias") or name.endswith(".position")
+    return not (name.endswith("norm.weight") or name.endswith(".bias") or name.endswith((".position", ".query"))
                 or ".router." in name or name in ("log_scale", "embedding.weight"))
 
 

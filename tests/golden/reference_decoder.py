@@ -17,18 +17,19 @@ class Batch:
     """sample[i] = (id, label, [latents of each modality, [t, D]], prompt, target).  Rows are ("latent", m, t) or
     ("token", v); modality[row] is m, or M for a token."""
 
-    def __init__(self, samples, modalities):
+    def __init__(self, samples, modalities, queries=None):
         self.samples, self.M = samples, modalities
         self.items, self.rows, self.sample, self.modality, self.key, self.position = [], [], [], [], [], []
         self.predictions = []  # (sample, number in the response, row that predicts, token)
         for i, (_, _, latents, prompt, target) in enumerate(samples):
             before = [(("latent", m, t), m) for m in range(modalities) if -1 - m not in prompt
-                      for t in range(len(latents[m]))]
+                      for t in range(reference.rows_of(latents[m], m, queries))]
             for v in prompt:
                 if v >= 0:
                     before.append((("token", v), modalities))
                 else:
-                    before += [(("latent", -1 - v, t), -1 - v) for t in range(len(latents[-1 - v]))]
+                    before += [(("latent", -1 - v, t), -1 - v)
+                               for t in range(reference.rows_of(latents[-1 - v], -1 - v, queries))]
             first, rows = len(self.rows), before + [(("token", v), modalities) for v in target]
             self.items.append((i, None, first, len(rows)))
             for position, (row, kind) in enumerate(rows):

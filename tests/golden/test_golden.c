@@ -1,6 +1,6 @@
 /* The trainer against PyTorch: losses, router sums, counts, every gradient, the norm, two AdamW steps,
- * on every layout that this number of ranks allows. See make_golden.py, make_decoder.py and make_mixture.py
- * for the other side. */
+ * on every layout that this number of ranks allows. See make_golden.py, make_decoder.py, make_mixture.py and
+ * make_resampler.py for the other side. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -427,6 +427,12 @@ static void mixture_agrees_with_pytorch(void **state) {
   agree(FOLDER "/mixture.h5", *state);
 }
 
+static void resampler_agrees_with_pytorch(void **state) {
+  agree(FOLDER "/resampler.h5", *state);
+}
+
+#define RESAMPLER(name) \
+  { name, resampler_agrees_with_pytorch, NULL, NULL, name }
 #define MIXTURE(name) \
   { name, mixture_agrees_with_pytorch, NULL, NULL, name }
 #define DECODER(name) \
@@ -437,18 +443,30 @@ static void mixture_agrees_with_pytorch(void **state) {
 /* test_golden [key=value] */
 int main(int argc, char **argv) {
   if (argc > 1) extra = argv[1];
-  const struct CMUnitTest tests[] = {
-      CASE("dropless"),    CASE("priority"),
-      CASE("order"),       CASE("entropy"),
-      CASE("noise"),       CASE("absent"),
-      CASE("towers"),      CASE("partition"),
-      CASE("dense"),       CASE("joint"),
-      CASE("alternating"), CASE("connector"),
-      CASE("mlp"),         DECODER("spliced"),
-      DECODER("tied"),     DECODER("noisy"),
-      DECODER("plain"),    MIXTURE("unequal"),
-      MIXTURE("by_input"), MIXTURE("by_weight"),
-      MIXTURE("drawn"),    {"lora", adapted_decoder_agrees_with_pytorch, NULL, NULL, "lora"}};
+  const struct CMUnitTest tests[] = {CASE("dropless"),
+                                     CASE("priority"),
+                                     CASE("order"),
+                                     CASE("entropy"),
+                                     CASE("noise"),
+                                     CASE("absent"),
+                                     CASE("towers"),
+                                     CASE("partition"),
+                                     CASE("dense"),
+                                     CASE("joint"),
+                                     CASE("alternating"),
+                                     CASE("connector"),
+                                     CASE("mlp"),
+                                     DECODER("spliced"),
+                                     DECODER("tied"),
+                                     DECODER("noisy"),
+                                     DECODER("plain"),
+                                     MIXTURE("unequal"),
+                                     MIXTURE("by_input"),
+                                     MIXTURE("by_weight"),
+                                     MIXTURE("drawn"),
+                                     RESAMPLER("resampled_tower"),
+                                     RESAMPLER("resampled"),
+                                     {"lora", adapted_decoder_agrees_with_pytorch, NULL, NULL, "lora"}};
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;
   int failed = test_device_missing(extra, comm_local_rank(world));

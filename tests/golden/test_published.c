@@ -386,8 +386,10 @@ static void save(test_session *t) {
   ckpt_writer *writer = NULL;
   char *json = NULL;
   const ckpt_options options = {.directory = in_root("run")};
-  const train_state_meta meta = {
-      .step = 7, .ranks = 1, .expert_ranks = 1, .config = (char *)(uintptr_t)mixture};
+  const train_state_meta meta = {.step = 7,
+                                 .ranks = 1,
+                                 .expert_ranks = 1,
+                                 .config = (char *)(uintptr_t)core_config_text(t->session->env.config)};
   assert_ok(train_state_list(t->session->model, NULL, TRAIN_STATE_SAVE, &tensors));
   assert_ok(train_state_meta_write(&meta, &json));
   assert_ok(ckpt_writer_create(control(), &options, tensors.list, tensors.count, &writer));
@@ -466,12 +468,60 @@ static void experts_and_connectors_go_out(void **state) {
   test_session_close(&t);
 }
 
+/* The whole of a file, malloc'ed. */
+static char *bytes_of(const char *name, int64_t *count) {
+  char *bytes = NULL;
+  assert_ok(core_file_read_all(in_root(name), 1 << 24, &bytes, count));
+  return bytes;
+}
+
+/* A model with experts and connectors, out, in and out again: the same bytes. */
+static void exported_models_come_back(void **state) {
+  (void)state;
+  static const char *const set[] = {
+      "data.modalities.image={connector: resampler, hidden: 8, queries: 3, depth: 1}", "model.tied=true",
+      "model.moe.added=[1]", "model.moe.calibration=add", NULL};
+  test_session t;
+  int64_t before = 0, after = 0;
+  test_set_options o = {.directory = in_root("train"),
+                        .modalities = 1,
+                        .width = {5},
+                        .samples = 8,
+                        .shards = 1,
+                        .first_id = 1,
+                        .rows = two_rows,
+                        .vocabulary = 50};
+  assert_ok(test_set_write(&o));
+  test_session_open(world, mixture, set, root, &t);
+  assert_ok(train_session_standardise(t.session));
+  save(&t);
+  test_session_close(&t);
+  char out[256], again[256], checkpoint[256];
+  snprintf(out, sizeof out, "%s", in_root("out"));
+  snprintf(again, sizeof again, "%s", in_root("again"));
+  snprintf(checkpoint, sizeof checkpoint, "%s", in_root("imported/step-00000000"));
+  assert_ok(train_export(control(), in_root("run/step-00000007"), out, CORE_FLOAT32));
+  assert_ok(import(out));
+  assert_ok(train_export(control(), checkpoint, again, CORE_FLOAT32));
+  char *first = bytes_of("out/model.safetensors", &before),
+       *second = bytes_of("again/model.safetensors", &after);
+  assert_int_equal(before, after);
+  assert_memory_equal(first, second, (size_t)before);
+  free(first), free(second);
+  remove(in_root("out/config.yaml"));
+  assert_error(train_import(control(), out, in_root("other.yaml"), in_root("other")), CORE_ERR_NOT_FOUND,
+               "no config.yaml lies beside");
+}
+
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_root, remove_root)
-  const struct CMUnitTest tests[] = {
-      TEST(published_weights_go_in_and_out),     TEST(files_and_indexes_are_named),
-      TEST(other_decoders_are_refused),          TEST(other_tensors_are_refused),
-      TEST(failures_leave_nothing_half_written), TEST(experts_and_connectors_go_out)};
+  const struct CMUnitTest tests[] = {TEST(published_weights_go_in_and_out),
+                                     TEST(files_and_indexes_are_named),
+                                     TEST(other_decoders_are_refused),
+                                     TEST(other_tensors_are_refused),
+                                     TEST(failures_leave_nothing_half_written),
+                                     TEST(experts_and_connectors_go_out),
+                                     TEST(exported_models_come_back)};
   comm_options options = {.deadline = 60};
   if (comm_start(&options, &world) != CORE_OK) return 1;
   int failed = cmocka_run_group_tests_name("published weights", tests, NULL, NULL);

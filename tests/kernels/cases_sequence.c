@@ -34,23 +34,40 @@ static void case_rope(battery *b) {
       }
 }
 
+/* Of one tensor with itself, or of the queries of one with the keys and values of another. */
 typedef struct attention_case {
   kern_attention attention;
-  int64_t row, offset[1024];
-  item *qkv, *out, *lse, *dout, *dqkv;
+  kern_segments keys;
+  int64_t key_column; /* of the first key head in a row of source */
+  int64_t offset[1024], key_offset[1024];
+  item *query, *source, *out, *lse, *dout, *dquery, *dsource;
 } attention_case;
 
-/* One query of one head: probabilities into p[length], its logsumexp returned. */
-static double ref_probabilities(const attention_case *a, int64_t begin, int64_t length, int64_t i, int64_t h,
-                                double *p) {
+/* Where a head of query i of segment s, of its key j and of its value j begin. */
+static int64_t query_at(const attention_case *a, int64_t s, int64_t i, int64_t h) {
+  return (a->offset[s] + i) * a->query->tensor.shape[1] + h * a->attention.head_width;
+}
+static int64_t key_at(const attention_case *a, int64_t s, int64_t j, int64_t h) {
+  const int64_t g = h / (a->attention.heads / a->attention.kv_heads);
+  return (a->keys.offset[s] + j) * a->source->tensor.shape[1] + a->key_column + g * a->attention.head_width;
+}
+static int64_t value_at(const attention_case *a, int64_t s, int64_t j, int64_t h) {
+  return key_at(a, s, j, h) + a->attention.kv_heads * a->attention.head_width;
+}
+static int64_t out_at(const attention_case *a, int64_t s, int64_t i, int64_t h) {
+  return ((a->offset[s] + i) * a->attention.heads + h) * a->attention.head_width;
+}
+
+/* One query of one head: probabilities into p[keys], its logsumexp returned. */
+static double ref_probabilities(const attention_case *a, int64_t s, int64_t i, int64_t h, double *p) {
   const kern_attention *at = &a->attention;
-  const int64_t width = at->head_width, g = h / (at->heads / at->kv_heads);
-  const double *q = a->qkv->ref + (begin + i) * a->row + h * width;
+  const double *q = a->query->ref + query_at(a, s, i, h);
+  const int64_t length = a->keys.offset[s + 1] - a->keys.offset[s];
   double sum = 0;
   for (int64_t j = 0; j < length; j++) {
-    const double *k = a->qkv->ref + (begin + j) * a->row + (at->heads + g) * width;
+    const double *k = a->source->ref + key_at(a, s, j, h);
     double dot = 0;
-    for (int64_t d = 0; d < width; d++) dot += q[d] * k[d];
+    for (int64_t d = 0; d < at->head_width; d++) dot += q[d] * k[d];
     p[j] = at->mask == KERN_CAUSAL && j > i ? 0 : exp(at->scale * dot);
     sum += p[j];
   }
@@ -58,77 +75,124 @@ static double ref_probabilities(const attention_case *a, int64_t begin, int64_t 
   return log(sum);
 }
 
-static void ref_forward(const attention_case *a, int64_t begin, int64_t length, int64_t i, int64_t h) {
-  const kern_attention *at = &a->attention;
-  const int64_t width = at->head_width, g = h / (at->heads / at->kv_heads);
-  double *p = malloc((size_t)length * sizeof *p),
-         *out = a->out->ref + (begin + i) * at->heads * width + h * width;
-  a->lse->ref[(begin + i) * at->heads + h] = ref_probabilities(a, begin, length, i, h, p);
-  for (int64_t d = 0; d < width; d++) {
+static void ref_forward(const attention_case *a, int64_t s, int64_t i, int64_t h) {
+  const int64_t length = a->keys.offset[s + 1] - a->keys.offset[s];
+  double *p = malloc((size_t)length * sizeof *p), *out = a->out->ref + out_at(a, s, i, h);
+  a->lse->ref[(a->offset[s] + i) * a->attention.heads + h] = ref_probabilities(a, s, i, h, p);
+  for (int64_t d = 0; d < a->attention.head_width; d++) {
     out[d] = 0;
-    for (int64_t j = 0; j < length; j++)
-      out[d] += p[j] * a->qkv->ref[(begin + j) * a->row + (at->heads + at->kv_heads + g) * width + d];
+    for (int64_t j = 0; j < length; j++) out[d] += p[j] * a->source->ref[value_at(a, s, j, h) + d];
   }
   free(p);
 }
 
-static void ref_backward(const attention_case *a, int64_t begin, int64_t length, int64_t i, int64_t h) {
-  const kern_attention *at = &a->attention;
-  const int64_t width = at->head_width, g = h / (at->heads / at->kv_heads), out_row = at->heads * width;
-  const int64_t q = (begin + i) * a->row + h * width;
-  const double *dout = a->dout->ref + (begin + i) * out_row + h * width;
-  const double *out = a->out->ref + (begin + i) * out_row + h * width;
+static void ref_backward(const attention_case *a, int64_t s, int64_t i, int64_t h) {
+  const int64_t width = a->attention.head_width, q = query_at(a, s, i, h);
+  const int64_t length = a->keys.offset[s + 1] - a->keys.offset[s];
+  const double *dout = a->dout->ref + out_at(a, s, i, h), *out = a->out->ref + out_at(a, s, i, h);
   double *p = malloc((size_t)length * sizeof *p), delta = 0;
-  ref_probabilities(a, begin, length, i, h, p);
+  ref_probabilities(a, s, i, h, p);
   for (int64_t d = 0; d < width; d++) delta += dout[d] * out[d];
   for (int64_t j = 0; j < length; j++) {
-    const int64_t k = (begin + j) * a->row + (at->heads + g) * width, v = k + at->kv_heads * width;
+    const int64_t k = key_at(a, s, j, h), v = value_at(a, s, j, h);
     double dp = 0;
-    for (int64_t d = 0; d < width; d++) dp += dout[d] * a->qkv->ref[v + d];
-    const double ds = p[j] * (dp - delta) * at->scale;
+    for (int64_t d = 0; d < width; d++) dp += dout[d] * a->source->ref[v + d];
+    const double ds = p[j] * (dp - delta) * a->attention.scale;
     for (int64_t d = 0; d < width; d++) {
-      a->dqkv->ref[q + d] += ds * a->qkv->ref[k + d];
-      a->dqkv->ref[k + d] += ds * a->qkv->ref[q + d];
-      a->dqkv->ref[v + d] += p[j] * dout[d];
+      a->dquery->ref[q + d] += ds * a->source->ref[k + d];
+      a->dsource->ref[k + d] += ds * a->query->ref[q + d];
+      a->dsource->ref[v + d] += p[j] * dout[d];
     }
   }
   free(p);
 }
 
 static void ref_each(const attention_case *a,
-                     void (*run)(const attention_case *, int64_t, int64_t, int64_t, int64_t)) {
-  for (int64_t s = 0; s < a->attention.segments.count; s++) {
-    const int64_t begin = a->offset[s], length = a->offset[s + 1] - begin;
-    for (int64_t i = 0; i < length; i++)
-      for (int64_t h = 0; h < a->attention.heads; h++) run(a, begin, length, i, h);
-  }
+                     void (*run)(const attention_case *, int64_t, int64_t, int64_t)) {
+  for (int64_t s = 0; s < a->attention.segments.count; s++)
+    for (int64_t i = 0; i < a->offset[s + 1] - a->offset[s]; i++)
+      for (int64_t h = 0; h < a->attention.heads; h++) run(a, s, i, h);
+}
+
+static void ref_both(const attention_case *a) {
+  ref_each(a, ref_forward);
+  memset(a->dquery->ref, 0, (size_t)a->dquery->count * sizeof(double));
+  memset(a->dsource->ref, 0, (size_t)a->dsource->count * sizeof(double));
+  ref_each(a, ref_backward);
 }
 
 /* Variants: mask in bit 0, grouped heads in bit 1. */
-static void case_attention(battery *b) {
+static attention_case *make_attention(battery *b, int causal, double dout) {
   attention_case *a = calloc(1, sizeof *a);
   const int64_t t = b->s.t, width = b->s.c, group = b->s.variant & 2 ? 3 : 1, heads = 2 * group;
   a->attention = (kern_attention){.segments = battery_segments(b, t, a->offset),
                                   .heads = (int32_t)heads,
                                   .kv_heads = 2,
                                   .head_width = (int32_t)width,
-                                  .mask = b->s.variant & 1 ? KERN_CAUSAL : KERN_BIDIRECTIONAL,
+                                  .mask = causal ? KERN_CAUSAL : KERN_BIDIRECTIONAL,
                                   .scale = 1 / sqrt((double)width)};
-  a->row = (heads + 4) * width;
-  a->qkv = ADD_ACTIVE(b, "qkv", TOL_EXACT, 1, t, a->row);
-  a->dqkv = ADD_ACTIVE(b, "dqkv", TOL_CHAIN, 1, t, a->row);
+  a->keys = a->attention.segments;
   a->out = ADD_ACTIVE(b, "out", TOL_SUM, 1, t, heads * width);
-  a->dout = ADD_ACTIVE(b, "dout", TOL_EXACT, 1, t, heads * width);
+  a->dout = ADD_ACTIVE(b, "dout", TOL_EXACT, dout, t, heads * width);
   a->lse = ADD(b, "lse", TOL_SUM, 1, t, heads);
-  a->out->rounded_inside = a->dqkv->rounded_inside = true;
+  a->out->rounded_inside = true;
+  return a;
+}
+
+static void case_attention(battery *b) {
+  attention_case *a = make_attention(b, b->s.variant & 1, 1);
+  const int64_t t = b->s.t, row = ((int64_t)a->attention.heads + 4) * b->s.c;
+  a->key_column = a->attention.heads * b->s.c;
+  a->query = a->source = ADD_ACTIVE(b, "qkv", TOL_EXACT, 1, t, row);
+  a->dquery = a->dsource = ADD_ACTIVE(b, "dqkv", TOL_CHAIN, 1, t, row);
+  a->dquery->rounded_inside = true;
   battery_expect_ok(
-      b, b->ops->attention_fwd(b->context, &a->attention, a->qkv->tensor, a->out->tensor, a->lse->tensor));
+      b, b->ops->attention_fwd(b->context, &a->attention, a->query->tensor, a->out->tensor, a->lse->tensor));
   for (int time = 0; time < 2; time++) /* dqkv is set */
-    battery_expect_ok(b, b->ops->attention_bwd(b->context, &a->attention, a->dout->tensor, a->qkv->tensor,
-                                               a->out->tensor, a->lse->tensor, a->dqkv->tensor));
-  ref_each(a, ref_forward);
-  memset(a->dqkv->ref, 0, (size_t)a->dqkv->count * sizeof(double));
-  ref_each(a, ref_backward);
+    battery_expect_ok(b, b->ops->attention_bwd(b->context, &a->attention, a->dout->tensor, a->query->tensor,
+                                               a->out->tensor, a->lse->tensor, a->dquery->tensor));
+  ref_both(a);
+  free(a);
+}
+
+/* As many segments as the queries have, each with keys where it has queries; some have keys alone. Long ones
+ * and short ones, whatever the number of queries. */
+static void cut_keys(battery *b, attention_case *a) {
+  const int64_t count = a->attention.segments.count;
+  for (int64_t s = 0; s < count; s++) {
+    const int64_t least = a->offset[s + 1] > a->offset[s];
+    a->key_offset[s + 1] = a->key_offset[s] + least + battery_pick(b, s % 3 == 0 ? 3 : s % 3 == 1 ? 9 : 40);
+  }
+  item *it = battery_add(b, "keys", CORE_INT64, TOL_EXACT, 0, (const int64_t[]){count + 1}, 1);
+  for (int64_t s = 0; s <= count; s++) it->ref[s] = (double)a->key_offset[s];
+  battery_upload(b, it);
+  a->keys = (kern_segments){.offset = a->key_offset, .device_offset = it->tensor, .count = count};
+}
+
+/* Variant 2: grouped heads; 1 is 0 once more, with other lengths. A device takes <dout, out> from the rounded
+ * out; at one query of one column nothing averages that, so that gradients are drawn small beside the 0.01.
+ */
+static void case_attention_cross(battery *b) {
+  attention_case *a = make_attention(b, 0, 0.25);
+  const int64_t t = b->s.t, row = a->attention.heads * b->s.c;
+  cut_keys(b, a);
+  const int64_t r = a->key_offset[a->keys.count];
+  a->query = ADD_ACTIVE(b, "q", TOL_EXACT, 1, t, row);
+  a->source = ADD_ACTIVE(b, "kv", TOL_EXACT, 1, r, 4 * b->s.c);
+  a->dquery = ADD_ACTIVE(b, "dq", TOL_CHAIN, 1, t, row);
+  a->dsource = ADD_ACTIVE(b, "dkv", TOL_CHAIN, 1, r, 4 * b->s.c);
+  a->dquery->rounded_inside = a->dsource->rounded_inside = true;
+  const kern_cross cross = {.attention = a->attention,
+                            .keys = a->keys,
+                            .q = a->query->tensor,
+                            .kv = a->source->tensor,
+                            .out = a->out->tensor,
+                            .lse = a->lse->tensor};
+  battery_expect_ok(b, b->ops->attention_cross_fwd(b->context, &cross));
+  for (int time = 0; time < 2; time++) /* dq and dkv are set */
+    battery_expect_ok(b, b->ops->attention_cross_bwd(b->context, &cross, a->dout->tensor, a->dquery->tensor,
+                                                     a->dsource->tensor));
+  ref_both(a);
   free(a);
 }
 
@@ -207,6 +271,7 @@ static void case_position(battery *b) {
 const battery_case battery_sequence[] = {
     {"rope", case_rope, 1, 2},
     {"attention", case_attention, 1, 4},
+    {"attention_cross", case_attention_cross, 1, 3},
     {"attention_cached", case_attention_cached, 1, 2},
     {"segment_mean", case_segment_mean, 2, 1},
     {"position", case_position, 1, 1},

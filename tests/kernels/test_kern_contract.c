@@ -157,6 +157,21 @@ static void wrong_arguments_are_refused(void **state) {
   expect_refusal(ops->attention_fwd(context, &attention, x, core_tensor_2(memory, real, 8, 4),
                                     core_tensor_2(memory, real, 8, 1)),
                  CORE_ERR_ARGUMENT, "attention_fwd", "length is 8", "at most 4");
+  static const int64_t halves[] = {0, 4, 8}, none_of_both[] = {0, 0, 4};
+  kern_cross cross = {.attention = {{.offset = halves, .count = 2}, 1, 1, 4, KERN_BIDIRECTIONAL, 0.5},
+                      .keys = {.offset = none_of_both, .count = 2},
+                      .q = core_tensor_2(memory, real, 8, 4),
+                      .kv = core_tensor_2(memory, real, 4, 8),
+                      .out = core_tensor_2(memory, real, 8, 4),
+                      .lse = core_tensor_2(memory, real, 8, 1)};
+  expect_refusal(ops->attention_cross_fwd(context, &cross), CORE_ERR_ARGUMENT, "attention_cross_fwd",
+                 "segment 0 has queries", "no keys");
+  cross.keys.count = 1;
+  expect_refusal(ops->attention_cross_fwd(context, &cross), CORE_ERR_ARGUMENT, "attention_cross_fwd",
+                 "2 segments of queries", "1 of keys");
+  cross.attention.mask = KERN_CAUSAL;
+  expect_refusal(ops->attention_cross_bwd(context, &cross, cross.out, cross.q, cross.kv), CORE_ERR_ARGUMENT,
+                 "attention_cross_bwd", "no mask", "two tensors");
   const core_tensor huge = core_tensor_2(memory, real, INT64_MAX / 2, 16);
   expect_refusal(ops->fill(context, 0, huge), CORE_ERR_ARGUMENT, "fill", "x is", "16]");
   ops->context_destroy(context);

@@ -243,6 +243,48 @@ static void attention_matches_at_every_head_width(void **state) {
   each_type(run_attention);
 }
 
+/* 50 queries an item, of which one is absent. */
+static int64_t pack_queries(session *s, packed *p, int64_t each) {
+  p->offset[0] = 0;
+  for (int64_t i = 0; i < p->count; i++) p->offset[i + 1] = p->offset[i] + (i == 1 ? 0 : each);
+  twin *offset = twin_add(s, "queries", CORE_INT64, 0, 1, p->count + 1);
+  memcpy(offset->of[CPU].data, p->offset, (size_t)(p->count + 1) * sizeof(int64_t));
+  twin_publish(s, offset);
+  for (int side = 0; side < SIDES; side++) p->device[side] = line(offset->of[side]);
+  return p->offset[p->count];
+}
+
+static void run_cross(session *s) {
+  const int32_t widths[] = {24, 64, 80, 160};
+  for (size_t w = 0; w < sizeof widths / sizeof *widths; w++) {
+    packed keys, queries;
+    const int32_t heads = 4, kv = w % 2 == 0 ? 2 : 4, a = widths[w];
+    const int64_t r = pack(s, &keys);
+    queries.count = keys.count;
+    const int64_t t = pack_queries(s, &queries, w == 1 ? 50 : 7);
+    twin *q = twin_add_active(s, "q", 1, t, heads * a), *source = twin_add_active(s, "kv", 1, r, 2 * kv * a);
+    twin *out = twin_add_active(s, "out", 0, t, heads * a), *lse = twin_add_real(s, "lse", 0, t, heads);
+    twin *dout = twin_add_active(s, "dout", 1, t, heads * a), *dq = twin_add_active(s, "dq", 1, t, heads * a);
+    twin *dkv = twin_add_active(s, "dkv", 1, r, 2 * kv * a);
+    for (int pass = 0; pass < 2; pass++)
+      for (int side = 0; side < SIDES; side++) {
+        const kern_attention at = {segments_of(&queries, side), heads,      kv, a,
+                                   KERN_BIDIRECTIONAL,          1 / sqrt(a)};
+        const kern_cross cross = {
+            at, segments_of(&keys, side), q->of[side], source->of[side], out->of[side], lse->of[side]};
+        twin_expect_ok(pass == 0 ? s->ops[side]->attention_cross_fwd(s->context[side], &cross)
+                                 : s->ops[side]->attention_cross_bwd(s->context[side], &cross, dout->of[side],
+                                                                     dq->of[side], dkv->of[side]));
+      }
+    s->bar = s->active == CORE_BFLOAT16 ? 1e-5 : 0; /* as above */
+    twin_finish(s, a);
+  }
+}
+static void attention_between_tensors_matches(void **state) {
+  (void)state;
+  each_type(run_cross);
+}
+
 /* Many short segments, so that gradients of positions are summed in stretches. */
 static void run_positions(session *s) {
   const int64_t count = 400, c = 40, longest = 6;
@@ -375,6 +417,7 @@ int main(void) {
       cmocka_unit_test(gates_match_at_every_number_of_experts),
       cmocka_unit_test(dispatch_plans_are_the_same),
       cmocka_unit_test(attention_matches_at_every_head_width),
+      cmocka_unit_test(attention_between_tensors_matches),
       cmocka_unit_test(positions_of_many_segments_match),
       cmocka_unit_test(grouped_products_match_in_every_form),
       cmocka_unit_test(updates_of_many_ranges_match),

@@ -265,6 +265,37 @@ static void attention_backward(grad *g) {
   must(g->ops->axpy(g->context, 1, dqkv, g->gradient[0]));
 }
 
+/* T queries to C + 4 keys: segments with none of both, with more of either, and keys that nobody asks. */
+static kern_cross cross_of(const grad *g) {
+  static const int64_t query[] = {0, 3, 3, 6, 7}, key[] = {0, 1, 3, 8, 10};
+  const int32_t heads = g->variant ? 4 : 2;
+  return (kern_cross){.attention = {{.offset = query, .count = 4}, heads, 2, 3, KERN_BIDIRECTIONAL, 0.6},
+                      .keys = {.offset = key, .count = 4},
+                      .q = g->value[0],
+                      .kv = g->value[1],
+                      .out = g->out,
+                      .lse = g->aux};
+}
+static void cross_setup(grad *g) {
+  const int32_t heads = g->variant ? 4 : 2;
+  input(g, T, heads * 3);
+  input(g, C + 4, 4 * 3);
+  output(g, T, heads * 3);
+  g->aux = take(g, T, heads, 0);
+}
+static double cross_loss(grad *g) {
+  const kern_cross cross = cross_of(g);
+  must(g->ops->attention_cross_fwd(g->context, &cross));
+  return dot(g->seed, g->out);
+}
+static void cross_backward(grad *g) {
+  const kern_cross cross = cross_of(g);
+  const core_tensor dq = take(g, T, cross.q.shape[1], 1), dkv = take(g, C + 4, 4 * 3, 1);
+  must(g->ops->attention_cross_bwd(g->context, &cross, g->seed, dq, dkv));
+  must(g->ops->axpy(g->context, 1, dq, g->gradient[0]));
+  must(g->ops->axpy(g->context, 1, dkv, g->gradient[1]));
+}
+
 static void segment_mean_setup(grad *g) {
   input(g, T, C);
   output(g, 4, C);
@@ -608,12 +639,13 @@ static void regression_backward(grad *g) {
 #define CASE(name, variants) \
   { #name, name##_setup, name##_loss, name##_backward, variants }
 static const grad_case cases[] = {
-    CASE(gemm, 3),         CASE(grouped, 1),     CASE(bias, 1),          CASE(gelu, 2),
-    CASE(swiglu, 1),       CASE(rmsnorm, 1),     CASE(layernorm, 1),     CASE(l2norm, 1),
-    CASE(rope, 1),         CASE(attention, 4),   CASE(segment_mean, 1),  CASE(position, 1),
-    CASE(gate, 2),         CASE(logits, 2),      CASE(sums, 5),          CASE(combine, 1),
-    CASE(gather, 1),       CASE(contrastive, 1), CASE(cross_entropy, 1), CASE(regression, 2),
-    CASE(bias_grouped, 1), CASE(embedding, 1),   CASE(calibrated, 4),    CASE(balance, 1),
+    CASE(gemm, 3),       CASE(grouped, 1),      CASE(bias, 1),        CASE(gelu, 2),
+    CASE(swiglu, 1),     CASE(rmsnorm, 1),      CASE(layernorm, 1),   CASE(l2norm, 1),
+    CASE(rope, 1),       CASE(attention, 4),    CASE(cross, 2),       CASE(segment_mean, 1),
+    CASE(position, 1),   CASE(gate, 2),         CASE(logits, 2),      CASE(sums, 5),
+    CASE(combine, 1),    CASE(gather, 1),       CASE(contrastive, 1), CASE(cross_entropy, 1),
+    CASE(regression, 2), CASE(bias_grouped, 1), CASE(embedding, 1),   CASE(calibrated, 4),
+    CASE(balance, 1),
 };
 
 /* Each element of each input: (L(x + h) - L(x - h)) / 2h. */

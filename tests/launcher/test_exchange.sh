@@ -51,8 +51,12 @@ run 1 export "$work/run/checkpoints/step-00000004" -o "$work/out.hf" --dtype bfl
 expect_status 0
 [ -s "$work/out.hf/model.safetensors" ] || fail "no weights"
 run 1 import "$work/out.hf" --config "$work/again.yaml" -o "$work/again"
-expect_status 1
-expect_text "$work/err" "'antiphon.connector.image.first.bias' is no part of such a decoder"
+expect_status 0
+run 1 export "$work/again/step-00000000" -o "$work/again.hf" --dtype bfloat16
+expect_same_file "weights" "$work/out.hf/model.safetensors" "$work/again.hf/model.safetensors"
+run 2 train "$work/again.yaml" --from "$work/again/step-00000000" --set run.directory="$work/more" --set run.steps=1
+expect_status 0
+expect_text "$work/err" "; 0 are new"
 run 1 export "$work/run/checkpoints/step-00000004" -o "$work/out.hf"
 expect_status 1
 run 1 export "$work/run/checkpoints/step-00000004" -o "$work/out.8" --dtype int8

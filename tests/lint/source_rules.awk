@@ -26,7 +26,7 @@ BEGIN {
   third["zstd.h"] = "data checkpoint"
   third["initializer_list"] = "kernels/cuda" # C++
   third["type_traits"] = "kernels/cuda"
-  third["cJSON.h"] = "comm data checkpoint trainer launcher"
+  third["cJSON.h"] = "core comm data checkpoint trainer launcher"
   third["cjson/cJSON.h"] = "comm data checkpoint trainer launcher"
   split("assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign " \
     "stdarg stdatomic stdbool stddef stdint stdio stdlib stdnoreturn string tgmath threads time uchar wchar " \

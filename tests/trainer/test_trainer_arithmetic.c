@@ -18,6 +18,14 @@ static const char tower[] =
     "model: {width: 12, layers: 3, heads: 2, kv_heads: 1, hidden: 10, embedding: 8,\n"
     "        moe: {layers: every 2, experts: 4, choose: 2, hidden: 9}}\n"
     "optimizer: {batch: 8}\n";
+static const char resampled[] =
+    "run: {directory: unused, threads: 1}\n"
+    "data: {path: nowhere, modalities: [{name: image, length: 6}, {name: text, connector: resampler, hidden: "
+    "8,\n"
+    "       queries: 3, depth: 2, positions: none}]}\n"
+    "model: {width: 12, layers: 3, heads: 2, kv_heads: 1, hidden: 10, embedding: 8,\n"
+    "        moe: {layers: every 2, experts: 4, choose: 2, hidden: 9}}\n"
+    "optimizer: {batch: 8}\n";
 static const char connector[] =
     "run: {directory: unused, threads: 1}\n"
     "data: {path: nowhere, modalities: [{name: image, positions: none}, {name: text, positions: none}]}\n"
@@ -107,6 +115,27 @@ static void a_connector_by_hand(void **state) {
   assert_true(a.path[0].token == 2.0 * (12 * WIDTH) + 2 * 2.0 * (4 * 12 + 2 * 2 * 9 * 12));
   assert_true(a.path[0].item == 2.0 * ((WIDTH + 1) * 12 + 8 * (WIDTH + 1) + 8 * 12));
   train_arithmetic_free(&a);
+}
+
+/* W 8: of a row of queries 3 + 1 and 1 + 1 matrices of the attentions and 4 + 4 of the feed-forward; of a
+ * latent one of 16 rows. */
+static void a_resampler_by_hand(void **state) {
+  (void)state;
+  train_arithmetic plain = cost(tower, NULL, true), a = cost(resampled, NULL, true);
+  train_arithmetic unknown = cost(resampled, NULL, false);
+  int64_t row = 14 * 8 * 8, latent = 2 * 8 * (WIDTH + 1), rest = 24 + 8 + 8 + 16 + 8 + 32 + 8 + 6 * 8;
+  int64_t all = 2 * (row + latent + rest) + 12 * 8 + 12 + 3 * 8;
+  assert_int_equal(a.parameters, plain.parameters - TEXT - TEXT_REST + all);
+  assert_int_equal(a.path[1].parameters, plain.path[1].parameters - TEXT - TEXT_REST + all);
+  assert_true(a.path[1].tokens == 3);
+  assert_true(a.path[1].token == plain.path[1].token + 2.0 * (double)(2 * row + 12 * 8 - TEXT));
+  assert_true(a.path[1].attention == 4.0 * 3 * 12 * 3 + 4.0 * 8 * 2 * (3 + ROWS));
+  assert_true(a.path[1].item == 2.0 * HEAD + 2.0 * 2 * ROWS * (double)latent);
+  assert_true(a.path[0].token == plain.path[0].token && a.path[0].item == plain.path[0].item);
+  assert_int_equal(unknown.parameters, a.parameters - all - IMAGE - IMAGE_REST);
+  assert_true(unknown.path[1].tokens == 0 && unknown.path[1].item == 2.0 * HEAD);
+  train_arithmetic *const list[] = {&plain, &a, &unknown};
+  for (int i = 0; i < 3; i++) train_arithmetic_free(list[i]);
 }
 
 static void unknown_widths_are_left_out(void **state) {
@@ -249,6 +278,7 @@ int main(void) {
       cmocka_unit_test(a_mixture_by_hand),
       cmocka_unit_test(baselines_cost_as_much_per_token),
       cmocka_unit_test(a_connector_by_hand),
+      cmocka_unit_test(a_resampler_by_hand),
       cmocka_unit_test(unknown_widths_are_left_out),
       cmocka_unit_test_prestate(agrees_with_a_session, world),
       cmocka_unit_test(ready_configurations_have_the_published_sizes),

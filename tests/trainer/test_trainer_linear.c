@@ -25,6 +25,10 @@ static const char config[] =
     "objective: {importance: 0.01, load: 0, z: 0.001}\n"
     "optimizer: {batch: 8}\n";
 enum { BLOCKS = 3, MAPS = 4 * BLOCKS + 3 };
+/* Two layers of seven maps, and one more. */
+static const char resampler_text[] =
+    "data.modalities.text={connector: resampler, positions: none, queries: 3, depth: 2}";
+enum { LAYER = 7, RESAMPLED = 4 * BLOCKS + 1 + 2 * LAYER + 1 };
 
 /* ---- counting ---- */
 
@@ -82,13 +86,13 @@ static int64_t trained_bytes(const test_session *t) {
 }
 
 typedef struct expectation {
-  const char *frozen; /* patterns */
+  const char *change, *frozen; /* of the configuration, or NULL; patterns */
   int64_t weights, inputs;
 } expectation;
 
 static void compare(const expectation *e, const test_session *all) {
   char frozen[256];
-  const char *set[] = {frozen, NULL};
+  const char *set[] = {frozen, e->change, NULL};
   test_session t;
   snprintf(frozen, sizeof frozen, "optimizer.frozen=[%s]", e->frozen);
   gradients(set, &t);
@@ -117,23 +121,44 @@ static void frozen_weights_cost_nothing(void **state) {
   (void)state;
   /* every map but the first of a connector passes a gradient on: 15 + the head - 2 */
   static const expectation list[] = {
-      {"blocks.*.attention.*", MAPS - 2 * BLOCKS + 1, MAPS - 1},
-      {"blocks.*.experts.*", MAPS - 4 + 1, MAPS - 1},
-      {"blocks.*", MAPS - 4 * BLOCKS + 1, MAPS - 1},
-      {"'*norm*','*router*',output.weight", MAPS, MAPS - 1},
+      {NULL, "blocks.*.attention.*", MAPS - 2 * BLOCKS + 1, MAPS - 1},
+      {NULL, "blocks.*.experts.*", MAPS - 4 + 1, MAPS - 1},
+      {NULL, "blocks.*", MAPS - 4 * BLOCKS + 1, MAPS - 1},
+      {NULL, "'*norm*','*router*',output.weight", MAPS, MAPS - 1},
       /* experts 1 of 0..3: the others are two runs, in each of four products */
-      {"blocks.*.experts.1.*", MAPS + 4 + 1, MAPS - 1},
-      {"blocks.*.experts.0.*,blocks.*.experts.3.*", MAPS + 1, MAPS - 1},
+      {NULL, "blocks.*.experts.1.*", MAPS + 4 + 1, MAPS - 1},
+      {NULL, "blocks.*.experts.0.*,blocks.*.experts.3.*", MAPS + 1, MAPS - 1},
       /* the mlp's second map alone is trained: nothing goes through it */
-      {"connector.text.first.*", MAPS - 1 + 1, MAPS - 2},
+      {NULL, "connector.text.first.*", MAPS - 1 + 1, MAPS - 2},
       /* nothing below block 2, then not even in it: block 1's 4 and 0's 4, and the connectors' */
-      {"connector.*,embedding.*,blocks.0.*,blocks.1.*", 4 + 1, 4 + 1},
-      {"connector.*,embedding.*,blocks.*", 1, 1},
+      {NULL, "connector.*,embedding.*,blocks.0.*,blocks.1.*", 4 + 1, 4 + 1},
+      {NULL, "connector.*,embedding.*,blocks.*", 1, 1},
   };
   test_session all;
   gradients(NULL, &all);
   assert_int_equal(counted.weights, MAPS + 1);
   assert_int_equal(counted.inputs, MAPS - 2 + 1);
+  for (size_t i = 0; i < sizeof list / sizeof *list; i++) compare(&list[i], &all);
+  test_session_close(&all);
+}
+
+/* The keys and values of a resampler pass nothing on: latents are given. */
+static void frozen_layers_of_a_resampler_cost_nothing(void **state) {
+  (void)state;
+  static const expectation list[] = {
+      {resampler_text, "connector.text.query", RESAMPLED + 1, RESAMPLED - 3 + 1},
+      {resampler_text, "connector.text.query,connector.text.layers.0.*", RESAMPLED - LAYER + 1,
+       RESAMPLED - 3 - (LAYER - 1) + 1},
+      {resampler_text, "connector.text.query,connector.text.layers.*", RESAMPLED - 2 * LAYER + 1,
+       RESAMPLED - 3 - 2 * (LAYER - 1) - 1 + 1},
+      {resampler_text, "connector.text.*", RESAMPLED - 2 * LAYER - 1 + 1,
+       RESAMPLED - 3 - 2 * (LAYER - 1) - 1 + 1},
+  };
+  const char *const set[] = {resampler_text, NULL};
+  test_session all;
+  gradients(set, &all);
+  assert_int_equal(counted.weights, RESAMPLED + 1);
+  assert_int_equal(counted.inputs, RESAMPLED - 3 + 1);
   for (size_t i = 0; i < sizeof list / sizeof *list; i++) compare(&list[i], &all);
   test_session_close(&all);
 }
@@ -183,6 +208,7 @@ static int remove_root(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(frozen_weights_cost_nothing),
+      cmocka_unit_test(frozen_layers_of_a_resampler_cost_nothing),
       cmocka_unit_test(something_must_be_trained),
   };
   comm_options options = {.deadline = 60};

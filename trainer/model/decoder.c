@@ -84,10 +84,6 @@ static int32_t *numbers(const train_mirror *mirror) {
   return mirror->host;
 }
 
-static int64_t rows_of(const data_part *part, int64_t i) {
-  return part->offset[i + 1] - part->offset[i];
-}
-
 static void put_row(train_decoder *d, int64_t row, int32_t token, int64_t place) {
   numbers(&d->token)[row] = token;
   numbers(&d->latent_slot)[row] = token < 0 ? (int32_t)place : -1;
@@ -96,9 +92,10 @@ static void put_row(train_decoder *d, int64_t row, int32_t token, int64_t place)
   numbers(&d->place)[row] = (int32_t)place;
 }
 
-/* The latents of sample i of modality m; `first`: the modality's among all latents. */
-static void put_latents(train_decoder *d, const data_part *part, int64_t first, int64_t i, cursor *at) {
-  for (int64_t t = part->offset[i]; t < part->offset[i + 1]; t++) put_row(d, at->row++, -1, first + t);
+/* What the latents of sample i of modality m have become. */
+static void put_latents(train_model *model, int32_t m, int64_t i, cursor *at) {
+  const int64_t *offset = model->items.part_offset[m].host, first = model->items.row_first[m];
+  for (int64_t t = offset[i]; t < offset[i + 1]; t++) put_row(&model->decoder, at->row++, -1, first + t);
 }
 
 static void put_token(train_decoder *d, int32_t token, cursor *at) {
@@ -106,22 +103,20 @@ static void put_token(train_decoder *d, int32_t token, cursor *at) {
 }
 
 /* What lies before the response of sample i. */
-static void put_prompt(train_model *model, const data_part *part, const data_text_part *text, int64_t i,
-                       cursor *at) {
+static void put_prompt(train_model *model, const data_text_part *text, int64_t i, cursor *at) {
   train_decoder *d = &model->decoder;
-  const int64_t *first = model->items.row_first;
   const int32_t *prompt = text->prompt + text->prompt_offset[i];
   int64_t count = text->prompt_offset[i + 1] - text->prompt_offset[i];
   for (int32_t m = 0; m < model->env->layout.modalities; m++) {
     bool marked = false;
     for (int64_t p = 0; p < count; p++) marked = marked || prompt[p] == -1 - m;
-    if (!marked) put_latents(d, &part[m], first[m], i, at);
+    if (!marked) put_latents(model, m, i, at);
   }
   for (int64_t p = 0; p < count; p++) {
     if (prompt[p] >= 0)
       put_token(d, prompt[p], at);
     else if (prompt[p] != DATA_MARK_NOBODY)
-      put_latents(d, &part[-1 - prompt[p]], first[-1 - prompt[p]], i, at);
+      put_latents(model, -1 - prompt[p], i, at);
   }
 }
 
@@ -168,7 +163,7 @@ int64_t train_decoder_predictions(const train_model *model, const data_batch *ba
   int64_t count = 0;
   for (int64_t i = 0; i < text->hi - text->lo; i++) {
     int64_t before = 0, targets = text->target_offset[i + 1] - text->target_offset[i];
-    for (int32_t m = 0; m < M; m++) before += rows_of(&part[m], i);
+    for (int32_t m = 0; m < M; m++) before += part[m].offset[i + 1] - part[m].offset[i];
     for (int64_t p = text->prompt_offset[i]; p < text->prompt_offset[i + 1]; p++)
       before += text->prompt[p] >= 0;
     count += targets - (before == 0 && targets > 0);
@@ -188,7 +183,8 @@ static core_status take_parts(train_model *model, const data_part *part, const d
           "samples %lld to %lld of '%s', tokens of %lld to %lld", (long long)part[m].lo,
           (long long)part[m].hi, model->env->settings->data.modalities[m].name, (long long)text->lo,
           (long long)text->hi);
-    items->row_first[m + 1] = items->row_first[m] + items->latent[m].shape[0];
+    items->row_first[m + 1] =
+        items->row_first[m] + ((const int64_t *)items->part_offset[m].host)[items->part_count[m]];
   }
   d->latents = items->row_first[M];
   d->texts = text_rows(d, text);
@@ -246,7 +242,7 @@ core_status train_decoder_take(train_model *model, const data_batch *batch, int6
   TRY(take_parts(model, part, text));
   for (int64_t i = 0; i < items->segments; i++) {
     int64_t begin = offset[i] = at.row;
-    put_prompt(model, part, text, i, &at);
+    put_prompt(model, text, i, &at);
     if (!d->prompts_only) put_response(d, text, i, begin, &at);
     describe_rows(model, text->lo + i, begin, at.row);
   }

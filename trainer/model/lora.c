@@ -111,6 +111,7 @@ core_status train_lora_plan(train_model *model, const train_arenas *arenas) {
   train_lora_scratch *l = &model->lora;
   core_arena *arena = arenas->activations;
   int64_t r = 0, k = 0, rows = most(model->T, model->moe_layers > 0 ? model->limits.expert_rows : 0);
+  for (int32_t m = 0; m < model->env->layout.modalities; m++) rows = most(rows, model->limits.latents[m]);
   for (int32_t i = 0; i < model->map_count; i++) {
     const train_linear *map = model->map[i];
     r = most(r, map->lora.rank);

@@ -162,6 +162,7 @@ core_status train_model_create(train_env *env, const int64_t *width, train_model
 void train_model_destroy(train_model *model) {
   if (!model) return;
   train_parameters_free(&model->parameters);
+  for (int32_t m = 0; m < CORE_MAX_MODALITIES; m++) train_resampler_free(model->connector[m].resampler);
   train_alignment_free(&model->alignment);
   free(model->map);
   free(model->block);
@@ -180,7 +181,7 @@ static core_status plan_items(train_model *model, const train_arenas *arenas) {
     const train_model_limits *l = &model->limits;
     TRY(train_mirror_plan(arenas, arena, CORE_INT64, l->segments[m] + 1, 1, &items->part_offset[m]));
     if (!arenas->host_access)
-      TRY(core_arena_take(arena, l->tokens[m] * l->width[m], l->latent_bytes[m], &items->arrived[m]));
+      TRY(core_arena_take(arena, l->latents[m] * l->width[m], l->latent_bytes[m], &items->arrived[m]));
   }
   return CORE_OK;
 }
@@ -331,30 +332,31 @@ static void describe_part(train_model *model, const data_part *part, int32_t m) 
   int64_t count = part->hi - part->lo, first = items->segment_first[m], row = items->row_first[m];
   uint64_t *key = (uint64_t *)items->key.host + row;
   int32_t *position = (int32_t *)items->position.host + row;
+  const int64_t *rows = items->part_offset[m].host;
   int64_t *offset = (int64_t *)items->offset.host + first;
   bool rotates = env->settings->data.modalities[m].positions == TRAIN_POSITIONS_ROPE;
   for (int64_t i = 0; i < count; i++) {
     uint64_t place = ((uint64_t)(part->lo + i) * (uint64_t)env->layout.modalities + (uint64_t)m) << 24;
-    int64_t length = part->offset[i + 1] - part->offset[i];
-    offset[i] = row + part->offset[i];
+    int64_t length = rows[i + 1] - rows[i];
+    offset[i] = row + rows[i];
     for (int64_t t = 0; t < length; t++) {
       *key++ = place | (uint64_t)t;
       *position++ = rotates ? (int32_t)t : 0;
     }
   }
   items->segment_first[m + 1] = first + count;
-  items->row_first[m + 1] = row + part->offset[count];
+  items->row_first[m + 1] = row + rows[count];
 }
 
 core_status train_items_take_part(train_model *model, const data_part *part, int32_t m) {
   train_items *items = &model->items;
   core_tensor *latent = &items->latent[m];
   int64_t count = part->hi - part->lo, rows = count > 0 ? part->offset[count] : 0;
-  CHECK(count <= model->limits.segments[m] && rows <= model->limits.tokens[m], CORE_ERR_INTERNAL,
-        "a micro-batch has %lld items and %lld tokens of '%s'; %lld and %lld were planned", (long long)count,
+  CHECK(count <= model->limits.segments[m] && rows <= model->limits.latents[m], CORE_ERR_INTERNAL,
+        "a micro-batch has %lld items and %lld latents of '%s'; %lld and %lld were planned", (long long)count,
         (long long)rows, model->env->settings->data.modalities[m].name, (long long)model->limits.segments[m],
-        (long long)model->limits.tokens[m]);
-  memcpy(items->part_offset[m].host, part->offset, (size_t)(count + 1) * sizeof *part->offset);
+        (long long)model->limits.latents[m]);
+  TRY(train_connector_take(model, m, part, items->part_offset[m].host));
   TRY(train_mirror_up(model->env, &items->part_offset[m], count + 1));
   items->part_count[m] = count;
   items->sample_first[m] = part->lo;

@@ -8,9 +8,9 @@
  * A trunk is the blocks and the last norm. There is one for all modalities, or as a baseline
  * (model.trunks per_modality) a dense one for each, of equal FLOPs per token, which only its rows pass.
  *
- * Reading order: tower.c, linear.c, lora.c, connector.c, trunk.c, block.c, self_attention.c, feed_forward.c,
- * moe_layer.c, moe_router.c, moe_calibration.c, moe_sums.c, moe_capacity.c, moe_dispatch.c, moe_experts.c,
- * pooled_head.c. */
+ * Reading order: tower.c, linear.c, lora.c, connector.c, resampler.c, resampler_pass.c, trunk.c, block.c,
+ * self_attention.c, feed_forward.c, moe_layer.c, moe_router.c, moe_calibration.c, moe_sums.c, moe_capacity.c,
+ * moe_dispatch.c, moe_experts.c, pooled_head.c. */
 #ifndef TRAIN_TOWER_H
 #define TRAIN_TOWER_H
 
@@ -19,6 +19,7 @@
 #include "trainer/model/decoder.h"
 #include "trainer/model/linear.h"
 #include "trainer/model/moe.h"
+#include "trainer/model/resampler.h"
 #include "trainer/parameter.h"
 
 /* The items of one micro-batch on this rank. */
@@ -28,7 +29,7 @@ typedef struct train_items {
   int64_t row_first[TRAIN_MAX_CLASSES + 1]; /* class c: rows [row_first[c], row_first[c + 1]); of a decoder
                                                not these rows of the sequences, but of its `order` */
   int64_t segment_first[CORE_MAX_MODALITIES + 1];
-  train_mirror part_offset[CORE_MAX_MODALITIES]; /* int64, of m's items, counted from m's first row */
+  train_mirror part_offset[CORE_MAX_MODALITIES]; /* int64, rows of m's items, from m's first row on */
   int64_t part_count[CORE_MAX_MODALITIES];       /* m's items */
   int64_t sample_first[CORE_MAX_MODALITIES];     /* place in the global batch of the first segment of m */
   train_mirror position;                         /* int32 [T] for RoPE; 0 where a modality has none */
@@ -67,10 +68,11 @@ typedef struct train_block {
 
 typedef struct train_connector_layer {
   train_linear first, second;        /* [hidden or C, D], [C, hidden] of an mlp */
+  train_resampler *resampler;        /* NULL: not one; then there are no maps */
   int32_t position;                  /* parameter, -1 absent */
   int64_t width, hidden;             /* D, hidden of an mlp; 0: linear */
   train_mirror shift, scale;         /* standardisation, core_real [D]; checkpointed */
-  core_tensor input, before, active; /* [T_m, D], [T_m, hidden] x 2 */
+  core_tensor input, before, active; /* [T_m, D] of latents, [T_m, hidden] x 2 */
 } train_connector_layer;
 
 typedef struct train_head {
@@ -84,7 +86,8 @@ typedef struct train_head {
 
 /* Sizes that memory is planned for. */
 typedef struct train_model_limits {
-  int64_t tokens[CORE_MAX_MODALITIES];      /* rows of modality m in one micro-batch */
+  int64_t latents[CORE_MAX_MODALITIES];     /* of modality m in one micro-batch, and what they become: */
+  int64_t tokens[CORE_MAX_MODALITIES];      /* rows of the trunk (train_settings_item_rows) */
   int64_t segments[CORE_MAX_MODALITIES];    /* items */
   int64_t text, predictions;                /* of a decoder: rows of tokens, response tokens */
   int64_t group_tokens;                     /* tokens of a micro-batch in the whole expert group */
@@ -177,6 +180,8 @@ CORE_NODISCARD core_status train_model_backward(train_model *model, core_tensor 
 
 /* ---- parts, in the order of the pass; each file documents its mathematics ---- */
 
+/* offset: int64 [items + 1], set to the rows of the trunk at which a part's items begin. */
+core_status train_connector_take(train_model *model, int32_t m, const data_part *part, int64_t *offset);
 core_status train_connector_declare(train_model *model, int32_t m);
 core_status train_connector_plan(train_model *model, int32_t m, const train_arenas *arenas);
 core_status train_connector_forward(train_model *model, int32_t m, core_tensor x);

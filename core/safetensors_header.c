@@ -2,28 +2,23 @@
  * their data, the places must follow one another from the first byte to the last; names are compared last. */
 #include <cJSON.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "checkpoint/safetensors_impl.h"
+#include "core/safetensors_header.h"
 
 static const struct {
   const char *text;
-  core_dtype dtype;
-} types[] = {{"F32", CORE_FLOAT32}, {"BF16", CORE_BFLOAT16}, {"F16", CORE_FLOAT16}, {"F64", CORE_FLOAT64},
-             {"I32", CORE_INT32},   {"I64", CORE_INT64},     {"U64", CORE_UINT64},  {"U8", CORE_UINT8}};
-enum { TYPES = sizeof types / sizeof *types };
+  int64_t bytes;
+} types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2},  {"F64", 8},     {"I8", 1},
+             {"I16", 2}, {"I32", 4},  {"I64", 8},  {"U8", 1},      {"U16", 2},
+             {"U32", 4}, {"U64", 8},  {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
 
-core_dtype ckpt_safetensors_dtype_priv(const char *text) {
-  for (int i = 0; i < TYPES; i++)
-    if (strcmp(types[i].text, text) == 0) return types[i].dtype;
-  return CORE_DTYPE_COUNT;
-}
-
-const char *ckpt_safetensors_text_priv(core_dtype dtype) {
-  for (int i = 0; i < TYPES; i++)
-    if (types[i].dtype == dtype) return types[i].text;
-  return NULL;
+static int64_t bytes_of(const char *type) {
+  for (size_t i = 0; i < sizeof types / sizeof *types; i++)
+    if (strcmp(types[i].text, type) == 0) return types[i].bytes;
+  return 0;
 }
 
 /* Whole numbers up to 2^53 are exact in JSON's doubles. */
@@ -35,7 +30,7 @@ static bool take_whole(const cJSON *item, int64_t *out) {
   return true;
 }
 
-static core_status take_shape(const cJSON *shape, ckpt_safetensor *out) {
+static core_status take_shape(const cJSON *shape, core_safetensor *out) {
   const cJSON *item = NULL;
   CHECK(cJSON_IsArray(shape), CORE_ERR_CORRUPT, "tensor '%.96s' has no shape", out->name);
   CHECK(cJSON_GetArraySize(shape) <= CORE_MAX_RANK, CORE_ERR_UNSUPPORTED,
@@ -52,70 +47,65 @@ static core_status take_shape(const cJSON *shape, ckpt_safetensor *out) {
   return CORE_OK;
 }
 
-static core_status take_place(const cJSON *offsets, int64_t room, ckpt_safetensor *out) {
-  int64_t end = 0, bytes = 0;
+static core_status take_place(const cJSON *offsets, int64_t room, core_safetensor *out) {
+  int64_t bytes = 0;
   CHECK(cJSON_IsArray(offsets) && cJSON_GetArraySize(offsets) == 2 &&
-            take_whole(cJSON_GetArrayItem(offsets, 0), &out->at) &&
-            take_whole(cJSON_GetArrayItem(offsets, 1), &end),
+            take_whole(cJSON_GetArrayItem(offsets, 0), &out->begin) &&
+            take_whole(cJSON_GetArrayItem(offsets, 1), &out->end),
         CORE_ERR_CORRUPT, "tensor '%.96s' has no data_offsets [begin, end]", out->name);
-  CHECK(out->at <= end && end <= room, CORE_ERR_CORRUPT,
-        "tensor '%.96s' claims bytes %lld to %lld of %lld bytes of data", out->name, (long long)out->at,
-        (long long)end, (long long)room);
-  CHECK(!__builtin_mul_overflow(out->count, (int64_t)core_dtype_size(out->dtype), &bytes) &&
-            bytes == end - out->at,
+  CHECK(out->begin <= out->end && out->end <= room, CORE_ERR_CORRUPT,
+        "tensor '%.96s' claims bytes %lld to %lld of %lld bytes of data", out->name, (long long)out->begin,
+        (long long)out->end, (long long)room);
+  if (out->bytes == 0) return CORE_OK; /* a type that is not known */
+  CHECK(!__builtin_mul_overflow(out->count, out->bytes, &bytes) && bytes == out->end - out->begin,
         CORE_ERR_CORRUPT,
-        "the shape of tensor '%.96s' needs %lld elements of %zu bytes, its place has %lld bytes", out->name,
-        (long long)out->count, core_dtype_size(out->dtype), (long long)(end - out->at));
+        "the shape of tensor '%.96s' needs %lld elements of %lld bytes, its place has %lld bytes", out->name,
+        (long long)out->count, (long long)out->bytes, (long long)(out->end - out->begin));
   return CORE_OK;
 }
 
-static core_status take_name(const char *name, ckpt_safetensor *out) {
+static core_status take_name(const char *name, core_safetensor *out) {
   size_t length = name ? strlen(name) : 0;
-  CHECK(length > 0 && length < CKPT_SAFETENSORS_NAME, CORE_ERR_CORRUPT,
-        "a tensor's name has %zu bytes, expected 1 to %d", length, CKPT_SAFETENSORS_NAME - 1);
+  CHECK(length > 0 && length < CORE_SAFETENSORS_NAME, CORE_ERR_CORRUPT,
+        "a tensor's name has %zu bytes, expected 1 to %d", length, CORE_SAFETENSORS_NAME - 1);
   out->name = strdup(name);
   CHECK(out->name, CORE_ERR_MEMORY, "no memory for the name of a tensor");
   return CORE_OK;
 }
 
 /* A key twice would be read by one program in one way and by another in another: exactly three are there. */
-static core_status take_tensor(const cJSON *item, int64_t room, ckpt_safetensor *out) {
+static core_status take_tensor(const cJSON *item, int64_t room, core_safetensor *out) {
   TRY(take_name(item->string, out));
   const cJSON *dtype = cJSON_GetObjectItemCaseSensitive(item, "dtype");
   const char *type = cJSON_GetStringValue(dtype);
   CHECK(cJSON_IsObject(item) && cJSON_GetArraySize(item) == 3 && type, CORE_ERR_CORRUPT,
         "tensor '%.96s' is not described by dtype, shape and data_offsets", out->name);
-  out->dtype = ckpt_safetensors_dtype_priv(type);
-  CHECK(out->dtype != CORE_DTYPE_COUNT, CORE_ERR_UNSUPPORTED,
-        "tensor '%.96s' is of type '%.16s'; F32, F16, BF16, F64, I32, I64, U64 and U8 are read", out->name,
-        type);
+  snprintf(out->type, sizeof out->type, "%s", type);
+  out->bytes = bytes_of(type);
   TRY(take_shape(cJSON_GetObjectItemCaseSensitive(item, "shape"), out));
   TRY(take_place(cJSON_GetObjectItemCaseSensitive(item, "data_offsets"), room, out));
   return CORE_OK;
 }
 
-static int64_t end_of(const ckpt_safetensor *tensor) {
-  return tensor->at + tensor->count * (int64_t)core_dtype_size(tensor->dtype);
-}
-
 static int compare_places(const void *a, const void *b) {
-  const ckpt_safetensor *x = a, *y = b;
-  if (x->at != y->at) return (x->at > y->at) - (x->at < y->at);
-  return (end_of(x) > end_of(y)) - (end_of(x) < end_of(y));
+  const core_safetensor *x = a, *y = b;
+  if (x->begin != y->begin) return (x->begin > y->begin) - (x->begin < y->begin);
+  return (x->end > y->end) - (x->end < y->end);
 }
 
 /* From the first byte to the last: what no tensor owns could hold anything. */
-static core_status check_places(ckpt_header *header, int64_t room) {
+static core_status check_places(core_safetensors *header, int64_t room) {
   int64_t at = 0;
   qsort(header->list, (size_t)header->count, sizeof *header->list, compare_places);
   for (int32_t i = 0; i < header->count; i++) {
-    const ckpt_safetensor *tensor = &header->list[i];
-    CHECK(tensor->at >= at, CORE_ERR_CORRUPT, "tensor '%.96s' begins at byte %lld, inside the one before it",
-          tensor->name, (long long)tensor->at);
-    CHECK(tensor->at == at, CORE_ERR_CORRUPT,
+    const core_safetensor *tensor = &header->list[i];
+    CHECK(tensor->begin >= at, CORE_ERR_CORRUPT,
+          "tensor '%.96s' begins at byte %lld, inside the one before it", tensor->name,
+          (long long)tensor->begin);
+    CHECK(tensor->begin == at, CORE_ERR_CORRUPT,
           "bytes %lld to %lld of the data, before tensor '%.96s', belong to none", (long long)at,
-          (long long)tensor->at, tensor->name);
-    at = end_of(tensor);
+          (long long)tensor->begin, tensor->name);
+    at = tensor->end;
   }
   CHECK(at == room, CORE_ERR_CORRUPT, "the tensors end at byte %lld of %lld bytes of data", (long long)at,
         (long long)room);
@@ -130,7 +120,7 @@ static core_status check_metadata(const cJSON *item) {
   return CORE_OK;
 }
 
-static core_status take_all(const cJSON *root, int64_t room, ckpt_header *out) {
+static core_status take_all(const cJSON *root, int64_t room, core_safetensors *out) {
   const cJSON *item = NULL;
   int metadata = 0;
   cJSON_ArrayForEach(item, root) {
@@ -157,9 +147,9 @@ static core_status parse(const char *text, int64_t length, cJSON **root) {
   return CORE_OK;
 }
 
-core_status ckpt_header_parse_priv(const char *text, int64_t length, int64_t room, ckpt_header *out) {
+core_status core_safetensors_parse(const char *text, int64_t length, int64_t room, core_safetensors *out) {
   cJSON *root = NULL;
-  *out = (ckpt_header){0};
+  *out = (core_safetensors){0};
   core_status status = parse(text, length, &root);
   if (status == CORE_OK) {
     out->list = calloc((size_t)cJSON_GetArraySize(root) + 1, sizeof *out->list);
@@ -170,14 +160,14 @@ core_status ckpt_header_parse_priv(const char *text, int64_t length, int64_t roo
   if (status == CORE_OK) status = take_all(root, room, out);
   cJSON_Delete(root);
   if (status != CORE_OK) {
-    ckpt_header_free_priv(out);
+    core_safetensors_free(out);
     return core_error_trace(status, __func__, __FILE__, __LINE__);
   }
   return CORE_OK;
 }
 
-void ckpt_header_free_priv(ckpt_header *header) {
-  for (int32_t i = 0; i < header->count; i++) free((char *)(uintptr_t)header->list[i].name);
+void core_safetensors_free(core_safetensors *header) {
+  for (int32_t i = 0; i < header->count; i++) free(header->list[i].name);
   free(header->list);
-  *header = (ckpt_header){0};
+  *header = (core_safetensors){0};
 }
