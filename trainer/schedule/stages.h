@@ -12,12 +12,12 @@
  *   stage.json   how it was configured and what it began from; once it is done, the step and content hash of
  * its last checkpoint. Replaced atomically.
  *
- * The order of samples is keyed by the number of stages that a stage comes after (its source, its source's
- * source, ...; of several the longest way): controls that begin from one stage see the same samples.
- *
  *   forgetting.json   with evaluate.forgetting: what it did to the quality of what it began with
  *
  *   extend.json   of a stage of kind extend: which mixtures got an expert, and why (extend.h)
+ *
+ * The order of samples is keyed by the number of stages that a stage comes after (its source, its source's
+ * source, ...; of several the longest way): controls that begin from one stage see the same samples.
  *
  * A stage after an extension has the model that was made: it takes the numbers of experts from there.
  *
