@@ -188,12 +188,14 @@ static const layout_case cases[] = {
     {connector_base, "connector, dense", "plain", {"model.dense=true", NULL}, false},
     {decoder_base, "decoder, router losses", "plain", {NULL}, false},
     {decoder_base, "decoder, homogeneous batches", "holes", {"data.batches=homogeneous", NULL}, false},
+    /* with a larger epsilon Adam makes no whole steps of gradients that are rounding, which three steps show
+     */
     {decoder_base,
      "decoder, unequal counts, added experts, some frozen",
      "plain",
      {"model.moe.layer_experts=[3, 5]", "model.moe.added=[0, 2]", "model.moe.bias=true",
       "optimizer.frozen=['blocks.*.router.weight', 'blocks.2.experts.[023].*', 'blocks.0.experts.1.*']",
-      NULL},
+      "optimizer.epsilon=1.0e-4", NULL},
      false},
     {decoder_base,
      "decoder, calibration of probabilities, balance of groups",
