@@ -29,15 +29,8 @@ typedef struct evaluation {
 } evaluation;
 
 static core_status load(train_session *session, const evaluation *e) {
-  train_state_tensors tensors;
-  core_status status = comm_agree(session->env.control,
-                                  train_state_list(session->model, NULL, TRAIN_STATE_LOAD_MODEL, &tensors));
-  if (status == CORE_OK)
-    status = train_source_read(session->env.control, e->reader, tensors.list, tensors.count);
-  train_state_free(&tensors);
   session->env.step = e->meta->step;
-  if (status == CORE_OK) status = comm_agree(session->env.control, train_state_loaded(session->model));
-  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
+  TRY(train_source_model(session->env.control, e->reader, session->model));
   return CORE_OK;
 }
 

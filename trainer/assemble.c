@@ -5,13 +5,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/file.h"
 #include "core/log.h"
 #include "core/stop.h"
 #include "trainer/assemble_impl.h"
 #include "trainer/state.h"
-
-enum { PATH = 1200 };
 
 /* ---- sources ---- */
 
@@ -192,27 +189,10 @@ static core_status take_source(train_assembly_work *work, const share *own, int3
 
 static core_status write_checkpoint(const train_assembly_work *work, const share *own) {
   const train_assembly *a = work->assembly;
-  char *json = NULL;
-  ckpt_writer *writer = NULL;
-  const ckpt_options options = {.directory = a->directory, .keep = 1 << 20};
   const train_state_meta meta = {.ranks = comm_size(a->control),
                                  .expert_ranks = 1,
                                  .config = (char *)(uintptr_t)core_config_text(a->config)};
-  TRY(comm_agree(a->control, train_state_meta_write(&meta, &json)));
-  core_status status = ckpt_writer_create(a->control, &options, own->list, own->count, &writer);
-  if (status == CORE_OK) status = ckpt_writer_begin(writer, 0, json);
-  if (status == CORE_OK) status = ckpt_writer_commit(writer);
-  ckpt_writer_destroy(writer);
-  free(json);
-  TRY(status);
-  return CORE_OK;
-}
-
-static core_status check_target(const char *directory) {
-  char step[PATH];
-  CHECK(snprintf(step, sizeof step, "%s/step-00000000", directory) < PATH, CORE_ERR_ARGUMENT,
-        "a directory name of %zu bytes", strlen(directory));
-  CHECK(!core_file_exists(step), CORE_ERR_ARGUMENT, "%s is there already", step);
+  TRY(train_state_publish(a->control, a->directory, &meta, own->list, own->count));
   return CORE_OK;
 }
 
@@ -228,7 +208,8 @@ static core_status make(train_assembly_work *work, share *own) {
 static core_status run(train_assembly_work *work) {
   comm_group *control = work->assembly->control;
   share own = {0};
-  TRY(comm_agree(control, comm_rank(control) == 0 ? check_target(work->assembly->directory) : CORE_OK));
+  TRY(comm_agree(control,
+                 comm_rank(control) == 0 ? train_state_target(work->assembly->directory, 0) : CORE_OK));
   TRY(open_sources(work));
   TRY(comm_agree(control, train_assembly_plan_priv(work)));
   core_status status = make(work, &own);

@@ -136,18 +136,9 @@ static core_status read_tensors(import *im) {
 /* ---- writing ---- */
 
 static core_status write_checkpoint(const import *im, comm_group *control, const char *directory) {
-  char *json = NULL;
-  ckpt_writer *writer = NULL;
-  const ckpt_options options = {.directory = directory, .keep = 1 << 20};
   const train_state_meta meta = {
       .ranks = 1, .expert_ranks = 1, .config = (char *)(uintptr_t)core_config_text(im->config)};
-  TRY(train_state_meta_write(&meta, &json));
-  core_status status = ckpt_writer_create(control, &options, im->tensor, im->count, &writer);
-  if (status == CORE_OK) status = ckpt_writer_begin(writer, 0, json);
-  if (status == CORE_OK) status = ckpt_writer_commit(writer);
-  ckpt_writer_destroy(writer);
-  free(json);
-  TRY(status);
+  TRY(train_state_publish(control, directory, &meta, im->tensor, im->count));
   return CORE_OK;
 }
 
@@ -192,10 +183,7 @@ static core_status open_source(import *im, const char *source, char **yaml) {
 }
 
 static core_status check_targets(const char *config_path, const char *directory) {
-  char step[PATH];
-  int length = snprintf(step, sizeof step, "%s/step-00000000", directory);
-  CHECK(length < PATH, CORE_ERR_ARGUMENT, "a directory name of %d bytes", length);
-  CHECK(!core_file_exists(step), CORE_ERR_ARGUMENT, "%s is there already", step);
+  TRY(train_state_target(directory, 0));
   CHECK(!core_file_exists(config_path), CORE_ERR_ARGUMENT, "%s is there already", config_path);
   return CORE_OK;
 }

@@ -6,22 +6,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/file.h"
 #include "core/log.h"
 #include "trainer/extend_impl.h"
 #include "trainer/lora_merge.h" /* train_lora_is_adapter */
 
-enum { PATH = 1200, LIST = 16384 };
+enum { LIST = 16384 };
 
 /* ---- the checkpoints ---- */
-
-static core_status check_target(const char *directory) {
-  char step[PATH];
-  CHECK(snprintf(step, sizeof step, "%s/step-00000000", directory) < PATH, CORE_ERR_ARGUMENT,
-        "a directory name of %zu bytes", strlen(directory));
-  CHECK(!core_file_exists(step), CORE_ERR_ARGUMENT, "%s is there already", step);
-  return CORE_OK;
-}
 
 static core_status check_original(const train_extension_work *work) {
   const train_settings *s = core_config_data(work->config);
@@ -68,7 +59,8 @@ static core_status check_rule(const train_extension *x) {
 static core_status open_all(train_extension_work *work) {
   const train_extension *x = work->extension;
   TRY(comm_agree(work->control, check_rule(x)));
-  TRY(comm_agree(work->control, comm_rank(work->control) == 0 ? check_target(x->directory) : CORE_OK));
+  TRY(comm_agree(work->control,
+                 comm_rank(work->control) == 0 ? train_state_target(x->directory, 0) : CORE_OK));
   TRY(ckpt_reader_open(work->control, x->original, &work->original));
   TRY(train_source_open(work->control, work->original, &work->source));
   if (x->tuned) TRY(ckpt_reader_open(work->control, x->tuned, &work->tuned));

@@ -304,19 +304,10 @@ static core_status report(const train_extension_work *work, const share *own) {
 /* ---- writing ---- */
 
 static core_status write_checkpoint(const train_extension_work *work, const share *own) {
-  char *json = NULL;
-  ckpt_writer *writer = NULL;
-  const ckpt_options options = {.directory = work->extension->directory, .keep = 1 << 20};
   const train_state_meta meta = {.ranks = comm_size(work->control),
                                  .expert_ranks = 1,
                                  .config = (char *)(uintptr_t)core_config_text(work->extended)};
-  TRY(comm_agree(work->control, train_state_meta_write(&meta, &json)));
-  core_status status = ckpt_writer_create(work->control, &options, own->list, own->count, &writer);
-  if (status == CORE_OK) status = ckpt_writer_begin(writer, 0, json);
-  if (status == CORE_OK) status = ckpt_writer_commit(writer);
-  ckpt_writer_destroy(writer);
-  free(json);
-  TRY(status);
+  TRY(train_state_publish(work->control, work->extension->directory, &meta, own->list, own->count));
   return CORE_OK;
 }
 

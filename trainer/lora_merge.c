@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/file.h"
 #include "core/log.h"
 #include "trainer/model/lora.h"
 
@@ -194,35 +193,24 @@ void train_merged_free(train_merged *merged) {
 
 static core_status write_merged(comm_group *control, const ckpt_reader *reader, const train_merged *merged,
                                 const char *directory) {
-  char *json = NULL;
-  ckpt_writer *writer = NULL;
   train_state_meta meta;
-  const ckpt_options options = {.directory = directory, .keep = 1 << 20};
   TRY(train_state_meta_read(ckpt_reader_meta(reader), &meta));
   free(meta.config);
   meta.config = (char *)(uintptr_t)core_config_text(merged->config);
   meta.base = (train_base){.hash = 0};
   meta.ranks = meta.expert_ranks = 1;
-  TRY(train_state_meta_write(&meta, &json));
-  core_status status = ckpt_writer_create(control, &options, merged->list, merged->count, &writer);
-  if (status == CORE_OK) status = ckpt_writer_begin(writer, meta.step, json);
-  if (status == CORE_OK) status = ckpt_writer_commit(writer);
-  ckpt_writer_destroy(writer);
-  free(json);
-  TRY(status);
+  TRY(train_state_publish(control, directory, &meta, merged->list, merged->count));
   return CORE_OK;
 }
 
 static core_status merge(comm_group *control, ckpt_reader *reader, train_merged *merged,
                          const char *directory) {
-  char step[2048];
-  int length = snprintf(step, sizeof step, "%s/step-%08lld", directory, (long long)ckpt_reader_step(reader));
-  CHECK(length < (int)sizeof step, CORE_ERR_ARGUMENT, "a directory name of %d bytes", length);
-  CHECK(!core_file_exists(step), CORE_ERR_ARGUMENT, "%s is there already", step);
+  TRY(train_state_target(directory, ckpt_reader_step(reader)));
   TRY(train_merged_read(control, reader, merged));
   CHECK(merged->adapters > 0, CORE_ERR_ARGUMENT, "%s has no adapters to merge", ckpt_reader_path(reader));
   TRY(write_merged(control, reader, merged, directory));
-  LOG_INFO("merged %lld adapters of %s into %s", (long long)merged->adapters, ckpt_reader_path(reader), step);
+  LOG_INFO("merged %lld adapters of %s into %s/step-%08lld", (long long)merged->adapters,
+           ckpt_reader_path(reader), directory, (long long)ckpt_reader_step(reader));
   return CORE_OK;
 }
 

@@ -200,22 +200,10 @@ static core_status evaluate(train_session *session, train_measurement *out) {
 
 /* ---- the session ---- */
 
-static core_status load(train_session *session, ckpt_reader *reader) {
-  comm_group *control = session->env.control;
-  train_state_tensors tensors = {0};
-  core_status status =
-      comm_agree(control, train_state_list(session->model, NULL, TRAIN_STATE_LOAD_MODEL, &tensors));
-  if (status == CORE_OK) status = train_source_read(control, reader, tensors.list, tensors.count);
-  train_state_free(&tensors);
-  if (status == CORE_OK) status = comm_agree(control, train_state_loaded(session->model));
-  TRY(status);
-  return CORE_OK;
-}
-
 static core_status measure(train_session *session, const train_measure_options *o, train_measurement *out) {
   observer watch = {.out = out};
   TRY(comm_agree(session->env.control, take_shape(session, out)));
-  TRY(load(session, o->checkpoint));
+  TRY(train_source_model(session->env.control, o->checkpoint, session->model));
   session->model->observe = (train_route_observer){observe, &watch};
   core_status status = evaluate(session, out);
   free(watch.host);

@@ -97,11 +97,15 @@ core_status train_source_load(const train_source *source, const ckpt_tensor *lis
   return CORE_OK;
 }
 
-core_status train_source_read(comm_group *control, ckpt_reader *own, const ckpt_tensor *list, int32_t count) {
-  train_source source;
-  TRY(train_source_open(control, own, &source));
-  core_status status = train_source_load(&source, list, count);
+core_status train_source_model(comm_group *control, ckpt_reader *own, train_model *model) {
+  train_state_tensors wanted = {0};
+  train_source source = {.count = 0};
+  core_status status = comm_agree(control, train_state_list(model, NULL, TRAIN_STATE_LOAD_MODEL, &wanted));
+  if (status == CORE_OK) status = train_source_open(control, own, &source);
+  if (status == CORE_OK) status = train_source_load(&source, wanted.list, wanted.count);
   train_source_close(&source);
+  train_state_free(&wanted);
+  if (status == CORE_OK) status = comm_agree(control, train_state_loaded(model));
   TRY(status);
   return CORE_OK;
 }

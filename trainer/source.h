@@ -24,9 +24,9 @@ ckpt_reader *train_source_find(const train_source *source, const char *name, ckp
 CORE_NODISCARD core_status train_source_load(const train_source *source, const ckpt_tensor *list,
                                              int32_t count);
 
-/* Opens, loads, closes. Collective. */
-CORE_NODISCARD core_status train_source_read(comm_group *control, ckpt_reader *own, const ckpt_tensor *list,
-                                             int32_t count);
+/* Fills a model, without the optimizer's state, from a checkpoint and its bases. Errors are agreed.
+ * Collective. */
+CORE_NODISCARD core_status train_source_model(comm_group *control, ckpt_reader *own, train_model *model);
 
 /* ---- runs that save what is trained alone ---- */
 

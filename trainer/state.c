@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/file.h"
 #include "core/log.h"
 #include "trainer/source.h"
 
@@ -276,5 +277,30 @@ core_status train_state_meta_read(const char *json, train_state_meta *out) {
   cJSON_Delete(object);
   CHECK(good, CORE_ERR_FORMAT, "the checkpoint's description lacks a field");
   CHECK(out->config, CORE_ERR_MEMORY, "no memory for the checkpoint's configuration");
+  return CORE_OK;
+}
+
+/* ---- checkpoints that are made, not trained ---- */
+
+core_status train_state_target(const char *directory, int64_t step) {
+  char path[4096];
+  int length = snprintf(path, sizeof path, "%s/step-%08" PRId64, directory, step);
+  CHECK(length < (int)sizeof path, CORE_ERR_ARGUMENT, "a directory name of %d bytes", length);
+  CHECK(!core_file_exists(path), CORE_ERR_ARGUMENT, "%s is there already", path);
+  return CORE_OK;
+}
+
+core_status train_state_publish(comm_group *control, const char *directory, const train_state_meta *meta,
+                                const ckpt_tensor *list, int32_t count) {
+  char *json = NULL;
+  ckpt_writer *writer = NULL;
+  const ckpt_options options = {.directory = directory, .keep = 1 << 20};
+  TRY(comm_agree(control, train_state_meta_write(meta, &json)));
+  core_status status = ckpt_writer_create(control, &options, list, count, &writer);
+  if (status == CORE_OK) status = ckpt_writer_begin(writer, meta->step, json);
+  if (status == CORE_OK) status = ckpt_writer_commit(writer);
+  ckpt_writer_destroy(writer);
+  free(json);
+  TRY(status);
   return CORE_OK;
 }

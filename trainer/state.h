@@ -62,4 +62,14 @@ CORE_NODISCARD core_status train_state_meta_write(const train_state_meta *meta, 
 /* ERR_FORMAT when a field is missing or of another type. Free meta->config. */
 CORE_NODISCARD core_status train_state_meta_read(const char *json, train_state_meta *out);
 
+/* ---- checkpoints that are made, not trained ---- */
+
+/* That a checkpoint of this step is not there yet. Local. ERR_ARGUMENT. */
+CORE_NODISCARD core_status train_state_target(const char *directory, int64_t step);
+/* Writes a checkpoint of meta->step into a directory of checkpoints, whole or not at all. list: what this
+ * rank owns of it. Collective. */
+CORE_NODISCARD core_status train_state_publish(comm_group *control, const char *directory,
+                                               const train_state_meta *meta, const ckpt_tensor *list,
+                                               int32_t count);
+
 #endif

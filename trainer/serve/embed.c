@@ -137,15 +137,9 @@ static core_status find_sizes(train_embedder *e) {
 }
 
 static core_status load(train_embedder *e) {
-  train_state_tensors tensors;
   train_session *session = e->session;
   session->env.step = e->options.step;
-  if (!e->options.reader) return CORE_OK;
-  TRY(comm_agree(e->control, train_state_list(session->model, NULL, TRAIN_STATE_LOAD_MODEL, &tensors)));
-  core_status status = train_source_read(e->control, e->options.reader, tensors.list, tensors.count);
-  train_state_free(&tensors);
-  if (status != CORE_OK) return core_error_trace(status, __func__, __FILE__, __LINE__);
-  TRY(comm_agree(e->control, train_state_loaded(session->model)));
+  if (e->options.reader) TRY(train_source_model(e->control, e->options.reader, session->model));
   return CORE_OK;
 }
 
