@@ -21,6 +21,8 @@
 /* An owned range of a tensor that begins inside it must begin at a multiple of this many elements: a cell is
  * the unit of storage and of the content hash. */
 enum { CKPT_CELL = 1 << 18 };
+/* Private copies of the state that a writer may hold. */
+enum { CKPT_MOST_BUFFERS = 2 };
 
 typedef struct ckpt_tensor {
   const char *name; /* "parameter/blocks.1.experts.5.w_in", at most CORE_NAME - 1 bytes; borrowed */
@@ -38,6 +40,7 @@ typedef struct ckpt_options {
   int32_t keep;          /* published checkpoints kept, >= 1; 0: 3 */
   int32_t level;         /* zstd; 0: 1 */
   int32_t threads;       /* that compress; 0: 1 */
+  int32_t buffers;       /* private copies, of all owned bytes each: saves that may be pending; 0: 1 */
   /* The first from each multiple of this on is never removed (a save may be late); 0: none. */
   int64_t keep_every;
   int64_t spare; /* this step is not removed either; 0: none */
@@ -47,28 +50,36 @@ typedef struct ckpt_options {
 
 typedef struct ckpt_writer ckpt_writer;
 
-/* Plans and touches the private copy (all owned bytes), makes the directory and clears what a crash left in
- * it. Descriptions and names are copied; the data stay borrowed until the writer is destroyed. Coverage is
- * checked: every element of every tensor is owned exactly once over all ranks, else ERR_INTERNAL; an owned
- * range ends at the tensor's end or at a multiple of CKPT_CELL. Collective over `control`. */
+/* Plans and touches the private copies (all owned bytes, `buffers` times), makes the directory and clears
+ * what a crash left in it. Descriptions and names are copied; the data stay borrowed until the writer is
+ * destroyed. Coverage is checked: every element of every tensor is owned exactly once over all ranks, else
+ * ERR_INTERNAL; an owned range ends at the tensor's end or at a multiple of CKPT_CELL. Collective over
+ * `control`. */
 CORE_NODISCARD core_status ckpt_writer_create(comm_group *control, const ckpt_options *options,
                                               const ckpt_tensor *tensor, int32_t count, ckpt_writer **out);
-/* Copies the owned ranges (data may change afterwards) and writes in the background. `meta` is JSON text
- * (rank 0's is stored, verbatim). A save still in progress is finished and published first; if that fails,
- * its error is returned and nothing is begun. A published checkpoint of the same step is replaced at the
- * commit. Collective. */
+/* Copies the owned ranges (data may change afterwards) and writes in the background, behind the save that is
+ * being written, if there is one. `meta` is JSON text (rank 0's is stored, verbatim). Where no copy is free,
+ * or a save of this step is pending, the saves before are finished and published first, until that is no
+ * longer so; if one of them fails, its error is returned and nothing is begun. A published checkpoint of the
+ * same step is replaced at the commit. Collective. */
 CORE_NODISCARD core_status ckpt_writer_begin(ckpt_writer *writer, int64_t step, const char *meta);
-/* True while a save is begun and not yet committed. Equal on all ranks. */
+/* True while a save is pending: begun and not yet committed. Equal on all ranks. */
 bool ckpt_writer_busy(const ckpt_writer *writer);
-/* This rank's part is written and synced (or failed). Local: agree on it before ckpt_writer_commit. */
+/* True while no copy is free for another save. Equal on all ranks. */
+bool ckpt_writer_full(const ckpt_writer *writer);
+/* Step of the oldest pending save, which is committed next; -1: none is pending. Equal on all ranks. */
+int64_t ckpt_writer_oldest(const ckpt_writer *writer);
+/* This rank's part of the oldest pending save is written and synced (or failed), or none is pending. Local:
+ * agree on it before ckpt_writer_commit. */
 bool ckpt_writer_ready(ckpt_writer *writer);
-/* Waits for this rank's part, agrees on the outcome, publishes, retains. On failure the temporary directory
- * is removed, earlier checkpoints are untouched and the error is returned on all ranks: the caller may go on
- * training and save again. Old checkpoints that cannot be removed are a warning, not an error. With keep = 1
- * the file is read back from the disk before the older one goes. Collective. */
+/* Of the oldest pending save: waits for this rank's part, agrees on the outcome, publishes, retains. So saves
+ * are published in the order of their begins. On failure its temporary directory is removed, earlier
+ * checkpoints and the save behind it are untouched and the error is returned on all ranks: the caller may go
+ * on training and save again. Old checkpoints that cannot be removed are a warning, not an error. With keep =
+ * 1 the file is read back from the disk before the older one goes. Collective. */
 CORE_NODISCARD core_status ckpt_writer_commit(ckpt_writer *writer);
-/* Seconds that ckpt_writer_begin stalled for the copy, seconds of the last background write, bytes raw and
- * stored of the last save on this rank. */
+/* Seconds that the last ckpt_writer_begin stalled for the copy; of the last save committed, seconds of
+ * writing in the background and bytes raw and stored on this rank. */
 typedef struct ckpt_figures {
   double stall_seconds, write_seconds;
   int64_t raw_bytes, stored_bytes;
@@ -77,7 +88,7 @@ void ckpt_writer_figures(const ckpt_writer *writer, ckpt_figures *out);
 /* From now on `step` is the one that retention spares. Local, rank 0's counts. */
 void ckpt_writer_spare(ckpt_writer *writer, int64_t step);
 int64_t ckpt_writer_bytes(const ckpt_writer *writer); /* memory planned */
-/* Joins the thread; a save that was begun and not committed is abandoned (its .tmp removed). Local. */
+/* Joins the threads; saves that were begun and not committed are abandoned (their .tmp removed). Local. */
 void ckpt_writer_destroy(ckpt_writer *writer);
 
 /* The name under which a directory of checkpoints shows its best one: a link to step-<NNNNNNNN> that

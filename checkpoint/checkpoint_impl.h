@@ -1,6 +1,7 @@
 /* Private parts of checkpoint/: the layout on disk, the block codec, the manifest, one rank's file, the
  * directory of checkpoints. README.md describes the format. Reading order: plane.c, rank_file.c,
- * manifest_write.c, manifest_read.c, catalogue.c, publish.c, save.c, writer.c, reader.c, inspect.c. */
+ * manifest_write.c, manifest_read.c, catalogue.c, publish.c, save.c, save_buffers_impl.h, writer.c,
+ * writer_commit.c, reader.c, inspect.c. */
 #ifndef CKPT_CHECKPOINT_IMPL_H
 #define CKPT_CHECKPOINT_IMPL_H
 
@@ -27,7 +28,8 @@ enum {
   CKPT_STORED_BYTES = CKPT_BLOCK_BYTES + (CKPT_BLOCK_BYTES >> 6), /* room that encoding a block needs */
   CKPT_PATH = 4096,
   CKPT_MAX_THREADS = 64,
-  CKPT_MAX_FILES = 1 << 20
+  CKPT_MAX_FILES = 1 << 20,
+  CKPT_NO_STEP = -1
 };
 
 /* ---- plane.c: one block between raw and stored form ---- */
@@ -224,14 +226,16 @@ CORE_NODISCARD core_status ckpt_places(const char *directory, ckpt_place **out, 
 /* Removes a checkpoint directory, manifest first; goes on after a failure and returns the first. Files that
  * are not ours stay, and so does the directory then. */
 CORE_NODISCARD core_status ckpt_remove(const char *path);
-/* Puts back a replaced checkpoint whose successor never arrived; removes what is unfinished. */
-CORE_NODISCARD core_status ckpt_clean(const char *directory);
+/* Puts back a replaced checkpoint whose successor never arrived; removes what is unfinished, but for the save
+ * of step `pending` (CKPT_NO_STEP: none), which is being written. */
+CORE_NODISCARD core_status ckpt_clean(const char *directory, int64_t pending);
 /* Makes an empty step-X.tmp. */
 CORE_NODISCARD core_status ckpt_prepare(const char *directory, int64_t step);
 /* Writes the manifest into step-X.tmp and makes it step-X. */
 CORE_NODISCARD core_status ckpt_publish(const char *directory, const ckpt_manifest *manifest);
-/* Removes what the options do not keep, among the steps up to `newest`, which was just published. */
-CORE_NODISCARD core_status ckpt_retain(const ckpt_options *options, int64_t newest);
+/* Removes what the options do not keep, among the steps up to `newest`, which was just published, and cleans
+ * up as ckpt_clean does. */
+CORE_NODISCARD core_status ckpt_retain(const ckpt_options *options, int64_t newest, int64_t pending);
 
 /* ---- save.c: the writing thread ---- */
 
@@ -256,9 +260,11 @@ typedef struct ckpt_save {
   bool past_cache;    /* read back from the disk, not from the page cache */
   core_status status; /* out, with error */
   core_error error;
-  ckpt_file file;     /* out */
-  double seconds;     /* out */
-  ckpt_errand errand; /* gets on with every block written and read back */
+  ckpt_file file;         /* out */
+  double seconds;         /* out */
+  ckpt_errand errand;     /* gets on with every block written and read back */
+  int64_t turn;           /* saves begun before this one: it begins when so many have finished */
+  atomic_llong *finished; /* of the writer; grows when this one has ended, well or not */
   atomic_bool cancel;
   atomic_bool hold; /* tests: the thread waits before its first block */
 } ckpt_save;

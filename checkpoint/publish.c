@@ -171,7 +171,7 @@ static core_status clean_place(const char *directory, const ckpt_place *place, b
   return CORE_OK;
 }
 
-core_status ckpt_clean(const char *directory) {
+core_status ckpt_clean(const char *directory, int64_t pending) {
   ckpt_place *place;
   int32_t count;
   TRY(ckpt_places(directory, &place, &count));
@@ -179,7 +179,9 @@ core_status ckpt_clean(const char *directory) {
    */
   bool newer = false; /* the list begins with the newest */
   for (int32_t i = 0; i < count; i++) {
-    if (clean_place(directory, &place[i], newer) != CORE_OK) warn("cannot clean up in", directory);
+    bool written = place[i].kind == CKPT_UNFINISHED && place[i].step == pending;
+    if (!written && clean_place(directory, &place[i], newer) != CORE_OK)
+      warn("cannot clean up in", directory);
     if (place[i].kind == CKPT_PUBLISHED && place[i].manifest) newer = true;
   }
   free(place);
@@ -289,11 +291,11 @@ static bool first_of_stretch(const ckpt_place *place, int32_t count, int32_t i, 
   return true;
 }
 
-core_status ckpt_retain(const ckpt_options *options, int64_t newest) {
+core_status ckpt_retain(const ckpt_options *options, int64_t newest, int64_t pending) {
   ckpt_place *place;
   int32_t count, kept = 0;
   int64_t best = best_step(options->directory);
-  TRY(ckpt_clean(options->directory)); /* what an earlier failure left: no save is in progress now */
+  TRY(ckpt_clean(options->directory, pending)); /* what an earlier failure left */
   TRY(ckpt_places(options->directory, &place, &count));
   for (int32_t i = 0; i < count; i++) {
     const ckpt_place *p = &place[i];

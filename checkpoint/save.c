@@ -222,14 +222,24 @@ static core_status save_file(ckpt_save *save) {
   return CORE_OK;
 }
 
+/* Behind the save before: it has the scratch and the disk, and is published first. */
+static core_status wait_for_turn(ckpt_save *save) {
+  while (!atomic_load(&save->cancel) &&
+         (atomic_load(&save->hold) || atomic_load(save->finished) < save->turn))
+    core_clock_sleep(0.001);
+  CHECK(!atomic_load(&save->cancel), CORE_ERR_STOPPED, "%s was abandoned before its turn came", save->path);
+  return CORE_OK;
+}
+
 static void *save_main(void *argument) {
   ckpt_save *save = argument;
-  double start = core_clock_now();
   ckpt_thread_give_way(); /* the compressors, which it starts, too */
-  while (atomic_load(&save->hold) && !atomic_load(&save->cancel)) core_clock_sleep(0.001);
-  save->status = save_file(save);
+  save->status = wait_for_turn(save);
+  double start = core_clock_now();
+  if (save->status == CORE_OK) save->status = save_file(save);
   if (save->status != CORE_OK) core_error_save(&save->error);
   save->seconds = core_clock_now() - start;
+  atomic_fetch_add(save->finished, 1);
   atomic_store(&save->errand.done, true);
   return NULL;
 }

@@ -1,6 +1,6 @@
 /* Outline: open the session, take the run directory, resume or start, loop. Ranks agree once a step, when
- * their batch is ready: on errors, on the request to stop, and on whether the checkpoint in progress is
- * written everywhere. */
+ * their batch is ready: on errors, on the request to stop, and on whether the oldest checkpoint in progress
+ * is written everywhere. */
 #include "trainer/run_impl.h"
 
 #include <stdio.h>
@@ -13,7 +13,7 @@
 
 /* What ranks agree on before each step. */
 typedef struct agreement {
-  bool stop, saved; /* any rank was asked to stop; the save in progress is written on all ranks */
+  bool stop, saved; /* any rank was asked to stop; the oldest pending save is written on all ranks */
 } agreement;
 
 static core_status agree(train_run_state *r, core_status status, agreement *out) {
@@ -107,23 +107,22 @@ static core_status save_and_evaluate_when_due(train_run_state *r) {
   int64_t step = r->env->step;
   if (s->checkpoint.interval > 0 && step % s->checkpoint.interval == 0) r->save_due = true;
   if (r->save_due && step < s->run.steps) { /* the last step is saved when the run ends */
-    if (s->checkpoint.busy == TRAIN_BUSY_WAIT && ckpt_writer_busy(r->writer))
-      TRY(train_run_warn_save_priv(r, r->saved_step, train_run_commit_save_priv(r)));
-    r->save_due = ckpt_writer_busy(r->writer);
+    if (s->checkpoint.busy == TRAIN_BUSY_WAIT && ckpt_writer_full(r->writer))
+      TRY(train_run_settle_save_priv(r));
+    r->save_due = ckpt_writer_full(r->writer);
     if (!r->save_due) TRY(train_run_warn_save_priv(r, step, train_run_begin_save_priv(r)));
   }
   if (evaluation_due(r)) TRY(train_run_evaluate_priv(r, false));
   return CORE_OK;
 }
 
-/* An agreed error ends the run; a checkpoint that is being written is still worth having. */
+/* An agreed error ends the run; checkpoints that are being written are still worth having. */
 static core_status end_with(train_run_state *r, core_status status) {
   core_error saved;
   core_error_save(&saved);
   bool whole =
       status != CORE_ERR_TIMEOUT && status != CORE_ERR_COMM; /* the ranks still understand one another */
-  if (whole && ckpt_writer_busy(r->writer) &&
-      train_run_warn_save_priv(r, r->saved_step, train_run_commit_save_priv(r)) != CORE_OK)
+  if (whole && train_run_settle_saves_priv(r, TRAIN_NO_STEP) != CORE_OK)
     core_error_clear(); /* the first error is the one that counts */
   (void)core_error_restore(&saved);
   return core_error_trace(status, __func__, __FILE__, __LINE__);
@@ -147,7 +146,7 @@ static core_status loop(train_run_state *r, train_outcome *outcome) {
     r->waited = core_clock_now() - started;
     status = agree(r, status, &agreed);
     if (status == CORE_OK && agreed.saved && ckpt_writer_busy(r->writer))
-      status = train_run_warn_save_priv(r, r->saved_step, train_run_commit_save_priv(r));
+      status = train_run_settle_save_priv(r);
     if (status == CORE_OK && !agreed.stop) status = do_step(r, batch, started);
     if (batch) data_stream_put(r->stream, batch);
     if (status != CORE_OK) return end_with(r, status);

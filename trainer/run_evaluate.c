@@ -20,8 +20,7 @@ static void adapt_schedule(train_run_state *r, const train_retrieval *result) {
 static core_status follow(train_run_state *r, double recall) {
   bool keeps = r->settings->checkpoint.keep_best;
   /* an older save, perhaps of the best so far, is published and marked before another is the best */
-  if (keeps && ckpt_writer_busy(r->writer) && r->saved_step != r->env->step)
-    TRY(train_run_warn_save_priv(r, r->saved_step, train_run_commit_save_priv(r)));
+  if (keeps) TRY(train_run_settle_saves_priv(r, r->env->step));
   bool best = train_early_stopping_observe(&r->stopping, r->env->step, recall);
   if (!best || !keeps) return CORE_OK;
   ckpt_writer_spare(r->writer, r->env->step); /* also where it cannot be marked */

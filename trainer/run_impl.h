@@ -9,7 +9,7 @@
 #include "trainer/session.h"
 #include "trainer/state.h"
 
-enum { TRAIN_RUN_PATH = 1024 };
+enum { TRAIN_RUN_PATH = 1024, TRAIN_NO_STEP = -1 };
 
 /* What a new run took over from a checkpoint. */
 typedef struct train_begun {
@@ -32,7 +32,7 @@ typedef struct train_run_state {
   train_begun begun;
   bool resumed;       /* at a checkpoint of its own */
   int64_t saved_step; /* step of the newest checkpoint begun, -1 none */
-  bool save_due;      /* since a step when the writer was still at the save before */
+  bool save_due;      /* since a step when the writer had no room for another save */
   int64_t failures;   /* non-finite steps in a row */
   train_early_stopping stopping;
   int64_t evaluated;         /* step of the last evaluation of this process, -1 none */
@@ -80,10 +80,13 @@ core_status train_run_manifest_priv(const train_run_state *r, train_manifest_mom
  * after the next save. Local. */
 void train_run_mark_best_priv(const train_run_state *r);
 core_status train_run_begin_save_priv(train_run_state *r);
-core_status train_run_commit_save_priv(train_run_state *r);
 /* A save that fails does not stop training: the previous checkpoint is still there. But ranks that no longer
  * understand one another cannot go on. */
 core_status train_run_warn_save_priv(train_run_state *r, int64_t step, core_status status);
+/* Waits for the oldest pending save and publishes it; one that fails is a warning, as above. */
+core_status train_run_settle_save_priv(train_run_state *r);
+/* All that are pending, but for that of step `except`, which is the newest, if it is there. */
+core_status train_run_settle_saves_priv(train_run_state *r, int64_t except);
 /* Now and to the end; used when the run ends. */
 core_status train_run_save_now_priv(train_run_state *r);
 

@@ -129,6 +129,7 @@ core_status train_run_open_priv(train_run_state *r, const train_run_options *opt
                          .keep = (int32_t)s->checkpoint.keep,
                          .level = (int32_t)s->checkpoint.level,
                          .threads = (int32_t)s->checkpoint.threads,
+                         .buffers = (int32_t)s->checkpoint.buffers,
                          .keep_every = s->checkpoint.keep_every};
   TRY(ckpt_writer_create(r->env->control, &saving, r->saved.list, r->saved.count, &r->writer));
   TRY(train_run_start_or_resume_priv(r, options->resume, options->from));

@@ -40,8 +40,9 @@ core_status train_run_begin_save_priv(train_run_state *r) {
   return CORE_OK;
 }
 
-core_status train_run_commit_save_priv(train_run_state *r) {
-  if (!ckpt_writer_busy(r->writer)) return CORE_OK;
+/* The oldest pending save. */
+static core_status commit(train_run_state *r) {
+  const int64_t step = ckpt_writer_oldest(r->writer);
   double start = core_clock_now();
   comm_note(r->env->comm, r->env->step, -1, "checkpoint");
   core_status status = ckpt_writer_commit(r->writer);
@@ -50,7 +51,7 @@ core_status train_run_commit_save_priv(train_run_state *r) {
   ckpt_figures figures;
   ckpt_writer_figures(r->writer, &figures);
   LOG_INFO("saved %s/step-%08lld (%.1f MiB of this rank, %.2f s in the background)", r->checkpoints,
-           (long long)r->saved_step, (double)figures.stored_bytes / 1048576, figures.write_seconds);
+           (long long)step, (double)figures.stored_bytes / 1048576, figures.write_seconds);
   train_run_mark_best_priv(r);
   return CORE_OK;
 }
@@ -61,15 +62,26 @@ core_status train_run_warn_save_priv(train_run_state *r, int64_t step, core_stat
     return core_error_trace(status, __func__, __FILE__, __LINE__);
   LOG_WARNING("the checkpoint of step %lld failed, training goes on; the previous one is kept: %s",
               (long long)step, core_error_get()->message);
-  r->saved_step = -1;
+  if (r->saved_step == step) r->saved_step = -1; /* else another has been begun since */
+  return CORE_OK;
+}
+
+core_status train_run_settle_save_priv(train_run_state *r) {
+  const int64_t step = ckpt_writer_oldest(r->writer);
+  TRY(train_run_warn_save_priv(r, step, commit(r)));
+  return CORE_OK;
+}
+
+core_status train_run_settle_saves_priv(train_run_state *r, int64_t except) {
+  while (ckpt_writer_busy(r->writer) && ckpt_writer_oldest(r->writer) != except)
+    TRY(train_run_settle_save_priv(r));
   return CORE_OK;
 }
 
 core_status train_run_save_now_priv(train_run_state *r) {
-  if (ckpt_writer_busy(r->writer))
-    TRY(train_run_warn_save_priv(r, r->saved_step, train_run_commit_save_priv(r)));
+  TRY(train_run_settle_saves_priv(r, TRAIN_NO_STEP));
   if (r->saved_step == r->env->step) return CORE_OK;
   TRY(train_run_begin_save_priv(r));
-  TRY(train_run_commit_save_priv(r));
+  TRY(commit(r));
   return CORE_OK;
 }

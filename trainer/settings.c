@@ -266,6 +266,7 @@ static const cyaml_schema_field_t checkpoint_fields[] = {
     CYAML_FIELD_INT("keep_every", NEEDED, checkpoint_part, keep_every),
     CYAML_FIELD_INT("level", NEEDED, checkpoint_part, level),
     CYAML_FIELD_INT("threads", NEEDED, checkpoint_part, threads),
+    CYAML_FIELD_INT("buffers", NEEDED, checkpoint_part, buffers),
     WORD("busy", checkpoint_part, busy, busy_words),
     WORD("contents", checkpoint_part, contents, contents_words),
     CORE_FIELD_BOOL("keep_best", checkpoint_part, keep_best),
@@ -358,7 +359,8 @@ static const char defaults[] =
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1,"
     " frozen: [], trained: []}\n"
-    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, busy: delay, contents: all, "
+    "checkpoint: {interval: 500, keep: 3, keep_every: 0, level: 1, threads: 1, buffers: 2, busy: delay, "
+    "contents: all, "
     "keep_best: "
     "false}\n"
     "evaluate: {interval: 0, batch: 256, at_end: true, capacity: none, forgetting: []}\n"

@@ -269,11 +269,14 @@ typedef struct train_settings {
   } optimizer;
   struct {
     int64_t interval, keep, keep_every, level, threads;
-    int busy;     /* train_busy: a save that falls due while the one before is still being written begins when
-                     that is done (delay), or training waits for it (wait) */
-    int contents; /* train_contents: trained saves what no step changes not again; it stays in the checkpoint
-                     that the run began with (--from), whose path and content hash are kept, and which must
-                     stay */
+    int64_t buffers; /* 1 | 2: copies of the state in host memory, for saves that are being written. With 2
+                        one may begin on time while the one before is still written; each costs, on every
+                        rank, as much as its share of parameters and optimizer state */
+    int busy;        /* train_busy: a save that falls due while all copies are in use begins when one is free
+                        (delay), or training waits for it (wait) */
+    int contents;  /* train_contents: trained saves what no step changes not again; it stays in the checkpoint
+                      that the run began with (--from), whose path and content hash are kept, and which must
+                      stay */
     int keep_best; /* keep the one of the largest mean recall so far too, under the name `best` */
   } checkpoint;
   struct {

@@ -88,6 +88,7 @@ static core_status check_sizes(const core_config *config, const train_settings *
       {"checkpoint.keep_every", (double)s->checkpoint.keep_every, 0, huge},
       {"checkpoint.level", (double)s->checkpoint.level, 1, 19},
       {"checkpoint.threads", (double)s->checkpoint.threads, 1, 64},
+      {"checkpoint.buffers", (double)s->checkpoint.buffers, 1, 2},
       {"evaluate.interval", (double)s->evaluate.interval, 0, huge},
       {"evaluate.batch", (double)s->evaluate.batch, 1, large},
   };

@@ -3,6 +3,7 @@
 #include "ckpt_fixture.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +20,8 @@ enum { THREADS = 3 };
 typedef struct watched {
   double delay;          /* seconds that every write and read of a rank's file takes */
   atomic_llong released; /* the files of later steps do not get on */
-  atomic_int operations, given_way;
+  atomic_llong latest;   /* step whose file was touched last */
+  atomic_int operations, given_way, backward;
   int nice;    /* of the main thread */
   int threads; /* of this process that have given way, at most, while a block is written */
 } watched;
@@ -40,14 +42,15 @@ static void watch(void *context, const core_file_event *event) {
   if (strstr(event->path, "/rank-") == NULL) return;
   if (event->kind != CORE_FILE_WRITE && event->kind != CORE_FILE_READ) return;
   long long step = strtoll(strstr(event->path, "/step-") + strlen("/step-"), NULL, 10);
+  if (atomic_exchange(&w->latest, step) > step) atomic_fetch_add(&w->backward, 1);
   if (w->delay > 0) core_clock_sleep(w->delay);
   while (step > atomic_load(&w->released)) core_clock_sleep(0.001);
   if (getpriority(PRIO_PROCESS, 0) == w->nice + CKPT_NICE) atomic_fetch_add(&w->given_way, 1);
   if (atomic_fetch_add(&w->operations, 1) == 0) w->threads = count_threads(w->nice + CKPT_NICE);
 }
 
-static ckpt_writer *open_writer(const fixture *f, const char *directory, const layout *l) {
-  const ckpt_options options = {.directory = directory, .keep = 100, .threads = THREADS};
+static ckpt_writer *open_writer(const fixture *f, const char *directory, const layout *l, int32_t buffers) {
+  const ckpt_options options = {.directory = directory, .keep = 100, .threads = THREADS, .buffers = buffers};
   ckpt_writer *writer;
   EXPECT_OK(ckpt_writer_create(f->control, &options, l->tensor, l->count, &writer));
   return writer;
@@ -74,7 +77,7 @@ static void a_slow_writer_stores_the_state_of_each_step(void **state) {
   watched w = {.delay = 0.01};
   fixture_directory(f, "slow", directory);
   layout l = layout_make(ALL, 1, 0, f->rank, f->ranks);
-  ckpt_writer *writer = open_writer(f, directory, &l);
+  ckpt_writer *writer = open_writer(f, directory, &l, 1);
   core_file_observe(watch, &w);
   for (int64_t step = 1; step <= STEPS; step++) {
     layout_fill(&l, ALL, (uint64_t)step);
@@ -95,6 +98,79 @@ static void a_slow_writer_stores_the_state_of_each_step(void **state) {
     expect_generation(f, directory, step, (uint64_t)step);
 }
 
+static void begin(ckpt_writer *writer, const layout *l, int64_t step) {
+  layout_fill(l, ALL, (uint64_t)step);
+  EXPECT_OK(ckpt_writer_begin(writer, step, "{}"));
+  layout_fill(l, ALL, (uint64_t)step + 1);
+}
+
+static void expect_names(const fixture *f, const char *directory, const char *expected) {
+  char names[1024];
+  EXPECT_OK(comm_barrier(f->control)); /* rank 0 works alone there */
+  list_names(directory, names, sizeof names);
+  assert_string_equal(names, expected);
+  EXPECT_OK(comm_barrier(f->control));
+}
+
+/* With a second copy a save begins while the one before has not written a byte, behind which it is written; a
+ * third waits for a copy. */
+static void two_saves_are_in_flight_and_a_third_waits(void **state) {
+  const fixture *f = *state;
+  char directory[CKPT_PATH];
+  watched w = {.delay = 0.002};
+  fixture_directory(f, "flight", directory);
+  layout l = layout_make(ALL, 1, 0, f->rank, f->ranks);
+  ckpt_writer *writer = open_writer(f, directory, &l, 2);
+  assert_int_equal(ckpt_writer_oldest(writer), -1);
+  core_file_observe(watch, &w);
+  begin(writer, &l, 2);
+  assert_false(ckpt_writer_full(writer));
+  begin(writer, &l, 4);
+  assert_true(ckpt_writer_full(writer));
+  assert_int_equal(ckpt_writer_oldest(writer), 2);
+  assert_false(ckpt_writer_ready(writer));
+  expect_names(f, directory, "step-00000002.tmp step-00000004.tmp");
+  atomic_store(&w.released, 2);
+  begin(writer, &l, 6);
+  assert_int_equal(ckpt_writer_oldest(writer), 4);
+  assert_false(ckpt_writer_ready(writer));
+  expect_names(f, directory, "step-00000002 step-00000004.tmp step-00000006.tmp");
+  atomic_store(&w.released, 6);
+  EXPECT_OK(ckpt_writer_commit(writer));
+  expect_names(f, directory, "step-00000002 step-00000004 step-00000006.tmp");
+  EXPECT_OK(ckpt_writer_commit(writer));
+  assert_false(ckpt_writer_busy(writer));
+  core_file_observe(NULL, NULL);
+  assert_int_equal(w.backward, 0);
+  ckpt_writer_destroy(writer);
+  layout_free(&l);
+  for (int64_t step = 2; step <= 6; step += 2) expect_generation(f, directory, step, (uint64_t)step);
+}
+
+/* One rank's disk refuses the first of two: all ranks are told, and the second is published all the same. */
+static void a_save_that_fails_leaves_the_one_behind_it(void **state) {
+  const fixture *f = *state;
+  char directory[CKPT_PATH];
+  fixture_directory(f, "behind", directory);
+  layout l = layout_make(ALL, 1, 0, f->rank, f->ranks);
+  ckpt_writer *writer = open_writer(f, directory, &l, 2);
+  ckpt_writer_hold_priv(writer, true);
+  begin(writer, &l, 2);
+  begin(writer, &l, 4);
+  if (f->rank == f->ranks - 1)
+    core_file_inject(&(core_file_fault){.at = 2, .error = ENOSPC, .containing = "step-00000002.tmp/rank-"});
+  ckpt_writer_hold_priv(writer, false);
+  assert_int_equal(ckpt_writer_commit(writer), CORE_ERR_IO);
+  assert_non_null(strstr(core_error_get()->message, "No space left"));
+  core_file_inject(NULL);
+  expect_names(f, directory, "step-00000004.tmp");
+  EXPECT_OK(ckpt_writer_commit(writer));
+  expect_names(f, directory, "step-00000004");
+  ckpt_writer_destroy(writer);
+  layout_free(&l);
+  expect_generation(f, directory, 4, 4);
+}
+
 static void the_threads_of_a_save_give_way(void **state) {
   const fixture *f = *state;
   char directory[CKPT_PATH];
@@ -103,7 +179,7 @@ static void the_threads_of_a_save_give_way(void **state) {
   fixture_directory(f, "gives-way", directory);
   layout l = layout_make(ALL, 1, 0, f->rank, f->ranks);
   layout_fill(&l, ALL, 1);
-  ckpt_writer *writer = open_writer(f, directory, &l);
+  ckpt_writer *writer = open_writer(f, directory, &l, 1);
   int before = getpriority(PRIO_PROCESS, 0);
   core_file_observe(watch, &w);
   EXPECT_OK(ckpt_writer_begin(writer, 1, "{}"));
@@ -127,7 +203,7 @@ static void a_slow_part_does_not_use_up_the_deadline(void **state) {
   fixture_directory(f, "deadline", directory);
   layout l = f->rank == 0 ? layout_make(ALL, 1, 0, 0, 1) : (layout){NULL, 0};
   layout_fill(&l, ALL, 5);
-  ckpt_writer *writer = open_writer(f, directory, &l);
+  ckpt_writer *writer = open_writer(f, directory, &l, 1);
   EXPECT_OK(comm_configure(f->world, &(comm_options){.deadline = deadline}));
   if (f->rank == 0) core_file_observe(watch, &w);
   double start = core_clock_now();
@@ -200,7 +276,7 @@ static void tensors_of_a_device_are_copied_at_full_speed(void **state) {
   layout_fill(&l, ALL, 4);
   invert(&l);
   staged = copies = waits = 0;
-  ckpt_writer *writer = open_writer(f, directory, &l);
+  ckpt_writer *writer = open_writer(f, directory, &l, 1);
   assert_int_equal(staged, 1);
   EXPECT_OK(ckpt_writer_begin(writer, 1, "{}"));
   int32_t ranges = 0;
@@ -224,6 +300,8 @@ static void tensors_of_a_device_are_copied_at_full_speed(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(a_slow_writer_stores_the_state_of_each_step),
+      cmocka_unit_test(two_saves_are_in_flight_and_a_third_waits),
+      cmocka_unit_test(a_save_that_fails_leaves_the_one_behind_it),
       cmocka_unit_test(the_threads_of_a_save_give_way),
       cmocka_unit_test(a_slow_part_does_not_use_up_the_deadline),
       cmocka_unit_test(tensors_of_a_device_are_copied_at_full_speed),

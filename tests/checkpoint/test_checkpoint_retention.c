@@ -18,12 +18,16 @@ typedef struct run {
   char directory[CKPT_PATH];
 } run;
 
-static run run_open(const fixture *f, const char *name, int32_t keep, int64_t keep_every) {
+static run run_make(const fixture *f, const char *name, ckpt_options options) {
   run r = {.f = f, .l = layout_make(TINY, 0, 0, 0, 1)};
   fixture_directory(f, name, r.directory);
-  const ckpt_options options = {.directory = r.directory, .keep = keep, .keep_every = keep_every};
+  options.directory = r.directory;
   EXPECT_OK(ckpt_writer_create(f->control, &options, r.l.tensor, r.l.count, &r.writer));
   return r;
+}
+
+static run run_open(const fixture *f, const char *name, int32_t keep, int64_t keep_every) {
+  return run_make(f, name, (ckpt_options){.keep = keep, .keep_every = keep_every});
 }
 
 static void run_close(run *r) {
@@ -198,6 +202,31 @@ static void begin_publishes_the_one_in_progress(void **state) {
   run_close(&r);
 }
 
+/* The unfinished directory of a step belongs to one save at a time, whatever room there is. */
+static void begin_of_a_pending_step_publishes_it_first(void **state) {
+  run r = run_make(*state, "twins", (ckpt_options){.buffers = 2});
+  for (uint64_t generation = 1; generation <= 2; generation++) {
+    layout_fill(&r.l, TINY, generation);
+    EXPECT_OK(ckpt_writer_begin(r.writer, 5, "{}"));
+  }
+  expect_names(&r, "step-00000005 step-00000005.tmp");
+  EXPECT_OK(ckpt_writer_commit(r.writer));
+  expect_names(&r, "step-00000005");
+  assert_int_equal(load_newest(r.f, r.directory, TINY, 2, 2), 5);
+  run_close(&r);
+}
+
+static void destroy_abandons_two(void **state) {
+  for (int held = 0; held < 2; held++) {
+    run r = run_make(*state, "abandon-two", (ckpt_options){.buffers = 2});
+    ckpt_writer_hold_priv(r.writer, held == 1);
+    EXPECT_OK(ckpt_writer_begin(r.writer, 5, "{}"));
+    EXPECT_OK(ckpt_writer_begin(r.writer, 6, "{}"));
+    run_close(&r);
+    expect_names(&r, "");
+  }
+}
+
 static void destroy_abandons(void **state) {
   for (int held = 0; held < 2; held++) {
     run r = run_open(*state, "abandon", 3, 0);
@@ -224,6 +253,10 @@ static void figures_and_memory_are_right(void **state) {
   assert_true(figures.stall_seconds > 0 && figures.write_seconds > 0);
   int64_t scratch = CKPT_BLOCK_BYTES + 2 * CKPT_STORED_BYTES; /* one compressor */
   assert_in_range(ckpt_writer_bytes(r.writer), raw + scratch, raw + scratch + 64 * 1024);
+  int64_t one = ckpt_writer_bytes(r.writer);
+  run_close(&r);
+  r = run_make(*state, "figures", (ckpt_options){.buffers = 2}); /* a copy more, and what lists its blocks */
+  assert_in_range(ckpt_writer_bytes(r.writer), one + raw, one + raw + 16 * 1024);
   run_close(&r);
 }
 
@@ -268,7 +301,9 @@ int main(void) {
       cmocka_unit_test(replaced_one_is_found_and_put_back),
       cmocka_unit_test(data_of_the_begin_is_saved),
       cmocka_unit_test(begin_publishes_the_one_in_progress),
+      cmocka_unit_test(begin_of_a_pending_step_publishes_it_first),
       cmocka_unit_test(destroy_abandons),
+      cmocka_unit_test(destroy_abandons_two),
       cmocka_unit_test(figures_and_memory_are_right),
       cmocka_unit_test(threads_do_not_change_the_file),
   };

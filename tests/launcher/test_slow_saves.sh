@@ -29,24 +29,55 @@ expect_equal "checkpoints" $last "$(steps_saved "$work/waited" | wc -l)"
 # A save is some 60 operations: of so many milliseconds each that it takes as long as about 8 steps
 pause=$(sed -n 's/.*"seconds":{"step":\([^,]*\),.*/\1/p' "$work/waited/metrics.jsonl" |
   awk '{sum += $1} END {ms = 8 * 1000 * sum / NR / 60; print (ms > 1 ? int(ms + 0.5) : 1)}')
-what="saves due every 4 steps, by a slow writer ($pause ms an operation)"
-slowly "$pause" 2 train "$work/config.yaml" $sets --set checkpoint.interval=4 --set checkpoint.busy=delay
-wait_job
-expect_status 0
-expect_steps "$work/run" $last
-saved=$(steps_saved "$work/run")
-count=$(echo "$saved" | wc -l)
-note "$count checkpoints of $((last / 4)) that were due: $(echo "$saved" | tr '\n' ' ')"
-[ "$count" -ge 3 ] && [ "$count" -lt $((last / 4)) ] || fail "expected some of the saves to be put off, got $count checkpoints"
-expect_equal "the first and the last" "4 $last" "$(echo "$saved" | sed -n '1p;$p' | tr '\n' ' ' | sed 's/ $//')"
+late_saves() { # copies; the first saves, which are not put off
+  rm -rf "$work/run"
+  what="saves due every 4 steps, by a slow writer ($pause ms an operation), $1 copies of the state"
+  slowly "$pause" 2 train "$work/config.yaml" $sets --set checkpoint.interval=4 --set checkpoint.busy=delay \
+    --set checkpoint.buffers="$1"
+  wait_job
+  expect_status 0
+  expect_steps "$work/run" $last
+  saved=$(steps_saved "$work/run")
+  count=$(echo "$saved" | wc -l)
+  note "$what: $count checkpoints of $((last / 4)) that were due: $(echo "$saved" | tr '\n' ' ')"
+  [ "$count" -ge 3 ] && [ "$count" -lt $((last / 4)) ] ||
+    fail "expected some of the saves to be put off, got $count checkpoints"
+  expect_equal "those that found a copy free, and the last" "$2 $last" \
+    "$(echo "$saved" | sed -n "1,$1p;\$p" | tr '\n' ' ' | sed 's/ $//')"
+  for step in $saved; do
+    expect_equal "content of step $step" "$(content "$(step_path "$work/waited" "$step")")" \
+      "$(content "$(step_path "$work/run" "$step")")"
+  done
+  run 1 check "$work/run"
+  expect_status 0
+}
+late_saves 1 "4"
 echo "$saved" | awk '$1 % 4 != 0 {found = 1} END {exit !found}' ||
   fail "expected a save that was put off to come as soon as the one before had ended, not at the next fourth step"
-for step in $saved; do
+late_saves 2 "4 8" # the second begins on time, while the first is written; a third is put off
+
+# ---- asked to stop while two saves are pending ----
+
+two_pending() {
+  [ -d "$(step_path "$work/run" 4).tmp" ] && [ -d "$(step_path "$work/run" 8).tmp" ]
+}
+
+what="asked to stop while two saves are pending"
+rm -rf "$work/run"
+slowly $((5 * pause)) 2 train "$work/config.yaml" $sets --set checkpoint.interval=4 --set checkpoint.buffers=2
+until_true 60 two_pending || fail "expected the saves of steps 4 and 8 to be pending at once"
+kill -TERM "$(pid 0)"
+wait_job
+expect_status 75
+saved=$(steps_saved "$work/run")
+stopped=$(echo "$saved" | tail -n 1)
+note "stopped at step $stopped; checkpoints: $(echo "$saved" | tr '\n' ' ')"
+[ "$stopped" -gt 8 ] || fail "expected the step at which it stopped to be saved behind the two"
+expect_equal "the two" "4 8" "$(echo "$saved" | sed -n '1,2p' | tr '\n' ' ' | sed 's/ $//')"
+for step in 4 8 "$stopped"; do
   expect_equal "content of step $step" "$(content "$(step_path "$work/waited" "$step")")" \
     "$(content "$(step_path "$work/run" "$step")")"
 done
-run 1 check "$work/run"
-expect_status 0
 
 # ---- a rank that stops while it saves ----
 

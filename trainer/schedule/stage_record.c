@@ -101,6 +101,7 @@ static const char *const neutral[] = {"run.directory=.",
                                       "checkpoint.keep_every=0",
                                       "checkpoint.level=1",
                                       "checkpoint.threads=1",
+                                      "checkpoint.buffers=1",
                                       "checkpoint.busy=delay",
                                       "evaluate.batch=1",
                                       "evaluate.forgetting=[]"};
