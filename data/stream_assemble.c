@@ -35,15 +35,31 @@ static const data_load *load_of(const data_stream *stream, const data_segment *s
   return segment->slot >= 0 ? &stream->cache[segment->m].slot[segment->slot].load : &segment->load;
 }
 
-/* What to sleep for when the next segment is not there: in file order, where hardly anything is left to copy,
- * the last load of the batch, since each waking costs a switch of threads. Every load comes about without the
- * assembler's help. */
+/* That there is room. Under the lock. */
+static void tell_reader(data_stream *stream) {
+  stream->freed = 0;
+  pthread_cond_signal(&stream->room);
+}
+
+/* Sleeps until there is something to do; what was freed is told before, since it may be what the reader waits
+ * for. Under the lock. */
+static void wait_to_fill(data_stream *stream) {
+  if (stream->freed > 0) tell_reader(stream);
+  pthread_cond_wait(&stream->filled, &stream->lock);
+}
+
+/* What to sleep for when the next segment is not there, since each waking costs a switch of threads: in file
+ * order, where hardly anything is left to copy, the last load of the batch; else one a few loads on. Every
+ * load comes about without the assembler's help. */
 static const data_load *choose_awaited(const data_stream *stream, const data_load *load) {
-  const int64_t end = stream->plan[stream->assembled % stream->plans].end;
-  if (!stream->direct) return load;
-  for (int64_t at = (end < stream->pushed ? end : stream->pushed) - 1; at > stream->popped; --at) {
+  const int64_t planned = stream->plan[stream->assembled % stream->plans].end;
+  const int64_t end = planned < stream->pushed ? planned : stream->pushed;
+  int32_t left = stream->direct ? INT32_MAX : DATA_LOADS_AT_ONCE;
+  for (int64_t at = stream->popped + 1; at < end && left > 1; ++at) {
     const data_load *later = load_of(stream, &stream->segment[at % DATA_SEGMENTS]);
-    if (later->state == DATA_LOAD_UNDER_WAY) return later;
+    if (later->state != DATA_LOAD_UNDER_WAY || later->sequence <= load->sequence) continue;
+    load = later;
+    --left;
   }
   return load;
 }
@@ -67,7 +83,7 @@ static core_status await_segment(data_stream *stream, const data_segment **segme
       status = core_error_restore(&stream->error);
     }
     if (status != CORE_OK) break;
-    pthread_cond_wait(&stream->filled, &stream->lock);
+    wait_to_fill(stream);
   }
   stream->awaited = NULL;
   pthread_mutex_unlock(&stream->lock);
@@ -77,10 +93,10 @@ static core_status await_segment(data_stream *stream, const data_segment **segme
 
 static void release_segment(data_stream *stream, data_cache *cache, const data_segment *segment) {
   pthread_mutex_lock(&stream->lock);
-  if (segment->slot >= 0) data_cache_unpin_priv(cache, segment->slot, segment->rows);
   ++stream->popped;
-  if (segment->slot >= 0 || stream->pushed - stream->popped == DATA_SEGMENTS / 2)
-    pthread_cond_signal(&stream->room);
+  if (segment->slot >= 0 && data_cache_unpin_priv(cache, segment->slot, segment->rows)) ++stream->freed;
+  if (stream->freed >= DATA_SLOTS_AT_ONCE || stream->pushed - stream->popped == DATA_SEGMENTS / 2)
+    tell_reader(stream);
   pthread_mutex_unlock(&stream->lock);
 }
 
@@ -185,7 +201,7 @@ static bool next_plan(data_stream *stream, int32_t *batch) {
     going = !stream->closing && !over;
     *batch = planned ? stream->plan[stream->assembled % stream->plans].batch : -1;
     if (!going || *batch >= 0 || (planned && stream->batches_free > 0)) break;
-    pthread_cond_wait(&stream->filled, &stream->lock);
+    wait_to_fill(stream);
   }
   if (going && *batch < 0) *batch = stream->batch_free[--stream->batches_free];
   if (!going && !stream->closing) {
@@ -201,7 +217,7 @@ static void publish_batch(data_stream *stream, int32_t batch) {
   pthread_mutex_lock(&stream->lock);
   ++stream->assembled;
   stream->batch_ready[stream->readied++ % stream->batches] = batch;
-  pthread_cond_signal(&stream->room);
+  tell_reader(stream);
   pthread_cond_signal(&stream->ready);
   pthread_mutex_unlock(&stream->lock);
 }

@@ -64,13 +64,14 @@ int32_t data_cache_pin_priv(data_cache *cache, int64_t band, bool *fresh) {
   return index;
 }
 
-void data_cache_unpin_priv(data_cache *cache, int32_t index, int64_t copied) {
+bool data_cache_unpin_priv(data_cache *cache, int32_t index, int64_t copied) {
   data_slot *slot = &cache->slot[index];
   slot->copied += copied;
-  if (--slot->refs > 0) return;
+  if (--slot->refs > 0) return false;
   /* Where every band has a slot, nothing is ever given up. */
   if (slot->copied >= slot->load.count && cache->slots < cache->bands)
     link_oldest(cache, index);
   else
     link_newest(cache, index);
+  return true;
 }

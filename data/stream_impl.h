@@ -32,6 +32,8 @@ enum {
   DATA_JOBS = 128,
   DATA_JOBS_AT_ONCE =
       8, /* for which workers are woken together: a switch of threads costs as much as a small read */
+  DATA_SLOTS_AT_ONCE = 8, /* of which the reader is told together, unless the assembler has nothing to do */
+  DATA_LOADS_AT_ONCE = 4, /* that the assembler sleeps for */
   DATA_PLAIN_WINDOW = 1 << 14, /* samples whose columns are held at once in file order */
   DATA_SPAN = 1 << 10 /* neighbouring samples whose columns are read at once for homogeneous batches */
 };
@@ -179,6 +181,7 @@ struct data_stream {
   int64_t queued, taken;
   int32_t idle;      /* workers that sleep */
   int32_t unsaid;    /* jobs queued since workers were last woken */
+  int32_t freed;     /* slots since the reader was last told of room */
   data_batch *batch; /* [batches] */
   int32_t batches, batches_free, batches_lent;
   int32_t *batch_free;  /* stack */
@@ -221,8 +224,8 @@ void data_cache_reset_priv(data_cache *cache, uint8_t *rows);
 /* Pins the slot of `band`, giving it the least recently used one when it is not here (*fresh). -1: all are
  * pinned. */
 int32_t data_cache_pin_priv(data_cache *cache, int64_t band, bool *fresh);
-/* `copied` more rows of it are done with. */
-void data_cache_unpin_priv(data_cache *cache, int32_t slot, int64_t copied);
+/* `copied` more rows of it are done with. True: nothing waits for it any more, another band may have it. */
+bool data_cache_unpin_priv(data_cache *cache, int32_t slot, int64_t copied);
 
 /* Keeps the calling thread's error record as the stream's, unless that of an earlier load is there, and wakes
  * everybody. Under the lock. */
