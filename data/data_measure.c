@@ -245,7 +245,7 @@ static core_status run_stream(data_set *set, const chunk_list *list, const data_
 static core_status run_rounds(data_set *set, const chunk_list *list, const data_bench_options *o,
                               limit_worker *worker, stopwatch *limit, stopwatch *stream) {
   for (int32_t t = 0; t < o->threads; ++t) {
-    TRY(data_decoder_create_priv(list->largest, &worker[t].decoder));
+    TRY(data_decoder_create_priv(list->largest, DATA_DECODED_FOR_NOW, &worker[t].decoder));
     TRY(DATA_ALLOCATE(data_stored_most_priv(list->largest), "bench", &worker[t].stored));
     TRY(DATA_ALLOCATE(list->largest, "bench", &worker[t].decoded));
   }

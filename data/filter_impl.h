@@ -9,6 +9,7 @@
 #include <stddef.h>
 
 #include "core/status.h"
+#include "core/tensor.h" /* core_dtype */
 
 enum {
   DATA_MAX_FILTERS = 4,
@@ -47,8 +48,12 @@ CORE_NODISCARD core_status data_checksum_verify_priv(const uint8_t *bytes, int64
 
 typedef struct data_decoder data_decoder;
 
+/* Who reads what is decoded: this thread, at once, from its cache; or another one, later. */
+typedef enum data_decoder_use { DATA_DECODED_FOR_NOW, DATA_DECODED_FOR_LATER } data_decoder_use;
+
 /* One per thread. largest: decoded bytes of the largest chunk. All memory is taken here. */
-CORE_NODISCARD core_status data_decoder_create_priv(int64_t largest, data_decoder **out);
+CORE_NODISCARD core_status data_decoder_create_priv(int64_t largest, data_decoder_use use,
+                                                    data_decoder **out);
 void data_decoder_destroy_priv(data_decoder *decoder);
 int64_t data_decoder_bytes_priv(const data_decoder *decoder);
 
@@ -58,6 +63,20 @@ int64_t data_decoder_bytes_priv(const data_decoder *decoder);
 CORE_NODISCARD core_status data_decode_priv(data_decoder *decoder, const data_pipeline *pipeline,
                                             uint32_t skipped, const uint8_t *stored, int64_t stored_bytes,
                                             uint8_t *out, int64_t bytes);
+
+/* What was decoded last are values of this type, and all are finite: the decoder came to see that none has an
+ * exponent of all ones. False: it did not see it, and they have to be searched. Shuffled values
+ * DATA_DECODED_FOR_LATER are seen; other filters tell nothing. */
+bool data_decoder_saw_finite_priv(const data_decoder *decoder, core_dtype dtype);
+
+/* ---- shard_unshuffle.c ---- */
+
+/* Undoes the shuffle filter: byte k of element i lies at in[k * count + i]. in: [element * count], out: the
+ * same, not aliased. */
+void data_unshuffle_priv(int64_t element, const uint8_t *in, int64_t count, uint8_t *out);
+/* The same for elements that are read much later: they go to memory past the caches. Returns the largest of
+ * the elements' last bytes without their highest bit: of little-endian numbers, without the sign. */
+uint8_t data_unshuffle_past_priv(int64_t element, const uint8_t *in, int64_t count, uint8_t *out);
 
 /* Makes zstd known to HDF5 as filter 32015. The caller holds HDF5. */
 CORE_NODISCARD core_status data_filter_register_priv(void);

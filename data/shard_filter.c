@@ -21,6 +21,9 @@ struct data_decoder {
   ZSTD_DCtx *zstd;
   uint8_t *scratch[2];
   int64_t capacity; /* of each */
+  data_decoder_use use;
+  int64_t element; /* of what was decoded last, if its largest byte is known; else 0 */
+  uint8_t largest; /* of the last bytes of its elements, without their highest bit */
 };
 
 const char *data_filter_name_priv(int32_t id) {
@@ -55,12 +58,13 @@ int64_t data_decoder_bytes_priv(const data_decoder *decoder) {
          INFLATE_BYTES;
 }
 
-core_status data_decoder_create_priv(int64_t largest, data_decoder **out) {
+core_status data_decoder_create_priv(int64_t largest, data_decoder_use use, data_decoder **out) {
   core_status status = CORE_OK;
   data_decoder *decoder = NULL;
   *out = NULL;
   TRY(DATA_ALLOCATE(1, "decoder", &decoder));
   decoder->capacity = data_stored_most_priv(largest);
+  decoder->use = use;
   for (int i = 0; i < 2; ++i)
     TRY_OUT(DATA_ALLOCATE(decoder->capacity, "decoder", &decoder->scratch[i]), fail);
   decoder->inflater_ready = inflateInit(&decoder->inflater) == Z_OK;
@@ -113,38 +117,19 @@ static core_status undo_zstd(data_decoder *decoder, const uint8_t *in, int64_t i
   return CORE_OK;
 }
 
-static void unshuffle_2(const uint8_t *restrict in, int64_t count, uint8_t *restrict out) {
-  const uint8_t *restrict high = in + count;
-  for (int64_t i = 0; i < count; ++i) {
-    out[2 * i] = in[i];
-    out[2 * i + 1] = high[i];
-  }
-}
-
-static void unshuffle_4(const uint8_t *restrict in, int64_t count, uint8_t *restrict out) {
-  for (int64_t i = 0; i < count; ++i) {
-    out[4 * i] = in[i];
-    out[4 * i + 1] = in[count + i];
-    out[4 * i + 2] = in[2 * count + i];
-    out[4 * i + 3] = in[3 * count + i];
-  }
-}
-
 /* Byte k of every element lies in plane k; bytes beyond the last whole element follow unchanged. */
-static core_status undo_shuffle(int64_t element, const uint8_t *in, int64_t in_bytes, uint8_t *out,
-                                int64_t capacity, int64_t *produced) {
+static core_status undo_shuffle(data_decoder *decoder, int64_t element, bool last, const uint8_t *in,
+                                int64_t in_bytes, uint8_t *out, int64_t capacity, int64_t *produced) {
   CHECK(in_bytes <= capacity, CORE_ERR_CORRUPT, "shuffled data of %lld bytes, expected at most %lld",
         (long long)in_bytes, (long long)capacity);
   CHECK(element >= 1, CORE_ERR_CORRUPT, "the shuffle filter says that a value has %lld bytes",
         (long long)element);
   const int64_t count = in_bytes / element;
-  if (element == 2) {
-    unshuffle_2(in, count, out);
-  } else if (element == 4) {
-    unshuffle_4(in, count, out);
+  if (last && decoder->use == DATA_DECODED_FOR_LATER) {
+    decoder->largest = data_unshuffle_past_priv(element, in, count, out);
+    decoder->element = element;
   } else {
-    for (int64_t k = 0; k < element; ++k)
-      for (int64_t i = 0; i < count; ++i) out[i * element + k] = in[k * count + i];
+    data_unshuffle_priv(element, in, count, out);
   }
   memcpy(out + count * element, in + count * element, (size_t)(in_bytes - count * element));
   *produced = in_bytes;
@@ -199,13 +184,13 @@ static core_status undo_fletcher(const uint8_t *in, int64_t in_bytes, uint8_t *o
   return CORE_OK;
 }
 
-static core_status undo_one(data_decoder *decoder, int32_t id, uint32_t value, const uint8_t *in,
+static core_status undo_one(data_decoder *decoder, int32_t id, uint32_t value, bool last, const uint8_t *in,
                             int64_t in_bytes, uint8_t *out, int64_t capacity, int64_t *produced) {
   switch (id) {
     case DATA_FILTER_ID_DEFLATE:
       return undo_deflate(decoder, in, in_bytes, out, capacity, produced);
     case DATA_FILTER_ID_SHUFFLE:
-      return undo_shuffle((int64_t)value, in, in_bytes, out, capacity, produced);
+      return undo_shuffle(decoder, (int64_t)value, last, in, in_bytes, out, capacity, produced);
     case DATA_FILTER_ID_FLETCHER:
       return undo_fletcher(in, in_bytes, out, capacity, produced);
     case DATA_FILTER_ID_ZSTD:
@@ -220,6 +205,7 @@ core_status data_decode_priv(data_decoder *decoder, const data_pipeline *pipelin
   const uint8_t *from = stored;
   int64_t from_bytes = stored_bytes;
   int32_t left = 0;
+  decoder->element = 0;
   CHECK(data_stored_most_priv(bytes) <= decoder->capacity, CORE_ERR_INTERNAL,
         "chunk of %lld bytes beyond the plan", (long long)bytes);
   for (int32_t i = 0; i < pipeline->count; ++i) left += (skipped >> i & 1) == 0;
@@ -232,7 +218,7 @@ core_status data_decode_priv(data_decoder *decoder, const data_pipeline *pipelin
     if ((skipped >> i & 1) != 0) continue;
     const bool last = --left == 0;
     uint8_t *to = last ? out : decoder->scratch[left & 1];
-    TRY(undo_one(decoder, pipeline->id[i], pipeline->value[i], from, from_bytes, to,
+    TRY(undo_one(decoder, pipeline->id[i], pipeline->value[i], last, from, from_bytes, to,
                  last ? bytes : decoder->capacity, &from_bytes));
     from = to;
   }
@@ -240,6 +226,11 @@ core_status data_decode_priv(data_decoder *decoder, const data_pipeline *pipelin
         (long long)from_bytes, (long long)bytes);
   if (from != out) memcpy(out, from, (size_t)bytes);
   return CORE_OK;
+}
+
+bool data_decoder_saw_finite_priv(const data_decoder *decoder, core_dtype dtype) {
+  const uint8_t exponent = dtype == CORE_FLOAT16 ? 0x7c : 0x7f; /* its bits in the last byte, all ones */
+  return decoder->element == (int64_t)core_dtype_size(dtype) && decoder->largest < exponent;
 }
 
 /* ---- the filter class for HDF5: each chunk is one zstd frame, the level is the first client value ---- */

@@ -83,27 +83,30 @@ static core_status load_summed(const data_worker *worker, const data_job *job) {
   return CORE_OK;
 }
 
-static core_status load_coded(const data_worker *worker, const data_job *job) {
+/* *finite: that all values are, as far as decoding them tells. */
+static core_status load_coded(const data_worker *worker, const data_job *job, bool *finite) {
   const data_column *column = job->column;
   const stretch what = {job->tile.at, job->tile.bytes, worker->stored};
   uint8_t *out = column->tiles == 1 ? job->load->rows : worker->tile;
   TRY(read_stretch(worker->stream, job, &what));
   TRY(data_decode_priv(worker->decoder, &column->pipeline, job->tile.skipped, worker->stored, job->tile.bytes,
                        out, data_column_tile_bytes_priv(column)));
+  *finite = data_decoder_saw_finite_priv(worker->decoder, column->dtype);
   if (column->tiles > 1) place_tile(column, job->tile.tile, out, job->load->rows);
   return CORE_OK;
 }
 
-static core_status do_job(const data_worker *worker, const data_job *job) {
+static core_status do_job(const data_worker *worker, const data_job *job, bool *finite) {
   const data_column *column = job->column;
   core_status status = CORE_OK;
+  *finite = false;
   if (job->handle < 0) return CORE_OK; /* the reader had to read it */
   if (data_column_is_plain_priv(column))
     status = load_plain(worker, job);
   else if (column->tiles == 1 && data_pipeline_is_checksum_priv(&column->pipeline, job->tile.skipped))
     status = load_summed(worker, job);
   else
-    status = load_coded(worker, job);
+    status = load_coded(worker, job, finite);
   if (status == CORE_OK || status == CORE_ERR_IO) return status; /* the latter names the chunk already */
   return core_error_context(status, "%s: chunk %lld at row %lld", column->path, (long long)job->tile.band,
                             (long long)(job->tile.band * column->band_rows));
@@ -159,8 +162,10 @@ void *data_stream_worker_priv(void *argument) {
   const bool deliver = stream->options.non_finite == DATA_NON_FINITE_DELIVER;
   data_job job;
   while (take_job(stream, &job)) {
-    const core_status status = do_job(worker, &job);
-    const int64_t bad = status == CORE_OK && job.column->tiles == 1 && !deliver ? find_bad(&job) : -1;
+    bool finite = false;
+    const core_status status = do_job(worker, &job, &finite);
+    const bool search = status == CORE_OK && job.column->tiles == 1 && !deliver && !finite;
+    const int64_t bad = search ? find_bad(&job) : -1;
     if (!finish_job(stream, &job, status, bad)) continue;
     const int64_t late = deliver ? -1 : find_bad(&job);
     pthread_mutex_lock(&stream->lock);

@@ -270,7 +270,9 @@ core_status data_stream_plan_priv(data_stream *stream) {
   fill_free_lists(stream);
   stream->bytes = (int64_t)(core_arena_peak(stream->arena) + core_arena_peak(stream->latents));
   for (int32_t w = 0; w < stream->options.threads; ++w) {
-    TRY(data_decoder_create_priv(stream->tile_bytes, &stream->worker[w].decoder));
+    TRY(data_decoder_create_priv(stream->tile_bytes,
+                                 stream->side_bytes > 0 ? DATA_DECODED_FOR_NOW : DATA_DECODED_FOR_LATER,
+                                 &stream->worker[w].decoder));
     stream->bytes += data_decoder_bytes_priv(stream->worker[w].decoder);
   }
   return CORE_OK;
