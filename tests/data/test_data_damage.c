@@ -159,6 +159,8 @@ static void latents(void **state) {
   c.latent = inf_latent;
   c.gzip = true;
   expect_craft(&c, CORE_ERR_NON_FINITE, "sample 100 holds");
+  c.shuffle = true; /* found on the way, not in the rows */
+  expect_craft(&c, CORE_ERR_NON_FINITE, "sample 100 holds");
   c = craft_sound();
   c.double_latent = true;
   expect_craft(&c, CORE_ERR_FORMAT, "8-byte floats");
