@@ -69,6 +69,17 @@ CORE_NODISCARD core_status data_decode_priv(data_decoder *decoder, const data_pi
  * DATA_DECODED_FOR_LATER are seen; other filters tell nothing. */
 bool data_decoder_saw_finite_priv(const data_decoder *decoder, core_dtype dtype);
 
+/* ---- shard_inflate.c ---- */
+
+/* Undoes gzip's filter (zlib's format). State of one thread; all memory is taken at create. */
+typedef struct data_inflater data_inflater;
+CORE_NODISCARD core_status data_inflater_create_priv(data_inflater **out);
+void data_inflater_destroy_priv(data_inflater *inflater); /* NULL is allowed */
+int64_t data_inflater_bytes_priv(void);
+/* ERR_CORRUPT, saying what is wrong; what is in `out` is then undefined. */
+CORE_NODISCARD core_status data_inflate_priv(data_inflater *inflater, const uint8_t *in, int64_t in_bytes,
+                                             uint8_t *out, int64_t capacity, int64_t *produced);
+
 /* ---- shard_unshuffle.c ---- */
 
 /* Undoes the shuffle filter: byte k of element i lies at in[k * count + i]. in: [element * count], out: the

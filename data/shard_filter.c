@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <zlib.h>
 #include <zstd.h>
 
 #include "data/memory_impl.h"
@@ -16,8 +15,7 @@
 static const unsigned long long most_frame_bytes = 1ull << 30;
 
 struct data_decoder {
-  z_stream inflater;
-  int inflater_ready;
+  data_inflater *inflater;
   ZSTD_DCtx *zstd;
   uint8_t *scratch[2];
   int64_t capacity; /* of each */
@@ -53,9 +51,8 @@ int64_t data_stored_most_priv(int64_t bytes) {
 }
 
 int64_t data_decoder_bytes_priv(const data_decoder *decoder) {
-  enum { INFLATE_BYTES = 40 * 1024 }; /* window and tables, as zlib documents them */
   return (int64_t)sizeof *decoder + 2 * decoder->capacity + (int64_t)ZSTD_sizeof_DCtx(decoder->zstd) +
-         INFLATE_BYTES;
+         data_inflater_bytes_priv();
 }
 
 core_status data_decoder_create_priv(int64_t largest, data_decoder_use use, data_decoder **out) {
@@ -67,9 +64,9 @@ core_status data_decoder_create_priv(int64_t largest, data_decoder_use use, data
   decoder->use = use;
   for (int i = 0; i < 2; ++i)
     TRY_OUT(DATA_ALLOCATE(decoder->capacity, "decoder", &decoder->scratch[i]), fail);
-  decoder->inflater_ready = inflateInit(&decoder->inflater) == Z_OK;
+  TRY_OUT(data_inflater_create_priv(&decoder->inflater), fail);
   decoder->zstd = ZSTD_createDCtx();
-  if (!decoder->inflater_ready || decoder->zstd == NULL) {
+  if (decoder->zstd == NULL) {
     status = core_error_begin(CORE_ERR_MEMORY, __func__, __FILE__, __LINE__, "no memory for a decompressor");
     goto fail;
   }
@@ -82,31 +79,11 @@ fail:
 
 void data_decoder_destroy_priv(data_decoder *decoder) {
   if (decoder == NULL) return;
-  if (decoder->inflater_ready) (void)inflateEnd(&decoder->inflater);
+  data_inflater_destroy_priv(decoder->inflater);
   (void)ZSTD_freeDCtx(decoder->zstd);
   free(decoder->scratch[0]);
   free(decoder->scratch[1]);
   free(decoder);
-}
-
-static core_status undo_deflate(data_decoder *decoder, const uint8_t *in, int64_t in_bytes, uint8_t *out,
-                                int64_t capacity, int64_t *produced) {
-  z_stream *z = &decoder->inflater;
-  CHECK(inflateReset(z) == Z_OK, CORE_ERR_INTERNAL, "zlib cannot be reset");
-  CHECK(in_bytes <= UINT32_MAX && capacity <= UINT32_MAX, CORE_ERR_CORRUPT, "a gzip chunk of %lld bytes",
-        (long long)in_bytes);
-  z->next_in = (uint8_t *)(uintptr_t)in;
-  z->avail_in = (uInt)in_bytes;
-  z->next_out = out;
-  z->avail_out = (uInt)capacity;
-  int result = inflate(z, Z_FINISH);
-  CHECK(result == Z_STREAM_END, CORE_ERR_CORRUPT, "gzip data are damaged (%s)",
-        z->msg != NULL          ? z->msg
-        : z->avail_out == 0     ? "they hold more than the chunk"
-        : result == Z_BUF_ERROR ? "they end too early"
-                                : "unknown reason");
-  *produced = capacity - (int64_t)z->avail_out;
-  return CORE_OK;
 }
 
 static core_status undo_zstd(data_decoder *decoder, const uint8_t *in, int64_t in_bytes, uint8_t *out,
@@ -188,7 +165,7 @@ static core_status undo_one(data_decoder *decoder, int32_t id, uint32_t value, b
                             int64_t in_bytes, uint8_t *out, int64_t capacity, int64_t *produced) {
   switch (id) {
     case DATA_FILTER_ID_DEFLATE:
-      return undo_deflate(decoder, in, in_bytes, out, capacity, produced);
+      return data_inflate_priv(decoder->inflater, in, in_bytes, out, capacity, produced);
     case DATA_FILTER_ID_SHUFFLE:
       return undo_shuffle(decoder, (int64_t)value, last, in, in_bytes, out, capacity, produced);
     case DATA_FILTER_ID_FLETCHER:

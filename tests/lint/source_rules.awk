@@ -23,6 +23,7 @@ BEGIN {
   third["nccl.h"] = "comm"
   third["hdf5.h"] = "data trainer"
   third["zlib.h"] = "data"
+  third["libdeflate.h"] = "data"
   third["zstd.h"] = "data checkpoint"
   third["initializer_list"] = "kernels/cuda" # C++
   third["type_traits"] = "kernels/cuda"
