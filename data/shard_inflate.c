@@ -19,6 +19,8 @@ struct data_inflater {
 
 #ifdef ANTIPHON_LIBDEFLATE
 
+enum { WHOLE_BYTES = 16 * 1024 }; /* its tables */
+
 static bool open_whole(data_inflater *inflater) {
   inflater->whole = libdeflate_alloc_decompressor();
   return inflater->whole != NULL;
@@ -40,6 +42,8 @@ static bool inflate_whole(const data_inflater *inflater, const uint8_t *in, int6
 
 #else
 
+enum { WHOLE_BYTES = 0 };
+
 static bool open_whole(const data_inflater *inflater) {
   (void)inflater;
   return true;
@@ -58,11 +62,8 @@ static bool inflate_whole(const data_inflater *inflater, const uint8_t *in, int6
 #endif
 
 int64_t data_inflater_bytes_priv(void) {
-  enum {
-    WINDOW_AND_TABLES = 40 * 1024,
-    WHOLE = 16 * 1024
-  }; /* as zlib documents them; as libdeflate has them */
-  return (int64_t)sizeof(data_inflater) + WINDOW_AND_TABLES + WHOLE;
+  enum { WINDOW_AND_TABLES = 40 * 1024 }; /* as zlib documents them */
+  return (int64_t)sizeof(data_inflater) + WINDOW_AND_TABLES + WHOLE_BYTES;
 }
 
 core_status data_inflater_create_priv(data_inflater **out) {
