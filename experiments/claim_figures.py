@@ -129,6 +129,11 @@ def learnt(run, options):
     return -rise(run, options["modality"])
 
 
+def price(run, options):
+    """Forgetting for each nat that the caption loss of options["modality"] fell by."""
+    return forgetting(run, options) / learnt(run, options)
+
+
 def new_share(run, options):
     """Share of the held-out tokens of options["modality"] that choose an added expert, in percent: the mean over the
     extended layers after the variant's first stage."""
@@ -177,5 +182,5 @@ def choices_moved(run, _):
 
 FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, success, worst_success, success_gap, busiest_expert, importance,
                                    entropy_margin, purity, caption_loss, drop,
-                                   forgetting, learnt, new_share, step_ratio, trained_ratio,
+                                   forgetting, learnt, price, new_share, step_ratio, trained_ratio,
                                    loss_moved, choices_moved)}

@@ -97,7 +97,7 @@ def train_stages(claim, seed, antiphon, runs):
     stages = [stage for stages in claim["variants"].values() for stage in stages]
     ranks = {stage: claim.get("ranks", {}).get(stage, 1) for stage in stages}
     for count in sorted(set(ranks.values())):
-        path = os.path.join(directory, f"{claim['id']}-{count}.yaml")
+        path = os.path.join(directory, f"{os.path.basename(os.path.abspath(claim['directory']))}-{count}.yaml")
         with open(path, "w", encoding="utf-8") as file:
             wanted = needed(blocks, [stage for stage in stages if ranks[stage] == count])
             file.write(head + "\nstages:\n" + "".join(blocks[name] for name in wanted))
