@@ -102,6 +102,9 @@ def overall(parts):
 # ---- writing ----
 
 
+ACROSS = 6  # panels of a plot side by side
+
+
 def title_of(rule):
     what = rule["figure"].replace("_", " ")
     if "modality" in rule.get("options", {}):
@@ -136,8 +139,12 @@ def draw(result, path):
         print("no plot: matplotlib is missing", file=sys.stderr)
         return
     parts = result["parts"]
-    figure, axes = plt.subplots(1, len(parts), figsize=(1 + 3.2 * len(parts), 3.6), squeeze=False)
-    for axis, part in zip(axes[0], parts):
+    across = min(ACROSS, len(parts))
+    down = math.ceil(len(parts) / across)
+    figure, axes = plt.subplots(down, across, figsize=(1 + 3.2 * across, 0.3 + 3.3 * down), squeeze=False)
+    for axis in axes.flat[len(parts):]:
+        axis.set_visible(False)
+    for axis, part in zip(axes.flat, parts):
         columns = [(part["rule"]["of"], part["of"])]
         if "against" in part["rule"]:
             columns.append((part["rule"]["against"], part["against"]))
