@@ -242,6 +242,7 @@ static const cyaml_schema_field_t parallel_fields[] = {
     CORE_FIELD_BOOL("shard_optimizer", parallel_part, shard_optimizer),
     WORD("transport", parallel_part, transport, transport_words),
     WORD("overlap", parallel_part, overlap, overlap_words),
+    CYAML_FIELD_INT("chunks", NEEDED, parallel_part, chunks),
     CYAML_FIELD_FLOAT("bucket", NEEDED, parallel_part, bucket),
     CYAML_FIELD_END};
 
@@ -360,7 +361,7 @@ static const char defaults[] =
     " directions: [], alpha: 0.5, temperature: 0.03, regression: squared}\n"
     "schedule: {alternate: none, steps: [], gain: 1, least: 0, most: 1}\n"
     "parallel: {experts: 1, placement: shared, shard_optimizer: true, transport: auto, overlap: auto,"
-    " bucket: 16}\n"
+    " bucket: 16, chunks: 1}\n"
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1,"
     " frozen: [], trained: []}\n"

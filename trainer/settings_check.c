@@ -388,6 +388,9 @@ static core_status check_overlap(const core_config *config, const train_settings
   if (!(s->parallel.bucket > 0 && s->parallel.bucket <= most))
     return core_config_refuse(config, "parallel.bucket", "expected MiB, more than 0 and at most %g, got %g",
                               most, s->parallel.bucket);
+  if (s->parallel.chunks < 1 || s->parallel.chunks > TRAIN_MOST_CHUNKS)
+    return core_config_refuse(config, "parallel.chunks", "expected 1 to %d, got %lld", (int)TRAIN_MOST_CHUNKS,
+                              (long long)s->parallel.chunks);
   return CORE_OK;
 }
 

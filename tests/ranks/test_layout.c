@@ -518,7 +518,7 @@ static void compare(const outcome *got, const outcome *expected, const char *whe
 /* ---- crossing ---- */
 
 /* How a layout is computed must not matter either: the `way` crosses a sharded optimizer with recomputation,
- * and with reductions of gradients, in small buckets, during the backward pass. */
+ * with reductions of gradients, in small buckets, during the backward pass and with chunks of a dispatch. */
 static core_status cross(const char *root, const layout_case *c, const outcome *reference, int e,
                          bool partitioned, int accumulate, int way) {
   char experts[40], micro[40], where[256];
@@ -533,6 +533,7 @@ static core_status cross(const char *root, const layout_case *c, const outcome *
                           sharded ? "parallel.shard_optimizer=true" : "parallel.shard_optimizer=false",
                           recomputed ? "model.recompute=true" : "model.recompute=false",
                           recomputed ? "parallel.overlap=always" : "parallel.overlap=auto",
+                          recomputed ? "parallel.chunks=2" : "parallel.chunks=1",
                           "parallel.bucket=0.005",
                           NULL};
   snprintf(where, sizeof where, "%s: %d ranks, expert-parallel %d, %s, %d micro-batches%s%s", c->name, ranks,

@@ -1,6 +1,7 @@
-/* Gradients that are reduced while the backward pass goes on are the same, bit for bit, as those that are
- * reduced after it: losses, norm, gradients and values of several steps. And all that could go off early did:
- * every bucket of gradients that are final within the pass. */
+/* What communication and computation do at the same time changes no bit: losses, norm, gradients and values
+ * of several steps are the same where gradients are reduced during the backward pass and the rows of experts
+ * go in chunks, and where each waits for the other. And all that could go off early did: every bucket of
+ * gradients that are final within the pass. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -38,7 +39,7 @@ static const char connector[] = MODALITIES
 typedef struct overlap_case {
   const char *name, *config;
   int32_t ranks; /* fewer do not run it */
-  const char *set[5];
+  const char *set[6];
 } overlap_case;
 
 static const overlap_case cases[] = {
@@ -63,6 +64,20 @@ static const overlap_case cases[] = {
      1,
      {"model.tied=true", "optimizer.accumulate=2", "objective.importance=0", "objective.load=0",
       "objective.z=0"}},
+    {"tower, rounds, some experts frozen",
+     tower,
+     2,
+     {"parallel.experts=2", "model.moe.experts=8", "model.moe.buffer=0.3",
+      "optimizer.frozen=['blocks.*.experts.[15].*']", "model.moe.bias=true"}},
+    {"tower, unequal counts, capacity, adapters that drop inputs",
+     tower,
+     2,
+     {"parallel.experts=2", "model.moe.layer_experts=[7, 3]", "model.moe.dispatch=capacity",
+      "model.lora=[{parameters: blocks.*.experts.*, rank: 2, dropout: 0.3}]", "optimizer.accumulate=2"}},
+    {"decoder, rounds, recomputed",
+     decoder,
+     2,
+     {"parallel.experts=2", "model.moe.experts=6", "model.moe.buffer=0.3", "model.recompute=true"}},
     {"connector, alternating", connector, 1, {NULL}},
 };
 
@@ -73,16 +88,32 @@ typedef struct outcome {
   train_report report[STEPS];
   core_real *gradient, *value; /* after the last step, on the host */
   int32_t buckets, within;     /* of the last step; of them, final within the backward pass */
+  int64_t chunks, rounds;      /* most of a layer, of the last forward pass */
 } outcome;
 
-static void run(const char *root, const overlap_case *c, const char *overlap, const char *bucket,
-                outcome *out) {
-  const char *set[10];
+static void count_parts(outcome *out) {
+  const train_model *model = out->test.session->model;
+  const train_reduction *r = &out->test.session->stepper.reduction;
+  out->buckets = r->count;
+  out->within = 0;
+  out->chunks = out->rounds = 1;
+  for (int32_t i = 0; i < r->count; i++) out->within += r->bucket[i].point < train_model_points(model) - 1;
+  for (int64_t l = 0; l < model->L; l++) {
+    const train_moe *moe = &model->block[l].moe;
+    if (!model->block[l].has_moe) continue;
+    if (train_dispatch_chunks(model, moe) > out->chunks) out->chunks = train_dispatch_chunks(model, moe);
+    if (moe->dispatch.rounds > out->rounds) out->rounds = moe->dispatch.rounds;
+  }
+}
+
+static void run(const char *root, const overlap_case *c, bool overlaps, outcome *out) {
+  const char *set[12];
   int n = 0;
-  for (; n < 5 && c->set[n]; n++) set[n] = c->set[n];
+  for (; n < 6 && c->set[n]; n++) set[n] = c->set[n];
   if (extra) set[n++] = extra;
-  set[n++] = overlap;
-  set[n++] = bucket;
+  set[n++] = overlaps ? "parallel.overlap=always" : "parallel.overlap=never";
+  set[n++] = overlaps ? "parallel.chunks=3" : "parallel.chunks=1";
+  set[n++] = "parallel.bucket=0.002";
   set[n] = NULL;
   test_session_open(job, c->config, set, root, &out->test);
   train_session *session = out->test.session;
@@ -93,11 +124,7 @@ static void run(const char *root, const overlap_case *c, const char *overlap, co
     data_stream_put(out->test.stream, batch);
     session->env.step++;
   }
-  const train_reduction *r = &session->stepper.reduction;
-  out->buckets = r->count;
-  out->within = 0;
-  for (int32_t i = 0; i < r->count; i++)
-    out->within += r->bucket[i].point < train_model_points(session->model) - 1;
+  count_parts(out);
   test_device_must(train_optimizer_gather(session->model));
   const train_parameters *p = &session->model->parameters;
   const core_device *device = session->env.ops->device;
@@ -140,18 +167,24 @@ static void compare(const overlap_case *c, const outcome *early, const outcome *
 
 static void run_case(const char *root, const overlap_case *c) {
   outcome early, late;
-  run(root, c, "parallel.overlap=always", "parallel.bucket=0.002", &early);
-  run(root, c, "parallel.overlap=never", "parallel.bucket=0.002", &late);
+  run(root, c, true, &early);
+  run(root, c, false, &late);
   compare(c, &early, &late);
-  const train_reduction *a = &early.test.session->stepper.reduction,
-                        *b = &late.test.session->stepper.reduction;
-  expect(a->ahead == early.within, "not all that was final within the pass went off early", c->name);
+  const train_session *a = early.test.session, *b = late.test.session;
+  expect(a->stepper.reduction.ahead == early.within, "not all that was final within the pass went off early",
+         c->name);
   expect((early.within > 2) == (c->config != connector), "another number of early buckets", c->name);
-  expect(b->ahead == 0, "a bucket went off early", c->name);
+  expect(b->stepper.reduction.ahead == 0, "a bucket went off early", c->name);
   bool nccl = strcmp(comm_device_transport_name(comm_world_group(job)), "nccl") == 0;
   if (nccl) expect(early.buckets == late.buckets, "NCCL adds up other ranges", c->name);
+  int64_t chunks = a->env.layout.expert_ranks == 1 ? 1 : a->env.settings->model.moe.experts > 4 ? 3 : 2;
+  if (a->model->moe_layers > 0 && !a->env.settings->model.moe.layer_experts_count)
+    expect(early.chunks == chunks, "another number of chunks", c->name);
+  expect(late.chunks == 1, "rows that ought to travel at once went in chunks", c->name);
+  expect(!strstr(c->name, "rounds") || early.rounds > 1, "one round where several were meant", c->name);
   if (comm_rank(comm_world_group(job)) == 0)
-    printf("%s: %d buckets, %d of them early\n", c->name, early.buckets, a->ahead);
+    printf("%s: %d buckets, %d of them early, %lld chunks in %lld rounds\n", c->name, early.buckets,
+           early.within, (long long)early.chunks, (long long)early.rounds);
   release(&early);
   release(&late);
 }

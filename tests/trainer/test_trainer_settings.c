@@ -296,6 +296,8 @@ static const bad_value bad_towers[] = {
     {1, "parallel.bucket=0", NULL,
      "parallel.bucket: expected MiB, more than 0 and at most 1.04858e+06, got 0"},
     {1, "parallel.bucket=nan", NULL, "parallel.bucket"},
+    {1, "parallel.chunks=0", NULL, "parallel.chunks: expected 1 to 16, got 0"},
+    {1, "parallel.chunks=17", NULL, "parallel.chunks: expected 1 to 16, got 17"},
 };
 
 static void good_connectors_pass(void **state) {

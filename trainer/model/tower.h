@@ -134,6 +134,7 @@ typedef struct train_model {
   train_linear_scratch linear;
   train_lora_scratch lora;
   train_moe_scratch moe_scratch;
+  train_dispatch_side side;
   int32_t moe_layers;
   train_moe_sums sums; /* of the current step */
   bool recomputes;     /* blocks keep only their outputs; see block.c */
