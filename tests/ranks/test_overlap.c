@@ -2,6 +2,7 @@
  * of several steps are the same where gradients are reduced during the backward pass and the rows of experts
  * go in chunks, and where each waits for the other. And all that could go off early did: every bucket of
  * gradients that are final within the pass. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -189,6 +190,36 @@ static void run_case(const char *root, const overlap_case *c) {
   release(&late);
 }
 
+/* With an expert on each rank and a capacity that both fill, rows travel in equal pieces; the same experts,
+ * all on each rank, say where they ought to have gone. Without a capacity, ranks with more tokens send more.
+ */
+static void check_equal_pieces(const char *root) {
+#define FILLED "model.moe.experts=2", "model.moe.dispatch=capacity", "model.moe.capacity=0.5"
+  static const overlap_case sides[3] = {
+      {"equal pieces", tower, 2, {"parallel.experts=2", FILLED}},
+      {"nothing travels", tower, 2, {"parallel.experts=1", FILLED}},
+      {"unequal pieces",
+       tower,
+       2,
+       {"parallel.experts=2", "model.moe.experts=2", "parallel.placement=partitioned"}}};
+#undef FILLED
+  outcome out[3];
+  for (int i = 0; i < 3; i++) {
+    run(root, &sides[i], true, &out[i]);
+    const train_model *model = out[i].test.session->model;
+    for (int64_t l = 0; l < model->L; l++)
+      if (model->block[l].has_moe)
+        expect(train_dispatch_equal(model, &model->block[l].moe) == (i == 0), "another way of travelling",
+               sides[i].name);
+  }
+  for (int step = 0; step < STEPS; step++) {
+    const train_report *a = &out[0].report[step], *b = &out[1].report[step];
+    expect(fabs(a->loss - b->loss) < 1e-5 * fabs(b->loss), "the loss is another", "equal pieces");
+    expect(fabs(a->norm - b->norm) < 1e-4 * b->norm, "the norm is another", "equal pieces");
+  }
+  for (int i = 0; i < 3; i++) release(&out[i]);
+}
+
 static int64_t rows_of(int64_t sample, int32_t m) {
   return 2 + (sample + m) % 3;
 }
@@ -218,6 +249,7 @@ int main(int argc, char **argv) {
   test_device_must(comm_broadcast(comm_world_group(job), 0, root, sizeof root));
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
     if (comm_size(comm_world_group(job)) >= cases[i].ranks) run_case(root, &cases[i]);
+  if (comm_size(comm_world_group(job)) > 1) check_equal_pieces(root);
   test_device_must(comm_barrier(comm_world_group(job)));
   if (first) test_remove_tree(root);
   comm_finish(job);

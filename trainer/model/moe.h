@@ -216,6 +216,10 @@ core_status train_dispatch_prepare(struct train_model *model);
 void train_dispatch_free(struct train_model *model);
 /* Chunks of each round of a layer, on all ranks of the expert group alike. */
 int64_t train_dispatch_chunks(const struct train_model *model, const train_moe *moe);
+/* Whether every rank sends as many rows to every rank, which lie in that order on either side: with one
+ * expert a rank, and a capacity that all of them fill. Then the pieces of a dispatch are an equal all-to-all.
+ */
+bool train_dispatch_equal(const struct train_model *model, const train_moe *moe);
 /* Makes a chunk the current one: sets first, rows and group[]. Local. */
 void train_dispatch_take(struct train_model *model, train_moe *moe, int64_t round, int64_t chunk);
 /* Rows at their senders -> rows at their experts, and back; of one chunk. from, to: all rows at the sender,

@@ -138,6 +138,13 @@ static int32_t pieces_at_expert(const shape *s, const chunk *c, char *rows, int6
   return n;
 }
 
+bool train_dispatch_equal(const train_model *model, const train_moe *moe) {
+  const shape s = shape_of(model, moe);
+  bool equal = s.E == s.e && s.e > 1 && moe->dispatch.rounds == 1;
+  for (int64_t i = 1; i < s.E * s.e && equal; i++) equal = s.counts[i] == s.counts[0];
+  return equal;
+}
+
 static core_status move(train_model *model, train_moe *moe, chunk c, core_tensor sender, core_tensor expert,
                         bool forward) {
   train_env *env = model->env;
@@ -152,7 +159,10 @@ static core_status move(train_model *model, train_moe *moe, chunk c, core_tensor
     TRY(env->ops->device->event_record(side->given, NULL));
     TRY(env->ops->device->event_before(side->stream, side->given));
   }
-  if (forward)
+  if (train_dispatch_equal(model, moe))
+    TRY(comm_device_all_to_all(env->expert, forward ? sender.data : expert.data,
+                               forward ? expert.data : sender.data, s.counts[0] * width, side->stream));
+  else if (forward)
     TRY(comm_device_exchange(env->expert, scratch->send, at_sender, scratch->recv, at_expert, side->stream));
   else
     TRY(comm_device_exchange(env->expert, scratch->recv, at_expert, scratch->send, at_sender, side->stream));
