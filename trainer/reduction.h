@@ -27,10 +27,9 @@ typedef struct train_reduction {
   int32_t count;
   int64_t reached; /* points that have been reduced */
   int32_t ahead;   /* buckets of this step that went off before its last backward pass was over */
-  int64_t
-      *bound[TRAIN_SCOPES]; /* [ranks of the scope's group + 1] shares of the gradients; NULL: not sharded */
-  int64_t *share;           /* [ranks of the largest group] elements of one bucket */
-  core_stream *stream;      /* NULL: the main one */
+  int64_t *bound[TRAIN_SCOPES]; /* [ranks of the group + 1] shares of the gradients; NULL: not sharded */
+  int64_t *share;               /* [ranks of the largest group] elements of one bucket */
+  core_stream *stream;          /* NULL: the main one */
   core_event *ready, *done;
 } train_reduction;
 
