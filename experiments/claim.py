@@ -52,7 +52,9 @@ def describe(values):
 
 
 def judge(rule, found):
-    """What an interval says of "greater than `than`" or of "below `than`"."""
+    """What an interval says of "greater than `than`" or of "below `than`"; "shown" expects nothing."""
+    if rule["expect"] == "shown":
+        return "shown"
     low, high = found["mean"] - found["half"], found["mean"] + found["half"]
     than = rule.get("than", 0)
     if rule["expect"] == "greater":
@@ -89,7 +91,7 @@ def compare_one(rule, runs, seeds):
 
 
 def overall(parts):
-    verdicts = [p["verdict"] for p in parts]
+    verdicts = [p["verdict"] for p in parts if p["verdict"] != "shown"]
     if all(v == "reproduces" for v in verdicts):
         return "reproduces"
     if any(v == "refuted" for v in verdicts):
@@ -98,6 +100,9 @@ def overall(parts):
 
 
 # ---- writing ----
+
+
+ACROSS = 6  # panels of a plot side by side
 
 
 def title_of(rule):
@@ -134,8 +139,12 @@ def draw(result, path):
         print("no plot: matplotlib is missing", file=sys.stderr)
         return
     parts = result["parts"]
-    figure, axes = plt.subplots(1, len(parts), figsize=(1 + 3.2 * len(parts), 3.6), squeeze=False)
-    for axis, part in zip(axes[0], parts):
+    across = min(ACROSS, len(parts))
+    down = math.ceil(len(parts) / across)
+    figure, axes = plt.subplots(down, across, figsize=(1 + 3.2 * across, 0.3 + 3.3 * down), squeeze=False)
+    for axis in axes.flat[len(parts):]:
+        axis.set_visible(False)
+    for axis, part in zip(axes.flat, parts):
         columns = [(part["rule"]["of"], part["of"])]
         if "against" in part["rule"]:
             columns.append((part["rule"]["against"], part["against"]))

@@ -111,6 +111,54 @@ def drop(run, options):
     return loss[stages[0], options["modality"]] - loss[stages[options["alone"]], options["modality"]]
 
 
+def rise(run, modality):
+    """The held-out loss of a modality (base: of text) after the variant's first stage less that after its last one, which
+    came before it, in nats."""
+    stages = list(dict.fromkeys(r["stage"] for r in run))
+    loss = {r["stage"]: r["loss"] for r in run if r["split"].split("_")[0] == modality}
+    return loss[stages[0]] - loss[stages[-1]]
+
+
+def forgetting(run, options):
+    """The rise of the held-out loss from before any extension, mean of the modalities options["old"], in nats."""
+    return statistics.mean(rise(run, modality) for modality in options["old"])
+
+
+def learnt(run, options):
+    """The fall of the caption loss of options["modality"] since before any extension, in nats."""
+    return -rise(run, options["modality"])
+
+
+def price(run, options):
+    """Forgetting for each nat that the caption loss of options["modality"] fell by."""
+    return forgetting(run, options) / learnt(run, options)
+
+
+def new_share(run, options):
+    """Share of the held-out tokens of options["modality"] that choose an added expert, in percent: the mean over the
+    extended layers after the variant's first stage."""
+    return 100 * next(r["new_experts"] for r in run if r["split"].split("_")[0] == options["modality"])
+
+
+def of_stages(run, kind):
+    """Records of the stages with `kind` in their names: timed_tune_1, timed_full_2."""
+    return [r for r in run if f"_{kind}_" in r["stage"]]
+
+
+def step_ratio(run, _):
+    """How many times as long as a step of stage 3 one of full fine-tuning takes: medians over the steps of all runs of a
+    kind, which alternate, of the seconds of a token."""
+    def cost(kind):
+        return statistics.median(s["seconds"]["step"] / sum(s["tokens"].values())
+                                 for r in of_stages(run, kind) for s in training_steps(r["steps"]))
+    return cost("full") / cost("tune")
+
+
+def trained_ratio(run, _):
+    """How many times as many parameters full fine-tuning trains."""
+    return of_stages(run, "full")[0]["trained"] / of_stages(run, "tune")[0]["trained"]
+
+
 def loss_moved(run, _):
     """Largest relative difference of the loss of a step between the variant's two stages, in millionths, as long as all
     experts have equal loads: where a near-tie has fallen otherwise, the losses are those of other choices."""
@@ -134,4 +182,5 @@ def choices_moved(run, _):
 
 FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, success, worst_success, success_gap, busiest_expert, importance,
                                    entropy_margin, purity, caption_loss, drop,
+                                   forgetting, learnt, price, new_share, step_ratio, trained_ratio,
                                    loss_moved, choices_moved)}

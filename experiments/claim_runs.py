@@ -82,7 +82,7 @@ def needed(blocks, wanted):
         name = queue.pop()
         if name not in found:
             found.add(name)
-            sources = re.findall(r"^ +(?:from|base|slots|connectors): (.*)", blocks[name], flags=re.MULTILINE)
+            sources = re.findall(r"^ +(?:from|base|slots|connectors|tuned): (.*)", blocks[name], flags=re.MULTILINE)
             queue += [word for word in re.findall(r"\w+", " ".join(sources)) if word in blocks]
     return [name for name in blocks if name in found]
 
@@ -97,7 +97,7 @@ def train_stages(claim, seed, antiphon, runs):
     stages = [stage for stages in claim["variants"].values() for stage in stages]
     ranks = {stage: claim.get("ranks", {}).get(stage, 1) for stage in stages}
     for count in sorted(set(ranks.values())):
-        path = os.path.join(directory, f"{claim['id']}-{count}.yaml")
+        path = os.path.join(directory, f"{os.path.basename(os.path.abspath(claim['directory']))}-{count}.yaml")
         with open(path, "w", encoding="utf-8") as file:
             wanted = needed(blocks, [stage for stage in stages if ranks[stage] == count])
             file.write(head + "\nstages:\n" + "".join(blocks[name] for name in wanted))
@@ -114,16 +114,24 @@ def train_stages(claim, seed, antiphon, runs):
 
 
 def measure(antiphon, directory, stage, split):
-    """{stage, split, loss}: the loss of a response token of the split, at the stage's end. Kept beside the stage."""
+    """{stage, split, loss}: the loss of a response token of the split, at the stage's end, and of an extended model the
+    share of its tokens at added experts, `new_experts`. Kept beside the stage."""
     path = os.path.join(directory, stage, f"loss-{split}.json")
     if not os.path.exists(path):
         words = [antiphon, "eval", os.path.join(directory, stage), "--split", split, "--json", "--set", "run.threads=1"]
-        said = json.loads(subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+        said = json.loads(subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)["evaluation"]
         with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump({"stage": stage, "split": split, "loss": said["evaluation"]["next_token"]}, file)
+            json.dump({"stage": stage, "split": split, "loss": said["next_token"],
+                       "new_experts": said.get("new_experts", 0)}, file)
         os.replace(path + ".part", path)
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def trained(directory):
+    """How many parameters a stage trains."""
+    with open(os.path.join(directory, "manifest.json"), encoding="utf-8") as file:
+        return sum(group["trained"] for group in json.load(file)["groups"])
 
 
 # ---- what a claim compares ----
@@ -138,12 +146,13 @@ def read_runs(claim, seeds, antiphon, where, pool):
 
 def read_stages(claim, seeds, antiphon, where, pool):
     """The same of stages of one run for each seed; records are those of `measure`, stage by stage, and without splits
-    {stage, steps}."""
+    {stage, steps, trained}."""
     found = dict(zip(seeds, pool.map(lambda s: train_stages(claim, s, antiphon, where), seeds)))
 
     def of_stage(directory, stage):
         if not claim["splits"]:
-            return [{"stage": stage, "steps": records(os.path.join(directory, stage))}]
+            where = os.path.join(directory, stage)
+            return [{"stage": stage, "steps": records(where), "trained": trained(where)}]
         return [measure(antiphon, directory, stage, split) for split in claim["splits"]]
 
     runs = {(v, s): [record for stage in stages for record in of_stage(found[s], stage)]

@@ -30,23 +30,14 @@ static core_status list_sources(train_assembly_work *work) {
   return CORE_OK;
 }
 
-static void find_adapters(train_assembly_source *source) {
-  for (int32_t f = 0; f < source->files.count; f++)
-    for (int32_t i = 0; i < ckpt_reader_count(source->files.reader[f]); i++) {
-      ckpt_tensor tensor;
-      ckpt_reader_at(source->files.reader[f], i, &tensor);
-      const char *name = strchr(tensor.name, '/');
-      source->adapters = source->adapters || (name && train_lora_is_adapter(name + 1));
-    }
-}
-
 static core_status open_sources(train_assembly_work *work) {
   TRY(comm_agree(work->assembly->control, list_sources(work)));
   for (int32_t i = 0; i < work->sources; i++) {
     train_assembly_source *source = &work->source[i];
     TRY(ckpt_reader_open(work->assembly->control, source->path, &source->reader));
     TRY(train_source_open(work->assembly->control, source->reader, &source->files));
-    find_adapters(source);
+    ckpt_tensor adapter;
+    source->adapters = train_lora_find_adapter(&source->files, &adapter);
   }
   return CORE_OK;
 }

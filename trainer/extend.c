@@ -8,7 +8,7 @@
 
 #include "core/log.h"
 #include "trainer/extend_impl.h"
-#include "trainer/lora_merge.h" /* train_lora_is_adapter */
+#include "trainer/lora_merge.h" /* train_lora_find_adapter */
 
 enum { LIST = 16384 };
 
@@ -26,14 +26,9 @@ static core_status check_original(const train_extension_work *work) {
   for (unsigned i = 0; i < s->model.moe.added_count; i++)
     CHECK(s->model.moe.added[i] == 0, CORE_ERR_ARGUMENT,
           "%s has added experts already (model.moe.added): extension goes once from a model without", path);
-  for (int32_t f = 0; f < work->source.count; f++)
-    for (int32_t i = 0; i < ckpt_reader_count(work->source.reader[f]); i++) {
-      ckpt_tensor tensor;
-      ckpt_reader_at(work->source.reader[f], i, &tensor);
-      const char *name = strchr(tensor.name, '/');
-      CHECK(!name || !train_lora_is_adapter(name + 1), CORE_ERR_ARGUMENT,
-            "%s has adapters ('%s'): merge them first (antiphon merge)", path, tensor.name);
-    }
+  ckpt_tensor adapter;
+  CHECK(!train_lora_find_adapter(&work->source, &adapter), CORE_ERR_ARGUMENT,
+        "%s has adapters ('%s'): merge them first (antiphon merge)", path, adapter.name);
   return CORE_OK;
 }
 

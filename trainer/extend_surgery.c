@@ -10,29 +10,8 @@
 
 /* ---- names ---- */
 
-/* What a model is made of: neither the optimizer's state nor a schedule's. */
-static bool is_of_model(const char *name) {
-  static const char *const kinds[] = {"parameter/", "latent_shift/", "latent_scale/"};
-  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-    if (strncmp(name, kinds[i], strlen(kinds[i])) == 0) return true;
-  return false;
-}
-
 static bool is_of_router(const char *name) {
   return strstr(name, ".router.") != NULL;
-}
-
-/* Calls `visit` for each tensor of a model once, wherever in the chain of bases it lies. */
-typedef core_status (*visitor)(void *context, const ckpt_tensor *tensor);
-static core_status visit_all(const train_source *source, visitor visit, void *context) {
-  for (int32_t r = 0; r < source->count; r++)
-    for (int32_t i = 0; i < ckpt_reader_count(source->reader[r]); i++) {
-      ckpt_tensor at, found;
-      ckpt_reader_at(source->reader[r], i, &at);
-      bool first = train_source_find(source, at.name, &found) == source->reader[r];
-      if (first && is_of_model(at.name)) TRY(visit(context, &at));
-    }
-  return CORE_OK;
 }
 
 /* ---- comparing two checkpoints ---- */
@@ -59,8 +38,8 @@ static core_status compare_one(void *context, const ckpt_tensor *tensor) {
 core_status train_extension_compare_priv(const train_extension_work *work) {
   const train_extension *x = work->extension;
   comparison forth = {&work->other, x->original, x->tuned}, back = {&work->source, x->tuned, x->original};
-  TRY(visit_all(&work->source, compare_one, &forth));
-  TRY(visit_all(&work->other, compare_one, &back));
+  TRY(train_source_visit(&work->source, compare_one, &forth));
+  TRY(train_source_visit(&work->other, compare_one, &back));
   return CORE_OK;
 }
 
@@ -149,7 +128,7 @@ static void share_out(train_extension_work *work) {
 
 core_status train_extension_list_priv(train_extension_work *work) {
   const train_settings *s = core_config_data(work->extended);
-  TRY(visit_all(&work->source, add_from, work));
+  TRY(train_source_visit(&work->source, add_from, work));
   for (int32_t j = 0; j < work->choice.layers; j++)
     if (work->choice.layer[j].chosen && s->model.moe.added_bias && !s->model.moe.bias)
       TRY(add_column(work, j, NULL, TRAIN_EXTENSION_BIAS));

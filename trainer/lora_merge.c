@@ -18,13 +18,13 @@ bool train_lora_is_adapter(const char *name) {
   return ends(name, ".lora_a.weight") || ends(name, ".lora_b.weight");
 }
 
-static bool begins(const char *name, const char *prefix) {
-  return strncmp(name, prefix, strlen(prefix)) == 0;
-}
-
-/* What a model is made of: not the optimizer's state, not a schedule's. */
-static bool is_of_model(const char *name) {
-  return begins(name, parameter) || begins(name, "latent_shift/") || begins(name, "latent_scale/");
+bool train_lora_find_adapter(const train_source *source, ckpt_tensor *out) {
+  for (int32_t r = 0; r < source->count; r++)
+    for (int32_t i = 0; i < ckpt_reader_count(source->reader[r]); i++) {
+      ckpt_reader_at(source->reader[r], i, out);
+      if (train_lora_is_adapter(out->name)) return true;
+    }
+  return false;
 }
 
 /* ---- reading ---- */
@@ -34,9 +34,11 @@ typedef struct work {
   const train_source *source;
   const train_settings *settings;
   train_merged *out;
+  int64_t total; /* elements listed */
 } work;
 
-static core_status list_one(const work *w, const ckpt_tensor *found, int64_t *total) {
+static core_status list_one(void *context, const ckpt_tensor *found) {
+  work *w = context;
   train_merged *m = w->out;
   ckpt_tensor *tensor = &m->list[m->count];
   CHECK(found->dtype == CORE_REAL_DTYPE, CORE_ERR_UNSUPPORTED, "%s: tensor %s is %s, expected %s",
@@ -47,24 +49,18 @@ static core_status list_one(const work *w, const ckpt_tensor *found, int64_t *to
   tensor->name = m->name[m->count++];
   tensor->first = 0;
   tensor->owner = true;
-  *total += found->count;
+  w->total += found->count;
   return CORE_OK;
 }
 
-static core_status list_all(const work *w, int64_t *total) {
+static core_status list_all(work *w) {
   train_merged *m = w->out;
   size_t most = 1;
   for (int32_t r = 0; r < w->source->count; r++) most += (size_t)ckpt_reader_count(w->source->reader[r]);
   m->list = calloc(most, sizeof *m->list);
   m->name = calloc(most, sizeof *m->name);
   CHECK(m->list && m->name, CORE_ERR_MEMORY, "no memory for the list of %zu tensors", most);
-  for (int32_t r = 0; r < w->source->count; r++)
-    for (int32_t i = 0; i < ckpt_reader_count(w->source->reader[r]); i++) {
-      ckpt_tensor at, found;
-      ckpt_reader_at(w->source->reader[r], i, &at);
-      bool first = train_source_find(w->source, at.name, &found) == w->source->reader[r];
-      if (first && is_of_model(at.name)) TRY(list_one(w, &at, total));
-    }
+  TRY(train_source_visit(w->source, list_one, w));
   CHECK(m->count > 0, CORE_ERR_FORMAT, "%s holds no parameters", ckpt_reader_path(w->source->reader[0]));
   return CORE_OK;
 }
@@ -145,16 +141,15 @@ static core_status fold_all(const work *w) {
 
 /* ---- the whole ---- */
 
-static core_status read_local(const work *w) {
-  int64_t total = 0;
-  TRY(list_all(w, &total));
-  TRY(take_memory(w->out, total));
+static core_status read_local(work *w) {
+  TRY(list_all(w));
+  TRY(take_memory(w->out, w->total));
   return CORE_OK;
 }
 
 static core_status read_all(comm_group *control, const train_source *source, const train_settings *settings,
                             train_merged *out) {
-  const work w = {source, settings, out};
+  work w = {source, settings, out, 0};
   TRY(comm_agree(control, read_local(&w)));
   TRY(train_source_load(source, out->list, out->count));
   TRY(comm_agree(control, fold_all(&w)));

@@ -5,8 +5,10 @@
 
 #include "trainer/source.h"
 
-/* Whether a parameter, by its name without "parameter/", is an adapter's. */
+/* Whether a parameter or what belongs to one is an adapter's. */
 bool train_lora_is_adapter(const char *name);
+/* The first adapter's tensor of a model, if it has one. Local. */
+bool train_lora_find_adapter(const train_source *source, ckpt_tensor *out);
 
 /* A checkpoint's model in memory, whole and without adapters. */
 typedef struct train_merged {

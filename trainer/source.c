@@ -79,6 +79,24 @@ ckpt_reader *train_source_find(const train_source *source, const char *name, ckp
   return NULL;
 }
 
+static bool is_of_model(const char *name) {
+  static const char *const kinds[] = {"parameter/", "latent_shift/", "latent_scale/"};
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+    if (strncmp(name, kinds[i], strlen(kinds[i])) == 0) return true;
+  return false;
+}
+
+core_status train_source_visit(const train_source *source, train_source_visitor visit, void *context) {
+  for (int32_t r = 0; r < source->count; r++)
+    for (int32_t i = 0; i < ckpt_reader_count(source->reader[r]); i++) {
+      ckpt_tensor at, found;
+      ckpt_reader_at(source->reader[r], i, &at);
+      bool first = train_source_find(source, at.name, &found) == source->reader[r];
+      if (first && is_of_model(at.name)) TRY(visit(context, &at));
+    }
+  return CORE_OK;
+}
+
 core_status train_source_load(const train_source *source, const ckpt_tensor *list, int32_t count) {
   ckpt_tensor *part = malloc(((size_t)count + 1) * sizeof *part), found;
   CHECK(part, CORE_ERR_MEMORY, "no memory for the list of %d tensors", count);

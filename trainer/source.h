@@ -24,6 +24,12 @@ ckpt_reader *train_source_find(const train_source *source, const char *name, ckp
 CORE_NODISCARD core_status train_source_load(const train_source *source, const ckpt_tensor *list,
                                              int32_t count);
 
+/* Calls `visit` for each tensor of a model once, wherever in the chain it lies: parameters, latent_shift,
+ * latent_scale; neither the optimizer's state nor a schedule's. Ends at the first error. */
+typedef core_status (*train_source_visitor)(void *context, const ckpt_tensor *tensor);
+CORE_NODISCARD core_status train_source_visit(const train_source *source, train_source_visitor visit,
+                                              void *context);
+
 /* Fills a model, without the optimizer's state, from a checkpoint and its bases. Errors are agreed.
  * Collective. */
 CORE_NODISCARD core_status train_source_model(comm_group *control, ckpt_reader *own, train_model *model);

@@ -282,7 +282,9 @@ static core_status decoder_gradients(train_stepper *stepper, const data_batch *b
   stepper->model->decoder.loss = 0;
   TRY(count_predictions(stepper, batch, &report->predictions));
   stepper->model->decoder.weight = report->predictions > 0 ? 1 / (double)report->predictions : 0;
+  stepper->model->decoder.loss_alone = waits && several;
   TRY(decoder_passes(stepper, batch, TRAIN_MODE_TRAIN, true, !waits, mark, exchanged));
+  stepper->model->decoder.loss_alone = false;
   comm_note(env->comm, env->step, -1, "objective");
   TRY(fill_decoder_losses(stepper, report));
   charge(env, TRAIN_PHASE_LOSS, mark, exchanged);

@@ -15,6 +15,7 @@ all three modalities stand in every split, so that a model may use any of them:
     few         a tenth as many of speech as there are pictures
     uneven      those of image and of few
     mixture_all those of image, speech and text
+    old         those of base and of image
 
 and `<split>_validation` of base, image, speech, text and mixture, of held-out things: no other split answers `name:` with
 theirs, though a keyword that base reads may be one.  Splits share files (hard links).  Needs numpy, h5py and zstandard
@@ -161,7 +162,7 @@ def make(out):
     parts.update({MODALITIES[m][0] + "_validation": captions(held_out, m) for m in range(3)})
     splits = {name: [name] for name in parts}
     splits.update(mixture=["image", "speech"], uneven=["image", "few"], mixture_all=["image", "speech", "text"],
-                  mixture_validation=["image_validation", "speech_validation"])
+                  old=["base", "image"], mixture_validation=["image_validation", "speech_validation"])
     files = {name: write_part(os.path.join(out, ".parts", name), 0, samples) for name, samples in parts.items()}
     for split, names in sorted(splits.items()):
         os.makedirs(os.path.join(out, split), exist_ok=True)

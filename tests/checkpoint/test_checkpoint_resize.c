@@ -26,6 +26,11 @@ static const sized layouts[] = {
     {"experts-4-of-8", 8, 4, true, true},
 };
 enum { LAYOUTS = sizeof layouts / sizeof *layouts };
+#ifdef __SANITIZE_ADDRESS__ /* which makes it many times as long */
+enum { PAIR_STRIDE = 3 };
+#else
+enum { PAIR_STRIDE = 1 };
+#endif
 
 /* ---- the model ---- */
 
@@ -197,7 +202,7 @@ static void every_layout_loads_at_every_other(void **state) {
     assert_true(hash[i] == hash[0]);
   }
   for (int i = 0; i < LAYOUTS; i++)
-    for (int j = 0; j < LAYOUTS; j++) load(f, &layouts[j], directory[i], hash[0]);
+    for (int j = i % PAIR_STRIDE; j < LAYOUTS; j += PAIR_STRIDE) load(f, &layouts[j], directory[i], hash[0]);
 }
 
 /* One of eight expert ranks reads a small part of the whole. */

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The decoder set of the glyphs (data/glyphs/captions.py) says what the glyph set says, keeps what is held out apart, and
-feeds the recipe of experiments/unimoe from its first stage to names that can be read.
+feeds the recipes of experiments/unimoe and experiments/moextend from their first stages to names that can be read.
 
     test_captions.py ANTIPHON READ_SHARDS_DIRECTORY
 """
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,9 +20,13 @@ except ImportError as error:
     sys.exit(77)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.join(ROOT, "experiments"))
+import claim_runs  # noqa: E402
+
 GLYPHS = os.path.join(ROOT, "data", "glyphs")
 MODALITIES = ("image", "speech", "text")
 BEGIN, END = 2, 3
+CONTROLS = {"unimoe": [], "moextend": ["full", "extend_all", "tune_all", "extend_copy_below", "tune_copy_below"]}
 failures = []
 
 
@@ -87,24 +92,39 @@ def check_set(out, read_shards):
     sizes = {s: len(v) for s, v in splits.items()}
     expect(sizes["mixture"] == sizes["image"] + sizes["speech"], "mixture is image and speech")
     expect(sizes["uneven"] == sizes["image"] + sizes["few"] and sizes["few"] == sizes["image"] // 10, "uneven, few")
+    expect(sizes["old"] == sizes["base"] + sizes["image"] and {s[3] for s in splits["old"]} == {-1, 0},
+           "old is base and image, without speech")
     expect({s[3] for s in splits["base"]} == {-1} and sizes["base"] > 5000, "base has tokens alone")
 
 
-def check_recipe(antiphon, out, work):
-    """Two steps of every stage, then names for held-out pictures."""
-    with open(os.path.join(ROOT, "experiments", "unimoe", "glyphs.yaml"), encoding="utf-8") as file:
-        text = file.read()
-    expect(text.count("run.steps=800") == 1, "the recipe's first stage has 800 steps")
-    config, run = os.path.join(work, "recipe.yaml"), os.path.join(work, "run")
+def one_sign(text):
+    """Decoders differ in how many signs they put for bytes that are no character."""
+    return re.sub("\ufffd+", "\ufffd", text)
+
+
+def check_recipe(antiphon, out, work, name, split):
+    """Two steps of every stage of a recipe, of its own file and of the controls that claims compare with it, then names for
+    what is held out."""
+    folder = os.path.join(ROOT, "experiments", name)
+    head, blocks = claim_runs.blocks_of(os.path.join(folder, "glyphs.yaml"))
+    controls = claim_runs.blocks_of(os.path.join(folder, "controls.yaml"))[1]
+    expect(not set(blocks) & set(controls), f"{name}: no control has the name of a stage")
+    blocks.update({stage: controls[stage] for stage in CONTROLS[name]})
+    text, count = re.subn(r"run\.steps=\d+", "run.steps=2", head + "\nstages:\n" + "".join(blocks.values()))
+    expect(count > 0, f"{name}: stages have steps of their own")
+    config, run = os.path.join(work, name + ".yaml"), os.path.join(work, name)
     with open(config, "w", encoding="utf-8") as file:
-        file.write(text.replace("run.steps=800", "run.steps=2"))
+        file.write(text)
     settings = ["--set", "run.threads=1"]
     subprocess.run([antiphon, "train", config, "--set", f"run.directory={run}", "--set", f"data.path={out}", "--set",
                     "run.steps=2"] + settings, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    said = subprocess.run([antiphon, "eval", os.path.join(run, "tune"), "--split", "image_validation", "--generate", "3",
-                           "--stop", str(END)] + settings, check=True, stdout=subprocess.PIPE).stdout
+    said = subprocess.run([antiphon, "eval", os.path.join(run, "tune"), "--split", split, "--generate", "6",
+                           "--temperature", "9", "--stop", str(END)] + settings, check=True, stdout=subprocess.PIPE).stdout
     lines = [json.loads(line) for line in said.splitlines()]
-    expect(len(lines) == 336 and all(len(line["tokens"]) <= 3 and "text" in line for line in lines), "names of 336 pictures")
+    expect(len(lines) == 336 and all(len(line["tokens"]) <= 6 for line in lines), f"{name}: names of 336 things")
+    expect(any(ord(c) > 127 and c != "\ufffd" for line in lines for c in line["text"]), f"{name}: some characters of two bytes")
+    for line in lines:
+        expect(one_sign(line["text"]) == one_sign(bytes(line["tokens"]).decode(errors="replace")), f"{name}: {line}")
 
 
 def main():
@@ -116,7 +136,8 @@ def main():
         subprocess.run([sys.executable, os.path.join(GLYPHS, "captions.py"), "--out", out], check=True,
                        stdout=subprocess.DEVNULL)
         check_set(out, read_shards)
-        check_recipe(antiphon, out, work)
+        check_recipe(antiphon, out, work, "unimoe", "image_validation")
+        check_recipe(antiphon, out, work, "moextend", "speech_validation")
     print(f"{len(failures)} expectations failed")
     return 1 if failures else 0
 

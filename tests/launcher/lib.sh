@@ -71,7 +71,7 @@ start() {
   RANKS=$1
   export RANKS
   shift
-  rm -f "$work"/pid.* "$work/status"
+  rm -f "$work"/pid.* "$work/status" "$work/hung"
   began=$(date +%s)
   script=$work/mpirun.sh
   [ "$RANKS" = 1 ] && script=$work/rank.sh
@@ -80,22 +80,31 @@ start() {
     echo $? >"$work/status.new"
     mv "$work/status.new" "$work/status"
   ) 2>/dev/null &
+  started=$!
 }
 
-# Waits for the job; sets status ("hung" when the limit passed) and seconds.
+# Kills the job when the limit of time has passed.
+guard() {
+  (
+    nap=
+    trap 'kill "$nap"; exit' TERM
+    sleep "$limit" &
+    nap=$!
+    wait "$nap"
+    : >"$work/hung"
+    kill_job
+  ) >/dev/null 2>&1 &
+}
+
+# Waits for the job; sets status ("hung" when the limit passed) and seconds. Sleeps meanwhile: asking every moment would
+# take the processor from the job.
 wait_job() {
-  status=
-  while [ -z "$status" ]; do
-    if [ -f "$work/status" ]; then
-      status=$(cat "$work/status")
-    elif [ $(($(date +%s) - began)) -gt "$limit" ]; then
-      kill_job
-      status=hung
-    else
-      sleep 0.02
-    fi
-  done
+  guard
+  wait "$started"
+  kill "$!" 2>/dev/null
   seconds=$(($(date +%s) - began))
+  status=$(cat "$work/status")
+  [ ! -e "$work/hung" ] || status=hung
   wait
 }
 
@@ -114,12 +123,13 @@ lines() { # file: its lines, 0 if there is none
 
 # until_true SECONDS COMMAND...: false when the job ended or the time passed first.
 until_true() {
-  end=$(($(date +%s) + $1))
+  left=$(($1 * 50))
   shift
   while ! "$@"; do
     [ -f "$work/status" ] && return 1
-    [ "$(date +%s)" -gt "$end" ] && return 1
-    sleep 0.01
+    left=$((left - 1))
+    [ "$left" -gt 0 ] || return 1
+    sleep 0.02
   done
 }
 

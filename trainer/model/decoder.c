@@ -27,12 +27,15 @@ core_status train_decoder_declare(train_model *model) {
 
 /* ---- memory ---- */
 
-/* Logits of a block of rows by a part of the vocabulary: 16 MiB of float32. All rows at once where a part can
- * then still be this wide: the table and its gradient, the largest of all, pass through the caches once. */
-enum { LOGITS = 1 << 22, LEAST_PART = 1 << 9 };
+/* Logits of a block of rows: 64 MiB of float32, or what so many rows take that products of a block still have
+ * work for each element of the table and of its gradient that they read. */
+enum { LOGITS = 1 << 24, LEAST_BLOCK = 1 << 7 };
 
-static int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
+/* Rows of a block, of R predictions. */
+static int64_t block_rows(int64_t R, int64_t V) {
+  int64_t rows = LOGITS / V > LEAST_BLOCK ? LOGITS / V : LEAST_BLOCK;
+  if (R < 1) return 1;
+  return R < rows ? R : rows;
 }
 
 static core_status plan_items(const train_model *model, const train_arenas *arenas) {
@@ -58,18 +61,17 @@ core_status train_decoder_plan(train_model *model, const train_arenas *arenas) {
   core_arena *arena = arenas->activations;
   bool training = model->limits.training;
   int64_t C = model->C, R = model->limits.predictions, latents = model->T - model->limits.text;
-  int64_t block = least(R > 0 ? R : 1, LOGITS / LEAST_PART), part = least(d->V, LOGITS / block);
+  int64_t block = block_rows(R, d->V);
   TRY(plan_items(model, arenas));
   TRY(train_take_active(model, arena, latents, C, &d->latent));
   TRY(train_take_active(model, arena, R, C, &d->hidden));
-  TRY(train_take(arena, CORE_REAL_DTYPE, block, part, &d->logits));
+  TRY(train_take(arena, CORE_REAL_DTYPE, block, d->V, &d->logits));
   TRY(train_mirror_plan(arenas, arena, CORE_REAL_DTYPE, R, 1, &d->lse));
   TRY(train_mirror_plan(arenas, arena, CORE_REAL_DTYPE, R, 1, &d->positive));
   if (!training) return CORE_OK;
   TRY(train_take_active(model, arena, R, C, &d->d_hidden));
-  TRY(train_take(arena, CORE_REAL_DTYPE, block, C, &d->d_part));
   d->d_logits = d->logits; /* in place, where products take float32 */
-  if (model->env->active != CORE_REAL_DTYPE) TRY(train_take_active(model, arena, block, part, &d->d_logits));
+  if (model->env->active != CORE_REAL_DTYPE) TRY(train_take_active(model, arena, block, d->V, &d->d_logits));
   return CORE_OK;
 }
 

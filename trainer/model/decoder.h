@@ -9,9 +9,9 @@
  * before)[token]
  *
  * U is E where the head is tied. A response with nothing before it gives its first token. Every row is
- * rotated by its place in the sequence. Logits exist a part of the vocabulary by a block of rows at a time,
- * forward by an online logsumexp, backward by computing them again: memory does not grow with tokens times
- * vocabulary.
+ * rotated by its place in the sequence. Logits exist for a block of rows at a time, and where a backward pass
+ * will follow their gradient takes their place at once, since a token's loss needs nothing of other rows:
+ * they are computed once, and memory does not grow with tokens times vocabulary.
  *
  * Rows lie sample by sample in the order of the sequence; for the router's sums they are also listed by
  * *class*: the modalities, then the tokens of the vocabulary.
@@ -40,13 +40,14 @@ typedef struct train_decoder {
   train_mirror predict_slot;                  /* int32 [T] which prediction a row makes, -1: none */
   int64_t *tally;                             /* [V + 1], host: of tokens */
   /* activations; gradients take their place */
-  core_tensor latent;                   /* [latents, C] connectors' outputs, then their gradients */
-  core_tensor hidden, d_hidden;         /* [R, C] of the rows that predict */
-  core_tensor logits, d_logits, d_part; /* [block, part] Real and active, [block, C] Real */
-  train_mirror lse, positive;           /* Real [R] */
+  core_tensor latent;           /* [latents, C] connectors' outputs, then their gradients */
+  core_tensor hidden, d_hidden; /* [R, C] of the rows that predict */
+  core_tensor logits, d_logits; /* [block, V] Real and active; the same where active is Real */
+  train_mirror lse, positive;   /* Real [R] */
   /* the objective */
   double loss;       /* sum over the predictions of forward passes since it was set to 0; this rank's */
-  double weight;     /* 1 / n, for backward */
+  double weight;     /* 1 / n */
+  bool loss_alone;   /* no backward pass follows a pass that trains: the first of two, see step.c */
   bool prompts_only; /* sequences end where their responses begin */
 } train_decoder;
 
@@ -72,9 +73,10 @@ core_status train_decoder_take_step(struct train_model *model, int64_t n);
 core_status train_decoder_embed(struct train_model *model, core_tensor x);
 core_status train_decoder_embed_backward(struct train_model *model, core_tensor dx);
 /* Rows [T, C] after the last norm -> lse and positive of each prediction; adds to `loss` unless mode is
- * TRAIN_MODE_AGAIN. Waits for the device. */
+ * TRAIN_MODE_AGAIN. Where it trains and not for the loss alone also: d_hidden is set to the gradient of
+ * weight * loss, that of the table accumulates. Waits for the device. */
 core_status train_decoder_predict(struct train_model *model, core_tensor rows, int mode);
-/* drows is set to the gradient of weight * loss of the last train_decoder_predict; the head's accumulates. */
+/* drows is set to the gradient of weight * loss of the last train_decoder_predict. */
 core_status train_decoder_predict_backward(struct train_model *model, core_tensor drows);
 /* logits [n, V], Real, of n rows of hidden states [n, C], active. */
 core_status train_decoder_logits(struct train_model *model, core_tensor hidden, core_tensor logits);

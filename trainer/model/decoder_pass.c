@@ -42,33 +42,8 @@ core_status train_decoder_embed_backward(train_model *model, core_tensor dx) {
 
 /* ---- the head ---- */
 
-/* A block of predictions by a part of the vocabulary. */
-typedef struct piece {
-  int64_t first, rows;   /* predictions */
-  int64_t column, width; /* tokens */
-} piece;
-
 static int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
-}
-
-/* The next piece, parts of a block first; begins with all zeros. False at the end. */
-static bool next_piece(const train_decoder *d, piece *p) {
-  int64_t block = d->logits.shape[0], part = d->logits.shape[1];
-  bool begins = p->rows == 0;
-  p->column = begins ? 0 : p->column + p->width;
-  if (p->column == d->V) {
-    p->first += p->rows;
-    p->column = 0;
-  }
-  p->rows = least(block, d->predicted - p->first);
-  p->width = least(part, d->V - p->column);
-  return p->rows > 0;
-}
-
-/* Of a flat buffer that is at least as large. */
-static core_tensor shaped(core_tensor buffer, int64_t rows, int64_t columns) {
-  return core_tensor_2(buffer.data, buffer.dtype, rows, columns);
 }
 
 static core_tensor line(core_tensor rows, int64_t first, int64_t n) {
@@ -76,15 +51,17 @@ static core_tensor line(core_tensor rows, int64_t first, int64_t n) {
   return core_tensor_1(slice.data, slice.dtype, n);
 }
 
-static core_tensor weights_of(const train_model *model, const piece *p) {
-  return train_slice(train_parameter_matrix(&model->parameters, model->decoder.output), p->column, p->width);
-}
-
-static core_status logits_of(train_model *model, const piece *p, core_tensor *logits) {
+/* Gradients of a block's rows and of the table, from its logits, whose place they take. */
+static core_status differentiate(train_model *model, int64_t first, int64_t n, core_tensor logits) {
+  train_env *env = model->env;
   train_decoder *d = &model->decoder;
-  *logits = shaped(d->logits, p->rows, p->width);
-  KERN(model->env, gemm, KERN_NT, train_slice(d->hidden, p->first, p->rows), weights_of(model, p), KERN_SET,
-       *logits);
+  core_tensor d_logits = train_rows(d->d_logits, n),
+              gradient = train_parameter_gradient(&model->parameters, d->output);
+  KERN(env, cross_entropy_bwd, d->weight, line(d->lse.device, first, n), 0, d->V,
+       line(d->target.device, first, n), logits, d_logits);
+  if (gradient.data) KERN(env, gemm, KERN_TN, d_logits, train_slice(d->hidden, first, n), KERN_ADD, gradient);
+  KERN(env, gemm, KERN_NN, d_logits, train_parameter_matrix(&model->parameters, d->output), KERN_SET,
+       train_slice(d->d_hidden, first, n));
   return CORE_OK;
 }
 
@@ -92,14 +69,16 @@ core_status train_decoder_predict(train_model *model, core_tensor rows, int mode
   train_env *env = model->env;
   train_decoder *d = &model->decoder;
   int64_t R = d->predicted;
-  core_tensor logits;
   KERN(env, gather_rows, rows, train_rows(d->predict_row.device, R), train_rows(d->hidden, R));
   KERN(env, fill, -INFINITY, train_rows(d->lse.device, R));
   KERN(env, fill, 0, train_rows(d->positive.device, R));
-  for (piece p = {0}; next_piece(d, &p);) {
-    TRY(logits_of(model, &p, &logits));
-    KERN(env, cross_entropy_fwd, logits, p.column, d->V, line(d->target.device, p.first, p.rows),
-         line(d->lse.device, p.first, p.rows), line(d->positive.device, p.first, p.rows));
+  for (int64_t first = 0, n; first < R; first += n) {
+    n = least(d->logits.shape[0], R - first);
+    core_tensor logits = train_rows(d->logits, n);
+    TRY(train_decoder_logits(model, train_slice(d->hidden, first, n), logits));
+    KERN(env, cross_entropy_fwd, logits, 0, d->V, line(d->target.device, first, n),
+         line(d->lse.device, first, n), line(d->positive.device, first, n));
+    if (mode != TRAIN_MODE_EVALUATE && !d->loss_alone) TRY(differentiate(model, first, n, logits));
   }
   if (mode == TRAIN_MODE_AGAIN) return CORE_OK;
   TRY(train_mirror_down(env, &d->lse, R));
@@ -110,22 +89,8 @@ core_status train_decoder_predict(train_model *model, core_tensor rows, int mode
 }
 
 core_status train_decoder_predict_backward(train_model *model, core_tensor drows) {
-  train_env *env = model->env;
   train_decoder *d = &model->decoder;
-  core_tensor logits, gradient = train_parameter_gradient(&model->parameters, d->output);
-  for (piece p = {0}; next_piece(d, &p);) {
-    core_tensor d_logits = shaped(d->d_logits, p.rows, p.width), d_part = train_rows(d->d_part, p.rows);
-    TRY(logits_of(model, &p, &logits));
-    KERN(env, cross_entropy_bwd, d->weight, line(d->lse.device, p.first, p.rows), p.column, d->V,
-         line(d->target.device, p.first, p.rows), logits, d_logits);
-    if (gradient.data)
-      KERN(env, gemm, KERN_TN, d_logits, train_slice(d->hidden, p.first, p.rows), KERN_ADD,
-           train_slice(gradient, p.column, p.width));
-    /* summed over the parts in float32, then rounded once */
-    KERN(env, gemm, KERN_NN, d_logits, weights_of(model, &p), p.column == 0 ? KERN_SET : KERN_ADD, d_part);
-    if (p.column + p.width == d->V) KERN(env, cast, d_part, train_slice(d->d_hidden, p.first, p.rows));
-  }
-  KERN(env, combine_fwd, train_rows(d->d_hidden, d->predicted),
+  KERN(model->env, combine_fwd, train_rows(d->d_hidden, d->predicted),
        train_rows(d->predict_slot.device, model->items.tokens), train_none(), KERN_SET, drows);
   return CORE_OK;
 }
