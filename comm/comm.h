@@ -120,6 +120,10 @@ const char *comm_device_transport_name(
 CORE_NODISCARD core_status comm_device_exchange(comm_group *group, const comm_piece *send, int32_t send_count,
                                                 const comm_piece *recv, int32_t recv_count,
                                                 core_stream *stream);
+/* Equal pieces: `bytes` at send + r bytes go to rank r, and what rank r sends comes to recv + r bytes. send
+ * and recv: [size][bytes], apart. bytes is equal on all ranks. */
+CORE_NODISCARD core_status comm_device_all_to_all(comm_group *group, const void *send, void *recv,
+                                                  int64_t bytes, core_stream *stream);
 CORE_NODISCARD core_status comm_device_all_reduce(comm_group *group, comm_reduction operation,
                                                   core_dtype dtype, void *data, int64_t count,
                                                   core_stream *stream);

@@ -1,5 +1,5 @@
 /* What the files of comm/ share. On host memory everything is built on one transport operation, the exchange;
- * memory of a device has four of its own. */
+ * memory of a device has some of its own. */
 #ifndef COMM_COMM_IMPL_H
 #define COMM_COMM_IMPL_H
 
@@ -22,6 +22,9 @@ typedef struct comm_device_ops {
   const char *name;
   core_status (*exchange)(comm_group *group, const comm_piece *send, int32_t send_count,
                           const comm_piece *recv, int32_t recv_count, core_stream *stream);
+  /* NULL: it is an exchange. */
+  core_status (*all_to_all)(comm_group *group, const void *send, void *recv, int64_t bytes,
+                            core_stream *stream);
   core_status (*all_reduce)(comm_group *group, comm_reduction operation, core_dtype dtype, void *data,
                             int64_t count, core_stream *stream);
   core_status (*reduce_scatter)(comm_group *group, core_dtype dtype, void *data, const int64_t *count,

@@ -142,6 +142,25 @@ core_status comm_device_exchange(comm_group *group, const comm_piece *send, int3
   return CORE_OK;
 }
 
+core_status comm_device_all_to_all(comm_group *group, const void *send, void *recv, int64_t bytes,
+                                   core_stream *stream) {
+  TRY(check_ready(group));
+  CHECK(bytes >= 0, CORE_ERR_ARGUMENT, "group '%s': an all-to-all of %lld bytes for each rank", group->name,
+        (long long)bytes);
+  if (bytes == 0) return CORE_OK;
+  if (group->device_ops && group->device_ops->all_to_all) {
+    TRY(group->device_ops->all_to_all(group, send, recv, bytes, stream));
+    return CORE_OK;
+  }
+  comm_piece *out = group->list, *in = group->list + group->size;
+  for (int32_t r = 0; r < group->size; r++) {
+    out[r] = (comm_piece){r, (char *)(uintptr_t)send + r * bytes, bytes};
+    in[r] = (comm_piece){r, (char *)recv + r * bytes, bytes};
+  }
+  TRY(comm_device_exchange(group, out, group->size, in, group->size, stream));
+  return CORE_OK;
+}
+
 core_status comm_device_all_reduce(comm_group *group, comm_reduction operation, core_dtype dtype, void *data,
                                    int64_t count, core_stream *stream) {
   TRY(check_ready(group));

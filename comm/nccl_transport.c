@@ -110,6 +110,17 @@ static core_status nccl_exchange(comm_group *group, const comm_piece *send, int3
   return CORE_OK;
 }
 
+static core_status nccl_all_to_all(comm_group *group, const void *send, void *recv, int64_t bytes,
+                                   core_stream *stream) {
+  nccl_group *state = group->device_private;
+  cudaStream_t on = NULL;
+  TRY(begin(group, "all-to-all", stream, &on));
+  ncclResult_t code = ncclAlltoAll(send, recv, (size_t)bytes, ncclInt8, state->comm, on);
+  group->bytes += bytes * (group->size - 1);
+  TRY(end(group, "all-to-all", code, stream));
+  return CORE_OK;
+}
+
 static ncclDataType_t type_of(core_dtype dtype) {
   switch (dtype) {
     case CORE_FLOAT32:
@@ -217,6 +228,7 @@ static void nccl_destroy(comm_group *group) {
 
 static const comm_device_ops nccl_ops = {.name = "nccl",
                                          .exchange = nccl_exchange,
+                                         .all_to_all = nccl_all_to_all,
                                          .all_reduce = nccl_all_reduce,
                                          .reduce_scatter = nccl_reduce_scatter,
                                          .all_gather = nccl_all_gather,

@@ -6,6 +6,7 @@
 #include "launcher/launcher.h"
 
 core_status launch_bench_step(comm_world *world, const launch_arguments *arguments);
+core_status launch_bench_gpu(comm_world *world, const launch_arguments *arguments);
 core_status launch_bench_data(comm_world *world, const launch_arguments *arguments);
 core_status launch_bench_open(comm_world *world, const launch_arguments *arguments);
 core_status launch_bench_checkpoint(comm_world *world, const launch_arguments *arguments);

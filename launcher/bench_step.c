@@ -149,10 +149,12 @@ static void print_json(const train_session *session, const figures *f) {
   double ranks = session->env.layout.ranks, peak = f->ceiling * ranks;
   printf(
       "{\"bench\": \"step\", \"device\": \"%s\", \"precision\": \"%s\", \"width\": %lld, \"layers\": %lld, "
-      "\"experts\": %lld, \"choose\": %lld, \"tokens\": %lld, \"ranks\": %d, \"threads\": %d, ",
+      "\"experts\": %lld, \"choose\": %lld, \"tokens\": %lld, \"ranks\": %d, \"threads\": %d, "
+      "\"expert_ranks\": %d, \"chunks\": %lld, \"early_reductions\": %d, ",
       session->env.ops->device->name, precision_of(session), (long long)session->model->C,
       (long long)session->model->L, (long long)train_settings_most_experts(s), (long long)s->model.moe.choose,
-      (long long)f->tokens, session->env.layout.ranks, session->env.ops->context_threads(session->env.kern));
+      (long long)f->tokens, session->env.layout.ranks, session->env.ops->context_threads(session->env.kern),
+      session->env.layout.expert_ranks, (long long)s->parallel.chunks, session->stepper.reduction.ahead);
   printf(
       "\"step_seconds\": %.6g, \"median_seconds\": %.6g, \"tokens_per_second\": %.6g, "
       "\"forward_products\": %lld, \"input_gradient_products\": %lld, \"weight_gradient_products\": %lld, "

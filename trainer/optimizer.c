@@ -51,21 +51,6 @@ static core_status for_active_runs(train_model *model, run_work work) {
   return CORE_OK;
 }
 
-static core_status reduce_run(train_model *model, active_run *run) {
-  core_real *gradient = model->parameters.gradient + run->place.gradient.first;
-  if (sharded(model))
-    TRY(comm_device_reduce_scatter(run->group, CORE_REAL_DTYPE, gradient, run->share, NULL));
-  else
-    TRY(comm_device_all_reduce(run->group, COMM_SUM, CORE_REAL_DTYPE, gradient, run->place.gradient.count,
-                               NULL));
-  return CORE_OK;
-}
-
-core_status train_optimizer_reduce(train_model *model) {
-  TRY(for_active_runs(model, reduce_run));
-  return CORE_OK;
-}
-
 /* Every rank's share of a run to all ranks that hold it. */
 static core_status gather_run(active_run *run, core_real *data) {
   for (int32_t r = 0; r < comm_size(run->group); r++) run->share[r] *= (int64_t)sizeof *data;

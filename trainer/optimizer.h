@@ -1,4 +1,4 @@
-/* Gradients over their groups, the global norm, AdamW, with the optimizer's state sharded or not. */
+/* The global norm and AdamW, with the optimizer's state sharded or not. */
 #ifndef TRAIN_OPTIMIZER_H
 #define TRAIN_OPTIMIZER_H
 
@@ -12,15 +12,10 @@ typedef struct train_optimizer {
 
 CORE_NODISCARD core_status train_optimizer_plan(train_optimizer *optimizer, const train_model *model,
                                                 const train_arenas *arenas);
-/* Sums each range of gradients over the ranks that hold it: dense over the world, experts over their
- * replicas, a modality's over its ranks. Never divides: losses are already normalised by global counts.
- * Afterwards the sums are in what this rank updates (train_parameters.update); where that is only its share,
- * the rest is undefined. Collective. */
-CORE_NODISCARD core_status train_optimizer_reduce(train_model *model);
 /* Makes the reduced gradients complete on every rank; for tests and diagnosis. Collective. */
 CORE_NODISCARD core_status train_optimizer_gather(train_model *model);
 /* Norm of all distinct parameters' gradients, each counted once whatever its copies. Equal bits on all ranks.
- * After train_optimizer_reduce. Collective over the world. */
+ * After train_reduction_finish. Collective over the world. */
 CORE_NODISCARD core_status train_optimizer_norm(const train_optimizer *optimizer, train_model *model,
                                                 double *norm);
 /* AdamW on what this rank updates, then every rank has all new values and their rounded copies. Gradients are

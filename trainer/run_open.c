@@ -61,10 +61,11 @@ static core_status describe(train_run_state *r) {
   train_layout_describe(&r->env->layout, r->settings, layout, sizeof layout);
   int64_t bytes = ckpt_writer_bytes(r->writer) + data_stream_bytes(r->stream);
   bool device = !r->session->arenas.host_access;
-  LOG_INFO("%s; %s, %s, %d threads a rank, transport %s%s%s", layout, r->env->ops->device->name,
+  LOG_INFO("%s; %s, %s, %d threads a rank, transport %s%s%s%s", layout, r->env->ops->device->name,
            core_dtype_text(r->env->active), r->env->ops->context_threads(r->env->kern),
            comm_transport_name(r->env->world), device ? ", between devices " : "",
-           device ? comm_device_transport_name(r->env->world) : "");
+           device ? comm_device_transport_name(r->env->world) : "",
+           r->session->stepper.reduction.early ? ", gradients reduced during the backward pass" : "");
   LOG_INFO("%.2f M parameters, %.2f M active, %.2f M frozen; %lld training samples, %lld held out",
            (double)counts.total / 1e6, (double)counts.active / 1e6, (double)counts.frozen / 1e6,
            (long long)data_set_samples(r->session->training),

@@ -526,6 +526,7 @@ void train_session_close(train_session *session) {
   data_set_close(session->training);
   data_set_close(session->evaluation);
   for (int32_t i = 0; i < session->part_count; i++) data_set_close(session->part[i].set);
+  train_stepper_free(&session->stepper);
   train_model_destroy(session->model);
   core_arena_destroy(session->arenas.parameters);
   core_arena_destroy(session->arenas.activations);

@@ -75,6 +75,8 @@ static const cyaml_strval_t alternate_words[] = {{"none", TRAIN_ALTERNATE_NONE},
 static const cyaml_strval_t precision_words[] = {{"float32", CORE_FLOAT32}, {"bfloat16", CORE_BFLOAT16}};
 static const cyaml_strval_t transport_words[] = {
     {"auto", COMM_DEVICE_AUTO}, {"nccl", COMM_DEVICE_NCCL}, {"staged", COMM_DEVICE_STAGED}};
+static const cyaml_strval_t overlap_words[] = {
+    {"auto", TRAIN_OVERLAP_AUTO}, {"always", TRAIN_OVERLAP_ALWAYS}, {"never", TRAIN_OVERLAP_NEVER}};
 
 #define M train_modality_settings
 static const cyaml_schema_field_t modality_fields[] = {TEXT("name", M, name),
@@ -238,7 +240,11 @@ static const cyaml_schema_field_t parallel_fields[] = {
     CYAML_FIELD_INT("experts", NEEDED, parallel_part, experts),
     WORD("placement", parallel_part, placement, placement_words),
     CORE_FIELD_BOOL("shard_optimizer", parallel_part, shard_optimizer),
-    WORD("transport", parallel_part, transport, transport_words), CYAML_FIELD_END};
+    WORD("transport", parallel_part, transport, transport_words),
+    WORD("overlap", parallel_part, overlap, overlap_words),
+    CYAML_FIELD_INT("chunks", NEEDED, parallel_part, chunks),
+    CYAML_FIELD_FLOAT("bucket", NEEDED, parallel_part, bucket),
+    CYAML_FIELD_END};
 
 typedef PART(optimizer) optimizer_part;
 static const cyaml_schema_field_t optimizer_fields[] = {
@@ -355,7 +361,8 @@ static const char defaults[] =
     " balance: 0, balance_scope: global, balance_shares: first,"
     " directions: [], alpha: 0.5, temperature: 0.03, regression: squared}\n"
     "schedule: {alternate: none, steps: [], gain: 1, least: 0, most: 1}\n"
-    "parallel: {experts: 1, placement: shared, shard_optimizer: true, transport: auto}\n"
+    "parallel: {experts: 1, placement: shared, shard_optimizer: true, transport: auto, overlap: auto,"
+    " bucket: 16, chunks: 1}\n"
     "optimizer: {batch: 128, accumulate: 1, schedule: cosine, rate: 0.001, min_rate: 0, warmup: 0.03,"
     " timescale: 10000, cooldown: 0, weight_decay: 0.1, beta1: 0.9, beta2: 0.95, epsilon: 1.0e-8, clip: 1,"
     " frozen: [], trained: []}\n"

@@ -26,6 +26,9 @@ typedef enum train_activation { TRAIN_SWIGLU, TRAIN_GELU, TRAIN_GELU_TANH } trai
 typedef enum train_dispatch { TRAIN_DROPLESS, TRAIN_CAPACITY } train_dispatch;
 typedef enum train_priority { TRAIN_PRIORITY_GATE, TRAIN_PRIORITY_ORDER } train_priority;
 typedef enum train_placement { TRAIN_SHARED, TRAIN_PARTITIONED } train_placement;
+enum { TRAIN_MOST_CHUNKS = 16 }; /* of a dispatch */
+/* When gradients are reduced while the backward pass goes on: where NCCL moves them, everywhere, nowhere. */
+typedef enum train_overlap { TRAIN_OVERLAP_AUTO, TRAIN_OVERLAP_ALWAYS, TRAIN_OVERLAP_NEVER } train_overlap;
 typedef enum train_rate_kind { TRAIN_RATE_CONSTANT, TRAIN_RATE_COSINE, TRAIN_RATE_RSQRT } train_rate_kind;
 typedef enum train_kind { TRAIN_KIND_TOWER, TRAIN_KIND_CONNECTOR, TRAIN_KIND_DECODER } train_kind;
 /* Whose trunk a token passes: the one of all modalities, or its modality's own dense one. */
@@ -252,6 +255,10 @@ typedef struct train_settings {
     int placement;       /* train_placement */
     int shard_optimizer; /* each replica keeps the moments of its share only (ZeRO stage 1) */
     int transport;       /* comm_device_transport, between devices */
+    int overlap;         /* train_overlap, of reducing gradients and the backward pass */
+    int64_t chunks;      /* into which a layer's dispatch is cut, by experts, so that one is on its way while
+                            another is multiplied; at most as many as a rank holds experts of the layer */
+    double bucket;       /* least MiB of gradients that are reduced together, where overlap is possible */
   } parallel;
   struct {
     int64_t batch, accumulate;

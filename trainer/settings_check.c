@@ -383,6 +383,18 @@ static core_status check_parallel(const core_config *config, const train_setting
   return CORE_OK;
 }
 
+/* How communication and computation overlap. */
+static core_status check_overlap(const core_config *config, const train_settings *s) {
+  const double most = 1 << 20; /* a TiB */
+  if (!(s->parallel.bucket > 0 && s->parallel.bucket <= most))
+    return core_config_refuse(config, "parallel.bucket", "expected MiB, more than 0 and at most %g, got %g",
+                              most, s->parallel.bucket);
+  if (s->parallel.chunks < 1 || s->parallel.chunks > TRAIN_MOST_CHUNKS)
+    return core_config_refuse(config, "parallel.chunks", "expected 1 to %d, got %lld", (int)TRAIN_MOST_CHUNKS,
+                              (long long)s->parallel.chunks);
+  return CORE_OK;
+}
+
 static core_status check_device(const core_config *config, const train_settings *s) {
   const char *device = s->run.device;
   if (strcmp(device, "auto") != 0 && strcmp(device, "cpu") != 0 && strcmp(device, "cuda") != 0)
@@ -462,6 +474,7 @@ core_status train_settings_check(const core_config *config, int32_t ranks) {
   TRY(check_pairs(config, s));
   TRY(check_batches(config, s));
   TRY(check_parallel(config, s, ranks));
+  TRY(check_overlap(config, s));
   TRY(check_evaluate(config, s, ranks));
   return CORE_OK;
 }

@@ -35,6 +35,7 @@ core_status train_stepper_make(train_env *env, train_model *model, train_stepper
   out->env = env;
   out->model = model;
   train_alternation_make(env->settings, &out->alternation);
+  TRY(train_reduction_make(model, &out->reduction));
   if (is_decoder(out)) return CORE_OK;
   TRY(is_connector(out) ? train_alignment_loss_make(env, model, &out->alignment)
                         : train_contrastive_make(env, model->Z, &out->contrastive));
@@ -48,6 +49,7 @@ core_status train_stepper_plan(train_stepper *stepper, const train_arenas *arena
     TRY(is_connector(stepper) ? train_alignment_loss_plan(&stepper->alignment, stepper->model, arenas)
                               : train_contrastive_plan(&stepper->contrastive, arenas));
   TRY(train_router_plan(&stepper->router, stepper->env, stepper->model->moe_layers, arenas));
+  TRY(train_reduction_plan(&stepper->reduction, arenas));
   TRY(train_optimizer_plan(&stepper->optimizer, stepper->model, arenas));
   stepper->reduced_count = loss_parts(stepper) + cells * train_moe_value_stride(sums) +
                            train_moe_gate_count(sums) + train_moe_balance_count(sums);
@@ -55,6 +57,10 @@ core_status train_stepper_plan(train_stepper *stepper, const train_arenas *arena
   TRY(ARENA_TAKE(arenas->host, stepper->reduced_count, &stepper->reduced));
   TRY(ARENA_TAKE(arenas->host, stepper->counted_count, &stepper->counted));
   return CORE_OK;
+}
+
+void train_stepper_free(train_stepper *stepper) {
+  train_reduction_free(&stepper->reduction);
 }
 
 const char *train_phase_name(train_phase phase) {
@@ -94,6 +100,17 @@ static core_status forward_pass(train_stepper *stepper, const data_batch *batch)
   return CORE_OK;
 }
 
+/* Of one micro-batch. The last one's makes gradients final, block by block, and they are reduced meanwhile.
+ */
+static core_status backward(train_stepper *stepper, int64_t micro, core_tensor router) {
+  train_model *model = stepper->model;
+  bool last = micro == stepper->env->layout.micro_batches - 1;
+  model->passed = last ? train_reduction_observer(&stepper->reduction) : (train_pass_observer){NULL, NULL};
+  TRY(train_model_backward(model, router));
+  model->passed = (train_pass_observer){NULL, NULL};
+  return CORE_OK;
+}
+
 static core_status backward_pass(train_stepper *stepper, const data_batch *batch, double *mark,
                                  double *exchanged) {
   train_env *env = stepper->env;
@@ -104,7 +121,7 @@ static core_status backward_pass(train_stepper *stepper, const data_batch *batch
       charge(env, TRAIN_PHASE_FORWARD, mark, exchanged);
     }
     TRY(train_contrastive_get(&stepper->contrastive, stepper->model, micro));
-    TRY(train_model_backward(stepper->model, stepper->router.weights.device));
+    TRY(backward(stepper, micro, stepper->router.weights.device));
     charge(env, TRAIN_PHASE_BACKWARD, mark, exchanged);
   }
   return CORE_OK;
@@ -227,18 +244,18 @@ static core_status count_predictions(train_stepper *stepper, const data_batch *b
 
 /* Forward, or both passes of every micro-batch one after the other. */
 static core_status decoder_passes(train_stepper *stepper, const data_batch *batch, train_mode mode,
-                                  bool forward, bool backward, double *mark, double *exchanged) {
+                                  bool forwards, bool backwards, double *mark, double *exchanged) {
   train_env *env = stepper->env;
   core_tensor router =
       train_settings_router_losses(env->settings) ? stepper->router.weights.device : train_none();
   for (int64_t micro = 0; micro < env->layout.micro_batches; micro++) {
-    if (forward) {
+    if (forwards) {
       TRY(train_model_take(stepper->model, batch, micro, -1));
       TRY(train_model_forward(stepper->model, mode));
       if (mode == TRAIN_MODE_TRAIN) count_rows(stepper, batch, micro);
       charge(env, TRAIN_PHASE_FORWARD, mark, exchanged);
     }
-    if (backward) TRY(train_model_backward(stepper->model, router));
+    if (backwards) TRY(backward(stepper, micro, router));
     charge(env, TRAIN_PHASE_BACKWARD, mark, exchanged);
   }
   return CORE_OK;
@@ -352,11 +369,11 @@ core_status train_stepper_gradients(train_stepper *stepper, const data_batch *ba
   report->direction = train_alternation_direction(&stepper->alternation, env->step);
   train_model_activate(stepper->model, report->direction);
   TRY(train_optimizer_clear(stepper->model));
+  train_reduction_begin(&stepper->reduction);
   TRY(is_connector(stepper) ? connector_gradients(stepper, batch, report, &mark, &exchanged)
       : is_decoder(stepper) ? decoder_gradients(stepper, batch, report, &mark, &exchanged)
                             : tower_gradients(stepper, batch, report, &mark, &exchanged));
-  comm_note(env->comm, env->step, -1, "gradient reduction");
-  TRY(train_optimizer_reduce(stepper->model));
+  TRY(train_reduction_finish(&stepper->reduction));
   TRY(train_optimizer_norm(&stepper->optimizer, stepper->model, &report->norm));
   charge(env, TRAIN_PHASE_REDUCE, &mark, &exchanged);
   return CORE_OK;

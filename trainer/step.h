@@ -5,6 +5,7 @@
 #include "trainer/objective/alignment_loss.h"
 #include "trainer/objective/objective.h"
 #include "trainer/optimizer.h"
+#include "trainer/reduction.h"
 #include "trainer/schedule/alternation.h"
 
 /* "data", "forward" and so on, as metrics name them. */
@@ -35,6 +36,7 @@ typedef struct train_stepper {
   train_alignment_loss alignment; /* of a connector */
   train_alternation alternation;
   train_router_objective router;
+  train_reduction reduction;
   train_optimizer optimizer;
   double *reduced; /* [pairs + sums] */
   int64_t reduced_count;
@@ -44,10 +46,11 @@ typedef struct train_stepper {
 
 CORE_NODISCARD core_status train_stepper_make(train_env *env, train_model *model, train_stepper *out);
 CORE_NODISCARD core_status train_stepper_plan(train_stepper *stepper, const train_arenas *arenas);
-/* Gradients of one global batch, summed over ranks, are left in the model (train_optimizer_reduce says which
- * on which rank); nothing is updated. Fills
- * everything of the report but rate, clip, skipped, wall. env->step numbers the noise. Collective over the
- * world. */
+/* A stepper that is all zeros is allowed. */
+void train_stepper_free(train_stepper *stepper);
+/* Gradients of one global batch, summed over ranks, are left in the model (train_reduction_finish says which
+ * on which rank); nothing is updated. Fills everything of the report but rate, clip, skipped, wall. env->step
+ * numbers the noise. Collective over the world. */
 CORE_NODISCARD core_status train_stepper_gradients(train_stepper *stepper, const data_batch *batch,
                                                    train_report *report);
 /* The whole step: gradients, then the update with the rate of env->step, skipped where a value is not finite.

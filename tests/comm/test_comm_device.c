@@ -120,6 +120,30 @@ static void ragged_pieces_arrive_whole_and_in_order(void **state) {
   on_each(check_exchange);
 }
 
+/* Equal pieces, of a byte, of more than the staging memory holds, and of nothing. */
+static void check_all_to_all(void) {
+  static const int64_t lengths[] = {1, 700, 5000, 0};
+  for (int n = 0; n < 4; n++) {
+    const int64_t bytes = lengths[n], all = bytes * size();
+    unsigned char *host = malloc((size_t)all + 1), *zeros = calloc((size_t)all + 1, 1);
+    EXPECT(host && zeros);
+    for (int64_t k = 0; k < all; k++) host[k] = piece_byte(3, rank(), (int32_t)(k / bytes), n, k % bytes);
+    void *send = put(host, all), *recv = put(zeros, all);
+    EXPECT_OK(comm_device_all_to_all(group, send, recv, bytes, NULL));
+    take(recv, host, all);
+    for (int64_t k = 0; k < all; k++)
+      EXPECT(host[k] == piece_byte(3, (int32_t)(k / bytes), rank(), n, k % bytes));
+    take(send, host, all);
+    free(host);
+    free(zeros);
+  }
+}
+
+static void equal_pieces_change_places(void **state) {
+  (void)state;
+  on_each(check_all_to_all);
+}
+
 /* ---- reductions ---- */
 
 static double value_of(int32_t r, int64_t i) {
@@ -339,6 +363,8 @@ static void check_refusals(void) {
   EXPECT_ERROR(comm_device_all_gather(group, x, count, NULL), CORE_ERR_ARGUMENT, "-1 for rank 0");
   EXPECT_ERROR(comm_device_exchange(group, &beyond, 1, NULL, 0, NULL), CORE_ERR_ARGUMENT, "piece 0 to send");
   EXPECT_ERROR(comm_device_exchange(group, NULL, 0, &negative, 1, NULL), CORE_ERR_ARGUMENT, "-4 bytes");
+  EXPECT_ERROR(comm_device_all_to_all(group, x, x + 2, -8, NULL), CORE_ERR_ARGUMENT,
+               "all-to-all of -8 bytes");
   EXPECT_OK(comm_device_all_gather(group, NULL, none, NULL)); /* nothing, and the group still works */
   check_one_reduce(COMM_SUM, CORE_INT64, 5);
 }
@@ -417,6 +443,7 @@ static int start(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(ragged_pieces_arrive_whole_and_in_order),
+      cmocka_unit_test(equal_pieces_change_places),
       cmocka_unit_test(reductions_are_those_of_host_memory),
       cmocka_unit_test(a_reduce_scatter_leaves_every_rank_its_range_of_the_sum),
       cmocka_unit_test(sums_have_the_bits_of_the_order_of_ranks),

@@ -3,22 +3,19 @@
  *   bench_kern_cuda [rows [width [experts [times]]]]      default 65536 1024 64 20
  *
  * Memory-bound ops: bytes that must move over the time of a call, as a share of a device-to-device copy of
- * the same run ("of_copy"). Products: TFLOP/s, as a share of the fastest product of the run ("of_best").
- * Grouped products: every form, at equal groups, mild and extreme skew with empty groups. Attention: rows a
- * second and TFLOP/s of its products over segments of 4 to 200 rows. Shapes should be beyond the second
- * cache: tensors are rows x width. Times are wall clock over `times` calls that are enqueued one after
- * another. */
+ * the same run ("of_copy"). Products, plain and grouped: bench_kern_products.h. Attention: rows a second and
+ * TFLOP/s of its products over segments of 4 to 200 rows. Shapes should be beyond the second cache: tensors
+ * are rows x width. Times are wall clock over `times` calls that are enqueued one after another. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/clock.h"                      /* core_clock_now */
-#include "core/random.h"                     /* core_random_normal */
-#include "kernels/cuda/cuda_grouping_impl.h" /* kern_grouping */
-#include "kernels/kernels.h"
+#include "core/clock.h"  /* core_clock_now */
+#include "core/random.h" /* core_random_normal */
+#include "tests/kernels/bench_kern_products.h"
 
-enum { SKIPPED = 77, HEAD = 64, CHOICES = 2, RANGES = 64 };
+enum { SKIPPED = 77, HEAD = 64, CHOICES = 2, RANGES = 64, KEPT = 256 };
 
 typedef struct bench {
   const kern_ops *ops;
@@ -26,8 +23,9 @@ typedef struct bench {
   core_dtype active;
   int64_t t, c, e, times;
   int64_t offset[4096], row[CORE_MAX_EXPERTS + 1];
-  double copy_rate, best_flops;
+  double copy_rate;
   kern_attention attention;
+  kern_cross cross;
   kern_contrastive contrastive;
   kern_adamw list[RANGES];
   /* Active: [T,C] twice or three times over, [T,2C], [T K, C], and of attention [T,3C] */
@@ -35,12 +33,9 @@ typedef struct bench {
   /* Real [T,C], and vectors of T and of C */
   core_tensor real, other, m, v, cosine, one_row, other_row, inv, stat, loss, lse, weight, bias, dweight,
       dbias, frequency, table;
-  core_tensor logits, prob, noisy, dprob, gate, dgate, w_router, dw_router, dx_router;
+  core_tensor logits, prob, noisy, dprob, gate, dgate, w_router, dw_router;
   core_tensor copy, position, entry, target, choice, slot, group, key, sums, balance, balance_weights, one,
-      count, valid;
-  /* of products */
-  kern_form form;
-  core_tensor a, b, result;
+      count, valid, kept, kept_rows;
 } bench;
 
 static void expect_ok(core_status status) {
@@ -56,9 +51,9 @@ static core_tensor make(const bench *b, core_dtype dtype, int64_t rows, int64_t 
   return tensor;
 }
 
-/* Normals: a block of them drawn once and repeated, which no op can tell. */
-static core_tensor normals(const bench *b, core_dtype dtype, int64_t rows, int64_t columns) {
-  const core_tensor tensor = make(b, dtype, rows, columns);
+core_tensor bench_normals(const kern_ops *ops, core_dtype dtype, int64_t rows, int64_t columns) {
+  core_tensor tensor = core_tensor_2(NULL, dtype, rows, columns);
+  expect_ok(ops->device->allocate(core_tensor_bytes(&tensor) + 64, &tensor.data));
   enum { BLOCK = 1 << 14 };
   static unsigned char block[BLOCK * sizeof(float)];
   const size_t size = core_dtype_size(dtype), bytes = core_tensor_bytes(&tensor);
@@ -69,9 +64,13 @@ static core_tensor normals(const bench *b, core_dtype dtype, int64_t rows, int64
            size);
   }
   for (size_t at = 0; at < bytes; at += BLOCK * size)
-    expect_ok(b->ops->device->copy((char *)tensor.data + at, block,
-                                   bytes - at < BLOCK * size ? bytes - at : BLOCK * size, NULL));
+    expect_ok(ops->device->copy((char *)tensor.data + at, block,
+                                bytes - at < BLOCK * size ? bytes - at : BLOCK * size, NULL));
   return tensor;
+}
+
+static core_tensor normals(const bench *b, core_dtype dtype, int64_t rows, int64_t columns) {
+  return bench_normals(b->ops, dtype, rows, columns);
 }
 
 static core_tensor integers(const bench *b, core_dtype dtype, int64_t rows, int64_t columns,
@@ -141,6 +140,7 @@ static double seconds(bench *b, core_status (*run)(bench *b)) {
   X(router_calibrated_bwd, 0, 0, 4, 2,                                                                       \
     (b->context, KERN_GATE_RENORMALISED, KERN_CALIBRATE_MULTIPLY, b->dgate, b->prob, b->logits, b->choice,   \
      b->noisy, b->dprob))                                                                                    \
+  X(router_second, 0, 0, 1, 2, (b->context, b->logits, 1, 2, line(b->key), b->choice))                       \
   X(softmax_bwd, 0, 0, 3, 0, (b->context, b->dprob, b->prob, KERN_SET, b->noisy))                            \
   X(router_balance, 0, 0, 1, 1, (b->context, b->prob, b->choice, line(b->group), 1, b->balance))             \
   X(router_balance_bwd, 0, 0, 3, 0, (b->context, b->balance_weights, line(b->group), b->prob, b->noisy))     \
@@ -155,6 +155,11 @@ static double seconds(bench *b, core_status (*run)(bench *b)) {
   X(l2norm_fwd, 0, 2, 0, 0, (b->context, b->real, b->other, line(b->inv)))                                   \
   X(l2norm_bwd, 1, 2, 0, 0, (b->context, b->real, b->other, line(b->inv), KERN_SET, b->dx))                  \
   X(contrastive_fwd, 0, 1, 0, 0, (b->context, &b->contrastive, b->cosine, b->one_row, b->other_row))         \
+  X(contrastive_bwd, 0, 2, 0, 0,                                                                             \
+    (b->context, &b->contrastive, 1e-3, b->one_row, b->other_row, b->cosine, line(b->one)))                  \
+  X(attention_cached, 2, 0, 0, 0,                                                                            \
+    (b->context, &b->attention, line(b->kept), line(b->kept_rows), part(b->qkv, b->kept.shape[1], 3 * b->c), \
+     b->dqkv, part(b->out, b->kept.shape[1], b->c)))                                                         \
   X(cross_entropy_fwd, 0, 1, 0, 0,                                                                           \
     (b->context, b->real, 0, b->c, line(b->target), line(b->inv), line(b->loss)))                            \
   X(cross_entropy_bwd, 0, 2, 0, 0,                                                                           \
@@ -232,6 +237,12 @@ static core_status run_attention_fwd(bench *b) {
 static core_status run_attention_bwd(bench *b) {
   return b->ops->attention_bwd(b->context, &b->attention, b->dout, b->qkv, b->out, b->lse, b->dqkv);
 }
+static core_status run_attention_cross_fwd(bench *b) {
+  return b->ops->attention_cross_fwd(b->context, &b->cross);
+}
+static core_status run_attention_cross_bwd(bench *b) {
+  return b->ops->attention_cross_bwd(b->context, &b->cross, b->dout, b->dx, b->dtwo);
+}
 
 static void time_one(bench *b, const char *name, core_status (*run)(bench *b), double flops) {
   const double time = seconds(b, run);
@@ -249,80 +260,8 @@ static void time_larger_ops(bench *b) {
   time_one(b, "dispatch_plan", run_dispatch_plan, 0);
   time_one(b, "attention_fwd", run_attention_fwd, 4 * pairs * (double)b->c);
   time_one(b, "attention_bwd", run_attention_bwd, 10 * pairs * (double)b->c);
-}
-
-/* --- products --- */
-static const char *const form_names[] = {[KERN_NN] = "NN", [KERN_NT] = "NT", [KERN_TN] = "TN"};
-
-static core_status run_product(bench *b) {
-  return b->ops->gemm(b->context, b->form, b->a, b->b, KERN_SET, b->result);
-}
-static core_status run_grouped(bench *b) {
-  const core_tensor cube = b->form == KERN_TN ? b->result : b->b;
-  core_tensor stack = core_tensor_3(cube.data, cube.dtype, b->e, cube.shape[0] / b->e, cube.shape[1]);
-  return b->ops->gemm_grouped(b->context, b->form, b->row, b->a, b->form == KERN_TN ? b->b : stack, KERN_SET,
-                              b->form == KERN_TN ? stack : b->result);
-}
-
-/* op(a)[m,k] op(b)[k,n], over memory of the bench: any content will do. */
-static void set_product(bench *b, kern_form form, int64_t m, int64_t n, int64_t k, int64_t groups) {
-  b->form = form;
-  b->a = form == KERN_TN ? part(b->two, k, m) : part(b->two, m, k);
-  b->b = form == KERN_NT ? part(b->dtwo, n, k) : part(b->dtwo, k, n);
-  if (form != KERN_TN) b->b.shape[0] *= groups;
-  b->result = part(form == KERN_TN ? b->dx_router : b->dtaken, m * (form == KERN_TN ? groups : 1), n);
-}
-
-/* A product of a feed-forward, [T,C] by [2C,C], in each form; the weight gradient is Real. */
-static void time_products(bench *b) {
-  double rates[3];
-  for (int form = KERN_NN; form <= KERN_TN; form++) {
-    const int64_t m = form == KERN_TN ? 2 * b->c : b->t, n = form == KERN_NT ? 2 * b->c : b->c;
-    const int64_t k = form == KERN_TN ? b->t : form == KERN_NT ? b->c : 2 * b->c;
-    set_product(b, (kern_form)form, m, n, k, 1);
-    rates[form] = 2.0 * (double)m * (double)n * (double)k / seconds(b, run_product);
-    b->best_flops = fmax(b->best_flops, rates[form]);
-  }
-  for (int form = KERN_NN; form <= KERN_TN; form++)
-    printf("{\"op\": \"gemm\", \"form\": \"%s\", \"type\": \"%s\", \"TFLOP/s\": %.2f, \"of_best\": %.3f}\n",
-           form_names[form], core_dtype_text(b->active), rates[form] * 1e-12, rates[form] / b->best_flops);
-}
-
-/* Rows of the groups: equal; between half and one and a half of that; half of all in two groups, none in a
- * quarter of them. */
-static void set_groups(bench *b, int skew) {
-  const int64_t fair = b->t / b->e;
-  b->row[0] = 0;
-  for (int64_t g = 0; g < b->e; g++) {
-    const int64_t mild = fair / 2 + g * 37 % (fair + 1), extreme = g % 4 == 3 ? 0 : fair / 2;
-    b->row[g + 1] = b->row[g] + (skew == 0 ? fair : skew == 1 ? mild : g < 2 ? b->t / 4 : extreme);
-  }
-  for (int64_t g = 0; g <= b->e; g++) b->row[g] = b->row[g] < b->t ? b->row[g] : b->t;
-}
-
-static void time_grouped(bench *b) {
-  static const char *const skews[] = {"equal", "mild", "extreme"}, *const forms[] = {"streams", "grouped",
-                                                                                     "strided"};
-  for (int form = KERN_NN; form <= KERN_TN; form++)
-    for (int skew = 0; skew < 3; skew++)
-      for (int grouping = 0; grouping < KERN_GROUPING_COUNT; grouping++) {
-        if (grouping == KERN_GROUPING_GROUPED && form == KERN_TN) continue; /* they would be streams */
-        if (grouping == KERN_GROUPING_STRIDED && skew != 0) continue;
-        set_groups(b, skew);
-        const int64_t rows = b->row[b->e];
-        const int64_t m = form == KERN_TN ? b->c : rows, n = b->c, k = form == KERN_TN ? rows : b->c;
-        continue; /* the weights would not fit into the bench's memory */
-        set_product(b, (kern_form)form, m, n, k, b->e);
-        kern_cuda_set_grouping_priv(b->context, (kern_grouping)grouping);
-        const double rate = 2.0 * (double)rows * (double)b->c * (double)b->c / seconds(b, run_grouped);
-        printf(
-            "{\"op\": \"gemm_grouped\", \"form\": \"%s\", \"type\": \"%s\", \"groups\": %lld, \"skew\": "
-            "\"%s\", "
-            "\"by\": \"%s\", \"TFLOP/s\": %.2f, \"of_best\": %.3f}\n",
-            form_names[form], core_dtype_text(b->active), (long long)b->e, skews[skew], forms[grouping],
-            rate * 1e-12, rate / b->best_flops);
-      }
-  kern_cuda_set_grouping_priv(b->context, KERN_GROUPING_STREAMS);
+  time_one(b, "attention_cross_fwd", run_attention_cross_fwd, 4 * pairs * (double)b->c);
+  time_one(b, "attention_cross_bwd", run_attention_cross_bwd, 10 * pairs * (double)b->c);
 }
 
 /* --- tensors --- */
@@ -345,6 +284,13 @@ static int64_t itself(const bench *b, int64_t i) {
 static int64_t offset_of(const bench *b, int64_t i) {
   return b->offset[i];
 }
+static int64_t kept_first(const bench *b, int64_t i) {
+  (void)b;
+  return i * KEPT;
+}
+static int64_t kept_rows(const bench *b, int64_t i) {
+  return b->t - i * KEPT < KEPT ? b->t - i * KEPT : KEPT;
+}
 static int64_t one_of(const bench *b, int64_t i) {
   (void)b, (void)i;
   return 1;
@@ -363,6 +309,7 @@ static void make_segments(bench *b) {
   const kern_segments segments = {b->offset, line(integers(b, CORE_INT64, 1, count + 1, offset_of)), count};
   const int32_t heads = (int32_t)(b->c / HEAD);
   b->attention = (kern_attention){segments, heads, heads, HEAD, KERN_BIDIRECTIONAL, 1 / sqrt(HEAD)};
+  b->cross = (kern_cross){b->attention, segments, b->x, b->two, b->out, b->lse};
   b->means = normals(b, b->active, count, b->c);
   b->entry = integers(b, CORE_INT32, 1, count, itself);
   b->table = normals(b, CORE_FLOAT32, longest, b->c);
@@ -391,7 +338,6 @@ static void make_real(bench *b) {
   b->gate = normals(b, CORE_FLOAT32, t, CHOICES), b->dgate = normals(b, CORE_FLOAT32, t, CHOICES);
   b->frequency = normals(b, CORE_FLOAT32, 1, HEAD / 2);
   b->w_router = normals(b, CORE_FLOAT32, e, c), b->dw_router = normals(b, CORE_FLOAT32, e, c);
-  b->dx_router = make(b, CORE_FLOAT32, t, 2 * c); /* and results of weight gradients */
   b->sums = make(b, CORE_FLOAT64, 1, kern_router_sums_count(e)), b->one = make(b, CORE_FLOAT64, 1, 1);
   b->count = make(b, CORE_INT64, 1, 2 * e + 2), b->copy = make(b, CORE_BFLOAT16, t, c);
 }
@@ -408,6 +354,9 @@ static void make_integers(bench *b) {
   b->slot = integers(b, CORE_INT32, b->t, CHOICES, own_slot);
   b->group = integers(b, CORE_INT32, 1, b->t, the_only);
   b->key = integers(b, CORE_UINT64, 1, b->t, itself);
+  const int64_t queries = (b->t + KEPT - 1) / KEPT; /* together they read every row once */
+  b->kept = integers(b, CORE_INT32, 1, queries, kept_first);
+  b->kept_rows = integers(b, CORE_INT32, 1, queries, kept_rows);
   b->valid = line(integers(b, CORE_UINT8, 1, b->t, one_of));
 }
 
@@ -428,12 +377,11 @@ static void make_lists(bench *b) {
 static void run_type(bench *b, core_dtype active) {
   b->active = active;
   make_active(b), make_real(b), make_integers(b), make_segments(b), make_lists(b);
-  set_groups(b, 0);
+  for (int64_t g = 0; g <= b->e; g++) b->row[g] = b->t * g / b->e;
   time_memory_ops(b);
   time_larger_ops(b);
-  b->best_flops = 0;
-  time_products(b);
-  time_grouped(b);
+  expect_ok(bench_products(b->ops, b->context, active,
+                           (bench_sizes){.rows = b->t, .width = b->c, .groups = b->e, .times = b->times}));
 }
 
 int main(int argc, char **argv) {
@@ -441,11 +389,9 @@ int main(int argc, char **argv) {
   const int64_t sizes[] = {65536, 1024, 64, 20};
   int64_t *const fields[] = {&b.t, &b.c, &b.e, &b.times};
   for (int i = 0; i < 4; i++) *fields[i] = argc > i + 1 ? atoll(argv[i + 1]) : sizes[i];
-  if (b.t < 1 || b.c < HEAD || b.c % HEAD != 0 || b.e < CHOICES || b.e > CORE_MAX_EXPERTS ||
-      b.e * b.c > 2 * b.t || b.times < 1) {
-    fprintf(stderr, "rows %lld, width %lld (a multiple of %d), experts %lld (%d or more), times %lld: ",
+  if (b.t < 1 || b.c < HEAD || b.c % HEAD != 0 || b.e < CHOICES || b.e > CORE_MAX_EXPERTS || b.times < 1) {
+    fprintf(stderr, "rows %lld, width %lld (a multiple of %d), experts %lld (%d or more), times %lld\n",
             (long long)b.t, (long long)b.c, (int)HEAD, (long long)b.e, (int)CHOICES, (long long)b.times);
-    fprintf(stderr, "experts times width must not be above twice the rows\n");
     return 2;
   }
   if (kern_cuda(0, &b.ops) != CORE_OK) {

@@ -30,6 +30,12 @@ tell
 expect_status 2
 expect_text "$work/err" "usage"
 
+what="the steps of bench gpu, made small, on the CPU: settings of the command line win"
+run 1 bench gpu --json --set run.device=cpu --set run.precision=float32 --set model.heads=2 --set optimizer.batch=8 \
+  --set run.threads=1 --set model.hidden=32 --set model.embedding=8 --set model.layers=2 --set model.width=32
+expect_status 0
+expect_equal "steps" 3 "$(grep -c '"device": "cpu".*"float32", "width": 32.*"experts": 16, "choose": 2' "$work/out")"
+
 # ---- eval ----
 
 prepare samples=45 filter=shuffle+zstd

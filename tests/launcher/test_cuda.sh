@@ -42,8 +42,9 @@ expect_close 1e-3 "$work/run" "$work/moved"
 what="two ranks, experts over them"
 export CUDA_DOUBLE_DEVICES=2
 rm -rf "$work/pair"
-run 2 train "$work/config.yaml" $sets --set parallel.experts=2 --set run.directory="$work/pair"
+run 2 train "$work/config.yaml" $sets --set parallel.experts=2 --set parallel.chunks=2 --set run.directory="$work/pair"
 expect_status 0
+grep -q "between devices staged" "$work/err" || expect_text "$work/err" "gradients reduced during the backward pass"
 expect_close 1e-3 "$work/run" "$work/pair"
 unset CUDA_DOUBLE_DEVICES
 what="two ranks on one device"

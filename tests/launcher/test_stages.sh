@@ -128,7 +128,8 @@ what="a changed stage that is done"
 sed 's/optimizer.rate=0.001/optimizer.rate=0.002/' "$work/stages.yaml" >"$work/other.yaml"
 refused "stage 'expert'" "rate: 0.001" "rate: 0.002" "remove $work/run/expert"
 what="changes that do not matter"
-run 1 train "$work/stages.yaml" --set run.threads=2 --set checkpoint.keep=4 --set data.threads=2
+run 1 train "$work/stages.yaml" --set run.threads=2 --set checkpoint.keep=4 --set data.threads=2 \
+  --set parallel.overlap=always --set parallel.bucket=8 --set parallel.chunks=2
 expect_status 0
 what="a source trained anew"
 rm -rf "$work/run/align"

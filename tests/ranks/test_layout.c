@@ -517,8 +517,8 @@ static void compare(const outcome *got, const outcome *expected, const char *whe
 
 /* ---- crossing ---- */
 
-/* How a layout is computed must not matter either: the `way` crosses a sharded optimizer with recomputation.
- */
+/* How a layout is computed must not matter either: the `way` crosses a sharded optimizer with recomputation,
+ * with reductions of gradients, in small buckets, during the backward pass and with chunks of a dispatch. */
 static core_status cross(const char *root, const layout_case *c, const outcome *reference, int e,
                          bool partitioned, int accumulate, int way) {
   char experts[40], micro[40], where[256];
@@ -532,10 +532,13 @@ static core_status cross(const char *root, const layout_case *c, const outcome *
                           partitioned ? "parallel.placement=partitioned" : "parallel.placement=shared",
                           sharded ? "parallel.shard_optimizer=true" : "parallel.shard_optimizer=false",
                           recomputed ? "model.recompute=true" : "model.recompute=false",
+                          recomputed ? "parallel.overlap=always" : "parallel.overlap=auto",
+                          recomputed ? "parallel.chunks=2" : "parallel.chunks=1",
+                          "parallel.bucket=0.005",
                           NULL};
   snprintf(where, sizeof where, "%s: %d ranks, expert-parallel %d, %s, %d micro-batches%s%s", c->name, ranks,
            e, partitioned ? "partitioned" : "shared", accumulate, sharded ? ", sharded" : "",
-           recomputed ? ", recomputed" : "");
+           recomputed ? ", recomputed, overlapped" : "");
   TRY(run_side(job, root, c, layout, &got));
   int before = failures;
   compare(&got, reference, where);
@@ -547,7 +550,7 @@ static core_status cross(const char *root, const layout_case *c, const outcome *
   free_side(&got);
   int64_t total = failures - before;
   TRY(comm_all_reduce(comm_control_group(job), COMM_SUM, CORE_INT64, &total, 1));
-  if (comm_rank(comm_world_group(job)) == 0) printf("%-125s %s\n", where, total == 0 ? "ok" : "FAILED");
+  if (comm_rank(comm_world_group(job)) == 0) printf("%-138s %s\n", where, total == 0 ? "ok" : "FAILED");
   fflush(stdout);
   return CORE_OK;
 }

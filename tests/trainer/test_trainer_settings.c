@@ -294,6 +294,12 @@ static const bad_value bad_towers[] = {
     {1, "model.per_direction=true", NULL, "model.per_direction: a tower has no directions"},
     {1, "run.precision=float16", NULL, "float32, bfloat16"},
     {1, "parallel.transport=pigeon", NULL, "auto, nccl, staged"},
+    {1, "parallel.overlap=sometimes", NULL, "auto, always, never"},
+    {1, "parallel.bucket=0", NULL,
+     "parallel.bucket: expected MiB, more than 0 and at most 1.04858e+06, got 0"},
+    {1, "parallel.bucket=nan", NULL, "parallel.bucket"},
+    {1, "parallel.chunks=0", NULL, "parallel.chunks: expected 1 to 16, got 0"},
+    {1, "parallel.chunks=17", NULL, "parallel.chunks: expected 1 to 16, got 17"},
 };
 
 static void good_connectors_pass(void **state) {

@@ -70,14 +70,25 @@ CORE_NODISCARD core_status train_moe_sums_clear(const train_env *env, const trai
 CORE_NODISCARD core_status train_moe_sums_down(const train_env *env, const train_moe_sums *sums);
 
 /* Where each row of one dispatch goes. Rows to send are sorted by global expert; a receiver's stream is
- * sorted by its expert, then by sending rank. A stream longer than the buffer is taken in rounds. */
+ * sorted by its expert, then by sending rank. A stream longer than the buffer is taken in rounds. A round is
+ * cut at experts into chunks, which lie one after another in the buffer. */
 typedef struct train_dispatch_state {
   int64_t sent;    /* rows this rank sends */
   int64_t *counts; /* [e][E] rows of every rank for every expert of the layer */
   int64_t rounds;  /* equal on all ranks of the expert group, at least 1 */
-  int64_t *group;  /* [E_local + 1] row limits of the local experts in the current round */
-  int64_t rows;    /* rows of the current round */
+  /* of the current chunk: its first row in the round's buffers, its rows, and where among them those of each
+   * local expert begin [E_local + 1]; experts outside have none */
+  int64_t first, rows;
+  int64_t *group;
 } train_dispatch_state;
+
+/* The stream on which chunks travel while others are multiplied on the main one; all NULL: on that too. */
+typedef struct train_dispatch_side {
+  core_stream *stream;
+  core_event *given;                      /* what a transfer reads has been computed */
+  core_event *arrived[TRAIN_MOST_CHUNKS]; /* at its experts */
+  core_event *returned;
+} train_dispatch_side;
 
 typedef struct train_moe {
   int32_t index;                           /* among the MoE layers */
@@ -199,13 +210,28 @@ core_status train_moe_sums_backward(struct train_model *model, const train_moe *
 
 /* moe_dispatch.c. Collective over the expert group. */
 core_status train_dispatch_make(struct train_model *model, train_moe *moe, int64_t tokens);
-/* Sets group[] and rows for `round`. Local. */
-void train_dispatch_round(struct train_model *model, train_moe *moe, int64_t round);
-/* Rows at their senders -> rows at their experts, and back; of one round. */
-core_status train_dispatch_send(struct train_model *model, train_moe *moe, int64_t round, core_tensor from,
-                                core_tensor to);
-core_status train_dispatch_return(struct train_model *model, train_moe *moe, int64_t round, core_tensor from,
-                                  core_tensor to);
+/* The side stream, where a configuration has chunks and a device that overlaps. After the groups have been
+ * told of the device. Local. Free also after a failure. */
+core_status train_dispatch_prepare(struct train_model *model);
+void train_dispatch_free(struct train_model *model);
+/* Chunks of each round of a layer, on all ranks of the expert group alike. */
+int64_t train_dispatch_chunks(const struct train_model *model, const train_moe *moe);
+/* Whether every rank sends as many rows to every rank, which lie in that order on either side: with one
+ * expert a rank, and a capacity that all of them fill. Then the pieces of a dispatch are an equal all-to-all.
+ */
+bool train_dispatch_equal(const struct train_model *model, const train_moe *moe);
+/* Makes a chunk the current one: sets first, rows and group[]. Local. */
+void train_dispatch_take(struct train_model *model, train_moe *moe, int64_t round, int64_t chunk);
+/* Rows at their senders -> rows at their experts, and back; of one chunk. from, to: all rows at the sender,
+ * the buffer of a round. What they read has been computed on the main stream. Before a chunk that was sent is
+ * read, the main stream waits by train_dispatch_arrived; before anything that was returned, and before
+ * anything that was sent from is changed, by train_dispatch_returned. */
+core_status train_dispatch_send(struct train_model *model, train_moe *moe, int64_t round, int64_t chunk,
+                                core_tensor from, core_tensor to);
+core_status train_dispatch_arrived(struct train_model *model, int64_t chunk);
+core_status train_dispatch_return(struct train_model *model, train_moe *moe, int64_t round, int64_t chunk,
+                                  core_tensor from, core_tensor to);
+core_status train_dispatch_returned(struct train_model *model);
 
 /* The capacity factor in thousandths of a pass of this mode; -1: nothing is dropped. */
 int64_t train_capacity_factor(const train_settings *settings, int mode);

@@ -73,71 +73,106 @@ core_status train_experts_scratch_plan(train_model *model, core_arena *arena) {
   return CORE_OK;
 }
 
-/* The rows of the current round. */
-static train_linear_rows round_rows(const train_moe *moe) {
+/* The rows of the current chunk in a buffer of a round. */
+static core_tensor chunk_rows(const train_moe *moe, core_tensor buffer) {
+  return train_slice(buffer, moe->dispatch.first, moe->dispatch.rows);
+}
+
+static train_linear_rows chunk_linear_rows(const train_moe *moe) {
+  core_tensor key = chunk_rows(moe, moe->received_key);
   return (train_linear_rows){.group = moe->dispatch.group,
-                             .key = core_tensor_1(moe->received_key.data, CORE_UINT64, moe->dispatch.rows)};
+                             .key = core_tensor_1(key.data, CORE_UINT64, moe->dispatch.rows)};
 }
 
-/* received -> hidden -> active, for the rows of the current round. */
+/* received -> hidden -> active, for the rows of the current chunk. */
 static core_status experts_inner(train_model *model, train_moe *moe) {
-  int64_t n = moe->dispatch.rows;
-  core_tensor hidden = train_rows(moe->hidden, n);
-  TRY(train_linear_forward(model, &moe->in, round_rows(moe), train_rows(moe->received, n), KERN_SET, hidden));
-  TRY(train_activate(model, hidden, train_rows(moe->active, n)));
+  core_tensor hidden = chunk_rows(moe, moe->hidden);
+  TRY(train_linear_forward(model, &moe->in, chunk_linear_rows(moe), chunk_rows(moe, moe->received), KERN_SET,
+                           hidden));
+  TRY(train_activate(model, hidden, chunk_rows(moe, moe->active)));
   return CORE_OK;
 }
 
-/* The rows' global places, where adapters drop inputs: whole keys, as pairs of int32, which rows of a matrix
- * can be. */
-static core_status send_keys(train_model *model, train_moe *moe, int64_t round, bool gathers) {
+/* The rows' global places go with them where adapters drop inputs: whole keys, as pairs of int32, which rows
+ * of a matrix can be. */
+static bool sends_keys(const train_model *model, const train_moe *moe) {
+  return train_lora_drops(model, &moe->in) || train_lora_drops(model, &moe->out);
+}
+
+/* Where the inputs and their keys lie at the sender. */
+static core_tensor sent_inputs(const train_model *model, const train_moe *moe) {
+  bool alone = model->env->layout.expert_ranks == 1;
+  return train_rows(alone ? moe->received : model->moe_scratch.send_x, moe->dispatch.sent);
+}
+
+static core_tensor sent_keys(const train_model *model, const train_moe *moe) {
+  bool alone = model->env->layout.expert_ranks == 1;
+  return train_rows(alone ? moe->received_key : model->lora.sent_key, moe->dispatch.sent);
+}
+
+static core_status gather_inputs(train_model *model, train_moe *moe, core_tensor x) {
   train_env *env = model->env;
-  int64_t sent = moe->dispatch.sent;
+  core_tensor rows = train_rows(moe->index_rows, moe->dispatch.sent);
   core_tensor key = core_tensor_2(model->items.key.device.data, CORE_INT32, model->items.tokens, 2);
-  core_tensor staging = env->layout.expert_ranks == 1 ? moe->received_key : model->lora.sent_key;
-  if (!train_lora_drops(model, &moe->in) && !train_lora_drops(model, &moe->out)) return CORE_OK;
-  if (gathers) KERN(env, gather_rows, key, train_rows(moe->index_rows, sent), train_rows(staging, sent));
-  TRY(train_dispatch_send(model, moe, round, train_rows(staging, sent), moe->received_key));
+  KERN(env, gather_rows, x, rows, sent_inputs(model, moe));
+  if (sends_keys(model, moe)) KERN(env, gather_rows, key, rows, sent_keys(model, moe));
   return CORE_OK;
 }
 
-static core_status send_inputs(train_model *model, train_moe *moe, int64_t round, core_tensor x) {
-  train_env *env = model->env;
-  bool alone = env->layout.expert_ranks == 1;
-  core_tensor staging = train_rows(alone ? moe->received : model->moe_scratch.send_x, moe->dispatch.sent);
-  if (round == 0 || x.data)
-    KERN(env, gather_rows, x, train_rows(moe->index_rows, moe->dispatch.sent), staging);
-  train_dispatch_round(model, moe, round);
-  TRY(train_dispatch_send(model, moe, round, staging, moe->received));
-  TRY(send_keys(model, moe, round, round == 0 || x.data));
+/* All chunks of a round set out. */
+static core_status send_inputs(train_model *model, train_moe *moe, int64_t round) {
+  for (int64_t c = 0; c < train_dispatch_chunks(model, moe); c++) {
+    if (sends_keys(model, moe))
+      TRY(train_dispatch_send(model, moe, round, c, sent_keys(model, moe), moe->received_key));
+    TRY(train_dispatch_send(model, moe, round, c, sent_inputs(model, moe), moe->received));
+  }
+  return CORE_OK;
+}
+
+/* Waits for a chunk and makes it the current one. */
+static core_status take(train_model *model, train_moe *moe, int64_t round, int64_t chunk) {
+  TRY(train_dispatch_arrived(model, chunk));
+  train_dispatch_take(model, moe, round, chunk);
   return CORE_OK;
 }
 
 core_status train_experts_forward(train_model *model, train_moe *moe, core_tensor x) {
   core_tensor out = model->env->layout.expert_ranks == 1 ? moe->returned : model->moe_scratch.recv_y;
+  TRY(gather_inputs(model, moe, x));
   for (int64_t round = 0; round < moe->dispatch.rounds; round++) {
-    TRY(send_inputs(model, moe, round, round == 0 ? x : train_none()));
-    TRY(experts_inner(model, moe));
-    int64_t n = moe->dispatch.rows;
-    TRY(train_linear_forward(model, &moe->out, round_rows(moe), train_rows(moe->active, n), KERN_SET,
-                             train_rows(out, n)));
-    TRY(train_dispatch_return(model, moe, round, out, moe->returned));
+    TRY(send_inputs(model, moe, round));
+    for (int64_t c = 0; c < train_dispatch_chunks(model, moe); c++) {
+      TRY(take(model, moe, round, c));
+      TRY(experts_inner(model, moe));
+      TRY(train_linear_forward(model, &moe->out, chunk_linear_rows(moe), chunk_rows(moe, moe->active),
+                               KERN_SET, chunk_rows(moe, out)));
+      TRY(train_dispatch_return(model, moe, round, c, out, moe->returned));
+    }
+    TRY(train_dispatch_returned(model));
   }
   return CORE_OK;
 }
 
-/* Gradients of one round; the round's inputs and activations are in place. dy, dx: [rows, C] at the experts.
- */
-static core_status experts_round_backward(train_model *model, train_moe *moe, core_tensor dy,
+/* Gradients of one chunk; its inputs and activations are in place. dy, dx: [R, C] at the experts. */
+static core_status experts_chunk_backward(train_model *model, train_moe *moe, core_tensor dy,
                                           core_tensor dx) {
   train_moe_scratch *s = &model->moe_scratch;
-  int64_t n = moe->dispatch.rows;
-  core_tensor d_active = train_rows(s->d_active, n), d_hidden = train_rows(s->d_hidden, n);
-  TRY(train_linear_backward(model, &moe->out, round_rows(moe), train_rows(dy, n), train_rows(moe->active, n),
-                            d_active));
-  TRY(train_activate_backward(model, d_active, train_rows(moe->hidden, n), d_hidden));
-  TRY(train_linear_backward(model, &moe->in, round_rows(moe), d_hidden, train_rows(moe->received, n),
-                            train_rows(dx, n)));
+  core_tensor d_active = chunk_rows(moe, s->d_active), d_hidden = chunk_rows(moe, s->d_hidden);
+  TRY(train_linear_backward(model, &moe->out, chunk_linear_rows(moe), chunk_rows(moe, dy),
+                            chunk_rows(moe, moe->active), d_active));
+  TRY(train_activate_backward(model, d_active, chunk_rows(moe, moe->hidden), d_hidden));
+  TRY(train_linear_backward(model, &moe->in, chunk_linear_rows(moe), d_hidden, chunk_rows(moe, moe->received),
+                            chunk_rows(moe, dx)));
+  return CORE_OK;
+}
+
+/* Inputs and activations of a round that is not the last one. */
+static core_status again(train_model *model, train_moe *moe, int64_t round) {
+  TRY(send_inputs(model, moe, round));
+  for (int64_t c = 0; c < train_dispatch_chunks(model, moe); c++) {
+    TRY(take(model, moe, round, c));
+    TRY(experts_inner(model, moe));
+  }
   return CORE_OK;
 }
 
@@ -145,15 +180,18 @@ static core_status experts_round_backward(train_model *model, train_moe *moe, co
 core_status train_experts_backward(train_model *model, train_moe *moe, core_tensor x) {
   train_moe_scratch *s = &model->moe_scratch;
   bool alone = model->env->layout.expert_ranks == 1;
+  int64_t last = moe->dispatch.rounds - 1, chunks = train_dispatch_chunks(model, moe);
   core_tensor dy = alone ? s->send_dy : s->recv_y, dx = alone ? s->send_dx : s->recv_dx;
-  for (int64_t round = moe->dispatch.rounds - 1; round >= 0; round--) {
-    if (round < moe->dispatch.rounds - 1) {
-      TRY(send_inputs(model, moe, round, x));
-      TRY(experts_inner(model, moe));
+  for (int64_t round = last; round >= 0; round--) {
+    if (round == last - 1) TRY(gather_inputs(model, moe, x));
+    if (round < last) TRY(again(model, moe, round));
+    for (int64_t c = 0; c < chunks; c++) TRY(train_dispatch_send(model, moe, round, c, s->send_dy, dy));
+    for (int64_t c = 0; c < chunks; c++) {
+      TRY(take(model, moe, round, c));
+      TRY(experts_chunk_backward(model, moe, dy, dx));
+      TRY(train_dispatch_return(model, moe, round, c, dx, s->send_dx));
     }
-    TRY(train_dispatch_send(model, moe, round, s->send_dy, dy));
-    TRY(experts_round_backward(model, moe, dy, dx));
-    TRY(train_dispatch_return(model, moe, round, dx, s->send_dx));
+    TRY(train_dispatch_returned(model));
   }
   return CORE_OK;
 }

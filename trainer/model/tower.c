@@ -162,6 +162,7 @@ core_status train_model_create(train_env *env, const int64_t *width, train_model
 void train_model_destroy(train_model *model) {
   if (!model) return;
   train_parameters_free(&model->parameters);
+  train_dispatch_free(model);
   for (int32_t m = 0; m < CORE_MAX_MODALITIES; m++) train_resampler_free(model->connector[m].resampler);
   train_alignment_free(&model->alignment);
   free(model->map);
@@ -304,6 +305,7 @@ core_status train_model_prepare(train_model *model) {
         (core_real)scaled_frequency(s, pow(s->model.rope_base, -2.0 * (double)i / (double)model->A));
   TRY(train_mirror_up(model->env, &model->inverse_frequency, model->A / 2));
   TRY(train_moe_scratch_prepare(model));
+  TRY(train_dispatch_prepare(model));
   TRY(train_lora_prepare(model));
   TRY(train_parameters_initialise(&model->parameters, model->env));
   return CORE_OK;

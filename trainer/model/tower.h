@@ -103,6 +103,12 @@ typedef struct train_route_observer {
   void *context;
 } train_route_observer;
 
+/* Is told of each point of a backward pass that is over: see train_model_points. */
+typedef struct train_pass_observer {
+  core_status (*call)(void *context, int64_t point);
+  void *context;
+} train_pass_observer;
+
 typedef struct train_model {
   train_env *env;
   train_parameters parameters;
@@ -128,12 +134,14 @@ typedef struct train_model {
   train_linear_scratch linear;
   train_lora_scratch lora;
   train_moe_scratch moe_scratch;
+  train_dispatch_side side;
   int32_t moe_layers;
   train_moe_sums sums; /* of the current step */
   bool recomputes;     /* blocks keep only their outputs; see block.c */
   int64_t lowest; /* block: nothing below it is trained, so gradients go no further; -1: below all blocks */
   train_items items;
   train_route_observer observe; /* of forward passes that evaluate; call NULL: none */
+  train_pass_observer passed;   /* of backward passes; likewise */
 } train_model;
 
 /* Declares all parameters; world sizes come from env->layout. width: [M] of the data. Local. */
@@ -153,6 +161,12 @@ void train_model_destroy(train_model *model);
  * pass tokens on to one another go down equally far: the least of theirs is model->lowest (-1 until it is
  * set). */
 int64_t train_model_lowest(const train_model *model);
+/* A backward pass is cut into points, one for each block in the order in which it is passed, and the end.
+ * What a pass adds to a parameter's gradient is added when the parameter's point is over: parts above the
+ * blocks belong to the first, parts below and a connector's to the end. Equal on all ranks that hold the
+ * parameter. */
+int64_t train_model_points(const train_model *model);
+int64_t train_parameter_point(const train_model *model, const train_parameter *parameter);
 /* Whether an entry of optimizer.trained names a parameter: by pattern (* and ?), or `added`, which names what
  * an extension adds, added experts, their columns of the router and calibrations. */
 bool train_model_names(const train_model *model, const char *pattern, const train_parameter *parameter);

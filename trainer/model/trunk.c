@@ -2,6 +2,7 @@
  * that has it for itself. Trunks of their own share the memory of gradients, which they use one after
  * another. */
 #include <stdio.h>
+#include <string.h>
 
 #include "trainer/model/tower.h"
 
@@ -41,6 +42,28 @@ core_status train_trunk_declare_parameter(train_model *model, int32_t t, train_p
 /* Block `layer` of trunk t, as blocks are numbered. */
 static int32_t number(const train_model *model, int32_t t, int64_t layer) {
   return (int32_t)(t * model->L + layer);
+}
+
+int64_t train_model_points(const train_model *model) {
+  return model->trunks * model->L + 1;
+}
+
+static int64_t point_of(const train_model *model, int64_t t, int64_t layer) {
+  return t * model->L + model->L - 1 - layer;
+}
+
+int64_t train_parameter_point(const train_model *model, const train_parameter *parameter) {
+  int64_t t = 0, end = train_model_points(model) - 1;
+  int layer = 0;
+  const char *name = parameter->name;
+  if (model->env->settings->model.kind == TRAIN_KIND_CONNECTOR) return end;
+  if (model->own_trunks && strncmp(name, "trunk.", 6) == 0) {
+    t = parameter->modality;
+    name += 7 + strlen(model->env->settings->data.modalities[t].name);
+  }
+  if (strncmp(name, "final_norm.", 11) == 0) return point_of(model, t, model->L - 1);
+  if (strncmp(name, "head.", 5) == 0 || strncmp(name, "output.", 7) == 0) return 0;
+  return sscanf(name, "blocks.%d.", &layer) == 1 ? point_of(model, t, layer) : end;
 }
 
 core_status train_trunk_declare(train_model *model, int32_t t) {
@@ -106,6 +129,7 @@ core_status train_trunk_backward(train_model *model, int32_t t, core_tensor rout
     if (model->recomputes) TRY(train_block_forward(model, b, input_of(model, t, l), TRAIN_MODE_AGAIN));
     TRY(train_block_backward(model, b, input_of(model, t, l), router_of(model, &model->block[b], router),
                              dx));
+    if (model->passed.call) TRY(model->passed.call(model->passed.context, point_of(model, t, l)));
   }
   return CORE_OK;
 }
