@@ -10,7 +10,8 @@ made of all that decides them, so that claims share runs and a stopped claim goe
 thread; N of them run side by side. Written: result.json and plot.png in CLAIM_DIRECTORY, and a row of RESULTS.md.
 Where claim.json names `stages`, a file of further stages for the configuration, a variant is a list of stages: there is
 one run a seed, of all stages that the variants need, and each of them is measured on the splits that claim.json names.
-`ranks` says how many ranks train a stage, where it is not one.
+`ranks` says how many ranks train a stage, where it is not one. Where it names a script to `measure`, that is given the
+program and the run's directory, by the Python that ENCODERS names (this one), and prints what the figures are made of.
 Python's standard library, and matplotlib for the plot."""
 import argparse
 import json
@@ -70,7 +71,8 @@ def compare_spread(rule, of, against):
 
 
 def compare_one(rule, runs, seeds):
-    """One comparison: the figure of variant `of`, or its difference from that of `against`, seed by seed."""
+    """One comparison: the figure of variant `of`, or its difference from (with "ratio": its ratio to) that of `against`, seed
+    by seed."""
     figure, options = FIGURES[rule["figure"]], rule.get("options", {})
     of = [figure(runs[rule["of"], s], options) for s in seeds]
     result = {"rule": rule, "of": describe(of)}
@@ -80,8 +82,8 @@ def compare_one(rule, runs, seeds):
         if rule["expect"] == "narrower":
             return compare_spread(rule, of, against)
         result["against"] = describe(against)
-        values = [a - b for a, b in zip(of, against)]
-        if statistics.mean(against) != 0:
+        values = [a / b if rule.get("ratio") else a - b for a, b in zip(of, against)]
+        if statistics.mean(against) != 0 and not rule.get("ratio"):
             result["relative"] = 100 * statistics.mean(values) / statistics.mean(against)
     result["found"] = describe(values)
     result["verdict"] = judge(rule, result["found"])
@@ -104,7 +106,10 @@ def title_of(rule):
     what = rule["figure"].replace("_", " ")
     if "modality" in rule.get("options", {}):
         what += " of " + rule["options"]["modality"]
-    return what + f", {rule['of']}" + (f" - {rule['against']}" if "against" in rule else "")
+    if "when" in rule.get("options", {}):
+        what = f"{rule['options']['when']} {what}"
+    sign = "/" if rule.get("ratio") else "-"
+    return what + f", {rule['of']}" + (f" {sign} {rule['against']}" if "against" in rule else "")
 
 
 def sentence(part):
@@ -113,7 +118,8 @@ def sentence(part):
         return (f"variance over seeds of {rule['figure'].replace('_', ' ')}, {rule['of']} / {rule['against']}: "
                 f"{part['ratio']:.2g} (a difference would be seen beyond 1/{part['bound']:.2g} or {part['bound']:.2g})")
     found = part["found"]
-    text = f"{title_of(rule)}: {found['mean']:+.3g} ± {found['half']:.2g}"
+    plus = "" if rule.get("ratio") else "+"
+    text = f"{title_of(rule)}: {found['mean']:{plus}.3g} ± {found['half']:.2g}"
     if "against" in rule:
         text += f" ({part['of']['mean']:.4g} against {part['against']['mean']:.4g}"
         relative = part.get("relative")
