@@ -151,7 +151,7 @@ def draw(result, path):
         if len(columns) == 2:
             for a, b in zip(columns[0][1]["values"], columns[1][1]["values"]):
                 axis.plot([0, 1], [a, b], color="0.8", zorder=0)
-        if "than" in part["rule"]:
+        if "than" in part["rule"] and len(columns) == 1:
             axis.axhline(part["rule"]["than"], color="0.6", linestyle="--")
         axis.set_xticks(range(len(columns)), [name for name, _ in columns])
         axis.set_xlim(-0.5, len(columns) - 0.5)
