@@ -81,14 +81,14 @@ def new_r1(run, _):
 
 
 def pass_milliseconds(run, _):
-    """Time of a step for each direction that it trains: median step of each direction, mean of directions; of a joint step
-    the median over their number."""
+    """Time of a step for each direction that it trains: the step that a tenth is faster than, of each direction, mean of
+    directions; of joint steps over the number of directions. What else the machine does makes steps longer, never shorter."""
     steps = training_steps(run)[2:]
     seconds = {}
     for step in steps:
         seconds.setdefault(step["direction"], []).append(step["seconds"]["step"])
     joint = len(steps[0]["pairs"]) if -1 in seconds else 1
-    return 1e3 * statistics.mean(statistics.median(s) for s in seconds.values()) / joint
+    return 1e3 * statistics.mean(sorted(s)[len(s) // 10] for s in seconds.values()) / joint
 
 
 def encoder_over_query(run, options):
