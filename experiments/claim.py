@@ -71,8 +71,7 @@ def compare_spread(rule, of, against):
 
 
 def compare_one(rule, runs, seeds):
-    """One comparison: the figure of variant `of`, or its difference from (with "ratio": its ratio to) that of `against`, seed
-    by seed."""
+    """One comparison: the figure of variant `of`, or its difference from that of `against`, seed by seed."""
     figure, options = FIGURES[rule["figure"]], rule.get("options", {})
     of = [figure(runs[rule["of"], s], options) for s in seeds]
     result = {"rule": rule, "of": describe(of)}
@@ -82,8 +81,8 @@ def compare_one(rule, runs, seeds):
         if rule["expect"] == "narrower":
             return compare_spread(rule, of, against)
         result["against"] = describe(against)
-        values = [a / b if rule.get("ratio") else a - b for a, b in zip(of, against)]
-        if statistics.mean(against) != 0 and not rule.get("ratio"):
+        values = [a - b for a, b in zip(of, against)]
+        if statistics.mean(against) != 0:
             result["relative"] = 100 * statistics.mean(values) / statistics.mean(against)
     result["found"] = describe(values)
     result["verdict"] = judge(rule, result["found"])
@@ -106,10 +105,11 @@ def title_of(rule):
     what = rule["figure"].replace("_", " ")
     if "modality" in rule.get("options", {}):
         what += " of " + rule["options"]["modality"]
+    if "directions" in rule.get("options", {}):
+        what += f" of {rule['options']['directions']} directions"
     if "when" in rule.get("options", {}):
         what = f"{rule['options']['when']} {what}"
-    sign = "/" if rule.get("ratio") else "-"
-    return what + f", {rule['of']}" + (f" {sign} {rule['against']}" if "against" in rule else "")
+    return what + f", {rule['of']}" + (f" - {rule['against']}" if "against" in rule else "")
 
 
 def sentence(part):
@@ -118,8 +118,7 @@ def sentence(part):
         return (f"variance over seeds of {rule['figure'].replace('_', ' ')}, {rule['of']} / {rule['against']}: "
                 f"{part['ratio']:.2g} (a difference would be seen beyond 1/{part['bound']:.2g} or {part['bound']:.2g})")
     found = part["found"]
-    plus = "" if rule.get("ratio") else "+"
-    text = f"{title_of(rule)}: {found['mean']:{plus}.3g} ± {found['half']:.2g}"
+    text = f"{title_of(rule)}: {found['mean']:+.3g} ± {found['half']:.2g}"
     if "against" in rule:
         text += f" ({part['of']['mean']:.4g} against {part['against']['mean']:.4g}"
         relative = part.get("relative")

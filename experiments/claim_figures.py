@@ -80,15 +80,10 @@ def new_r1(run, _):
     return statistics.mean(directions_of(run, "new"))
 
 
-def pass_milliseconds(run, _):
-    """Time of a step for each direction that it trains: the step that a tenth is faster than, of each direction, mean of
-    directions; of joint steps over the number of directions. What else the machine does makes steps longer, never shorter."""
-    steps = training_steps(run)[2:]
-    seconds = {}
-    for step in steps:
-        seconds.setdefault(step["direction"], []).append(step["seconds"]["step"])
-    joint = len(steps[0]["pairs"]) if -1 in seconds else 1
-    return 1e3 * statistics.mean(sorted(s)[len(s) // 10] for s in seconds.values()) / joint
+def step_over_share(run, options):
+    """Time of a step of one of options["directions"] over that of a joint step of all, divided by their number."""
+    found = run[0][options["directions"]]
+    return found["one"] / found["joint"]
 
 
 def encoder_over_query(run, options):
@@ -201,6 +196,6 @@ def choices_moved(run, _):
     return 100 * sum(abs(x - y) for x, y in pairs) / 2 / sum(y for _, y in pairs)
 
 
-FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, saw_tooth, recall_gap, gap_closed, old_moved, new_r1, pass_milliseconds,
+FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, saw_tooth, recall_gap, gap_closed, old_moved, new_r1, step_over_share,
                                    encoder_over_query, success, worst_success, success_gap, busiest_expert, importance,
                                    entropy_margin, purity, caption_loss, drop, loss_moved, choices_moved)}
