@@ -81,7 +81,7 @@ def new_r1(run, _):
 
 
 def step_over_share(run, options):
-    """Time of a step of one of options["directions"] over that of a joint step of all, divided by their number."""
+    """Processor time of a step of one of options["directions"] over that of a joint step of all, divided by their number."""
     found = run[0][options["directions"]]
     return found["one"] / found["joint"]
 

@@ -1,71 +1,51 @@
 #!/usr/bin/env python3
-"""What a step of one direction takes beside a joint step: two short runs, by turns.
+"""What a step of one direction costs beside a joint step.
 
 usage: measure.py ANTIPHON RUN
 
-RUN is a directory of the program's own, whose configuration is trained again: in turn and jointly, over six directions and
-over two. The two runs of a pair are made in one time, a slice of the one and a slice of the other, while the other stands
-still: whatever else the machine does meets both. Printed, as JSON, in seconds for each number of directions: a step of one
-direction, mean of directions, and a joint step over their number. Each is the lower quartile of steps, most of which hold no
-change of turns. They are trained on the held-out samples, which have all modalities: all steps are of one size."""
+RUN is a directory of the program's own, whose configuration is trained again for some steps: in turn and jointly, over six
+directions and over two. Printed, as JSON, in processor seconds for each number of directions: a step of one direction, mean
+of directions, and a joint step over their number. Processor time, since what else a machine does lengthens long steps more
+often than short ones; with one thread the two kinds of time are otherwise one. It is the difference of a longer and a
+shorter run, without what starting takes; of runs that are made REPEATS times the cheapest counts, since shared caches make
+them dearer, never cheaper. Steps are trained on the held-out samples, which have all modalities: all are of one size."""
 import json
 import os
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
-SLICE = 0.7                      # seconds for each direction: a joint step is well below a slice
-STEPS = {6: 36, 2: 90}           # of each direction, and joint ones
+SHORT, LONG = 2, {6: 22, 2: 62}  # steps of each direction, and joint ones
+REPEATS = 2
 SETTINGS = ["run.threads=1", "run.device=cpu", "data.train=validation", "evaluate.interval=0", "evaluate.at_end=false",
             "checkpoint.interval=0", "run.log=100000"]
 TWO = ["data.use=[image,text]", "objective.directions=[image:text,text:image]"]
+JOINT = ["schedule.alternate=none"]
 
 
-def start(antiphon, config, directory, settings):
-    words = [antiphon, "train", config]
-    for setting in SETTINGS + settings + [f"run.directory={directory}"]:
-        words += ["--set", setting]
-    with open(directory + ".txt", "w", encoding="utf-8") as said:
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-
-
-def by_turns(runs, seconds):
-    """Lets each run go on for `seconds` while the others stand still, until all have ended."""
-    for run in runs[1:]:
-        run.send_signal(signal.SIGSTOP)
-    while any(run.poll() is None for run in runs):
-        for run in runs:
-            if run.poll() is not None:
-                continue
-            run.send_signal(signal.SIGCONT)
-            try:
-                run.wait(seconds)
-            except subprocess.TimeoutExpired:
-                run.send_signal(signal.SIGSTOP)
-        time.sleep(0.01)
-    if any(run.returncode for run in runs):
-        sys.exit(f"a run ended with status {[run.returncode for run in runs]}")
-
-
-def seconds_of(directory):
-    """Lower quartile of a step's seconds, mean of what is trained: a direction, or all of them."""
-    found = {}
-    with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as lines:
-        for step in list(map(json.loads, lines))[2:]:
-            found.setdefault(step["direction"], []).append(step["seconds"]["step"])
-    return statistics.mean(sorted(s)[len(s) // 4] for s in found.values())
+def processor_seconds(antiphon, config, steps, settings):
+    """Of a whole run."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [antiphon, "train", config]
+        for setting in SETTINGS + settings + [f"run.steps={steps}", f"run.directory={folder}"]:
+            words += ["--set", setting]
+        run = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+    if run.returncode != 0:
+        sys.exit(f"{' '.join(words)} ended with status {run.returncode}")
+    return usage.ru_utime + usage.ru_stime
 
 
 def pair(antiphon, config, directions, settings):
-    with tempfile.TemporaryDirectory() as folder:
-        one, joint = os.path.join(folder, "one"), os.path.join(folder, "joint")
-        by_turns([start(antiphon, config, one, settings + [f"run.steps={STEPS[directions] * directions}"]),
-                  start(antiphon, config, joint, settings + [f"run.steps={STEPS[directions]}", "schedule.alternate=none"])],
-                 SLICE * directions)
-        return {"one": seconds_of(one), "joint": seconds_of(joint) / directions}
+    """Seconds of a direction's share of the steps."""
+    steps = (SHORT, LONG[directions])
+    runs = {("one", n): (n * directions, settings) for n in steps}
+    runs.update({("joint", n): (n, settings + JOINT) for n in steps})
+    rounds = [{kind: processor_seconds(antiphon, config, *run) for kind, run in runs.items()} for _ in range(REPEATS)]
+    least = {kind: min(r[kind] for r in rounds) for kind in runs}
+    shares = (steps[1] - steps[0]) * directions
+    return {kind: (least[kind, steps[1]] - least[kind, steps[0]]) / shares for kind in ("one", "joint")}
 
 
 def main():
