@@ -10,7 +10,8 @@ made of all that decides them, so that claims share runs and a stopped claim goe
 thread; N of them run side by side. Written: result.json and plot.png in CLAIM_DIRECTORY, and a row of RESULTS.md.
 Where claim.json names `stages`, a file of further stages for the configuration, a variant is a list of stages: there is
 one run a seed, of all stages that the variants need, and each of them is measured on the splits that claim.json names.
-`ranks` says how many ranks train a stage, where it is not one.
+`ranks` says how many ranks train a stage, where it is not one. Where it names a script to `measure`, that is given the
+program and the run's directory, by the Python that ENCODERS names (this one), and prints what the figures are made of.
 Python's standard library, and matplotlib for the plot."""
 import argparse
 import json
@@ -109,6 +110,10 @@ def title_of(rule):
     what = rule["figure"].replace("_", " ")
     if "modality" in rule.get("options", {}):
         what += " of " + rule["options"]["modality"]
+    if "directions" in rule.get("options", {}):
+        what += f" of {rule['options']['directions']} directions"
+    if "when" in rule.get("options", {}):
+        what = f"{rule['options']['when']} {what}"
     return what + f", {rule['of']}" + (f" - {rule['against']}" if "against" in rule else "")
 
 
@@ -154,7 +159,7 @@ def draw(result, path):
         if len(columns) == 2:
             for a, b in zip(columns[0][1]["values"], columns[1][1]["values"]):
                 axis.plot([0, 1], [a, b], color="0.8", zorder=0)
-        if "than" in part["rule"]:
+        if "than" in part["rule"] and len(columns) == 1:
             axis.axhline(part["rule"]["than"], color="0.6", linestyle="--")
         axis.set_xticks(range(len(columns)), [name for name, _ in columns])
         axis.set_xlim(-0.5, len(columns) - 0.5)

@@ -28,6 +28,70 @@ def mean_r10(run, _):
     return 100 * statistics.mean(d["r10"] for d in last_evaluation(run)["retrieval"].values())
 
 
+def saw_tooth(run, _):
+    """Recall at 1 of a direction where its own steps end, above the middle between where the other direction's end before
+    and after that, in points; mean of both directions. Every evaluation lies between steps of the one and of the other."""
+    ends, last = [], None
+    for record in run:
+        if "evaluation" in record:
+            ends.append((last, {d: 100 * m["r1"] for d, m in record["evaluation"]["retrieval"].items()}))
+        else:
+            last = list(record["pairs"])[record["direction"]]
+    teeth = []
+    for (one, a), (own, b), (two, c) in zip(ends, ends[1:], ends[2:]):
+        if own not in (one, two):
+            teeth += [(1 if d == own else -1) * (b[d] - (a[d] + c[d]) / 2) for d in b]
+    return statistics.mean(teeth)
+
+
+def recall_gap(run, options):
+    """Distance between the recalls at 1 of a direction and its opposite, in points: mean of the evaluations in the first
+    (options["when"]: early) or the last fifth of the steps (late)."""
+    steps, gaps = training_steps(run)[-1]["step"], []
+    for record in run:
+        when = "early" if record["step"] <= steps / 5 else "late" if record["step"] > 4 * steps / 5 else ""
+        if "evaluation" in record and when == options["when"]:
+            r1 = {tuple(d.split(":")): m["r1"] for d, m in record["evaluation"]["retrieval"].items()}
+            gaps += [100 * abs(r1[a, b] - r1[b, a]) for a, b in r1 if a < b]
+    return statistics.mean(gaps)
+
+
+def gap_closed(run, _):
+    """How much of the early distance between opposite directions is gone late, in points of recall at 1."""
+    return recall_gap(run, {"when": "early"}) - recall_gap(run, {"when": "late"})
+
+
+def directions_of(run, kind):
+    """Recall at 1 at the end of the variant's first stage and before: [(now, before)] in points of its old directions, that
+    is those of its second stage, or [now] of the others, its new ones."""
+    now, before = (last_evaluation(r["steps"])["retrieval"] for r in run)
+    if kind == "old":
+        return [(100 * now[d]["r1"], 100 * m["r1"]) for d, m in before.items()]
+    return [100 * m["r1"] for d, m in now.items() if d not in before]
+
+
+def old_moved(run, _):
+    """Recall at 1 of the old directions after the variant's first stage less that before it, in points."""
+    return statistics.mean(now - before for now, before in directions_of(run, "old"))
+
+
+def new_r1(run, _):
+    """Recall at 1 of the directions that the variant's first stage has and its second has not, in points."""
+    return statistics.mean(directions_of(run, "new"))
+
+
+def step_over_share(run, options):
+    """Processor time of a step of one of options["directions"] over that of a joint step of all, divided by their number."""
+    found = run[0][options["directions"]]
+    return found["one"] / found["joint"]
+
+
+def encoder_over_query(run, options):
+    """Time of the encoder of options["modality"] for an item over that of a query from its latents: connector and search."""
+    found = run[0]
+    return found[options["modality"]]["encoder"] / (found[options["modality"]]["connector"] + found["search"])
+
+
 def success(run, options):
     """Share of the tokens of options["modality"] (all: of every token) that some expert took, late in training."""
     kept = tokens = 0
@@ -180,7 +244,7 @@ def choices_moved(run, _):
     return 100 * sum(abs(x - y) for x, y in pairs) / 2 / sum(y for _, y in pairs)
 
 
-FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, success, worst_success, success_gap, busiest_expert, importance,
-                                   entropy_margin, purity, caption_loss, drop,
-                                   forgetting, learnt, price, new_share, step_ratio, trained_ratio,
-                                   loss_moved, choices_moved)}
+FIGURES = {f.__name__: f for f in (mean_r1, mean_r10, saw_tooth, recall_gap, gap_closed, old_moved, new_r1, step_over_share,
+                                   encoder_over_query, success, worst_success, success_gap, busiest_expert, importance,
+                                   entropy_margin, purity, caption_loss, drop, forgetting, learnt, price, new_share,
+                                   step_ratio, trained_ratio, loss_moved, choices_moved)}

@@ -134,14 +134,32 @@ def trained(directory):
         return sum(group["trained"] for group in json.load(file)["groups"])
 
 
+# ---- what a script measures ----
+
+
+def measured(claim, directory, antiphon):
+    """[What the claim's script prints of the trained run, a JSON object]. Kept beside the run."""
+    path = os.path.join(directory, f"measured-{claim['id']}.json")
+    if not os.path.exists(path):
+        words = [os.environ.get("ENCODERS", sys.executable), claim["measure"], antiphon, directory]
+        said = json.loads(subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(said, file)
+        os.replace(path + ".part", path)
+    with open(path, encoding="utf-8") as file:
+        return [json.load(file)]
+
+
 # ---- what a claim compares ----
 
 
 def read_runs(claim, seeds, antiphon, where, pool):
-    """({(variant, seed): records}, {variant: what its model is}) of one run for each."""
+    """({(variant, seed): records}, {variant: what its model is}) of one run for each. The records are its metrics, or
+    where the claim names a script, what that measures, one run after another."""
     wanted = [(v, s) for s in seeds for v in claim["variants"]]
     found = dict(zip(wanted, pool.map(lambda w: train(claim, *w, antiphon, where), wanted)))
-    return {w: records(d) for w, d in found.items()}, {v: model_of(found[v, seeds[0]]) for v in claim["variants"]}
+    read = {w: measured(claim, d, antiphon) if "measure" in claim else records(d) for w, d in found.items()}
+    return read, {v: model_of(found[v, seeds[0]]) for v in claim["variants"]}
 
 
 def read_stages(claim, seeds, antiphon, where, pool):

@@ -59,6 +59,19 @@ run 1 train "$work/three.yaml" --from "$(step_path "$work/two" 12)" --set run.st
 expect_status 0
 [ "$before" != "$(old_rows "$work/three" 1)" ] || fail "expected other retrieval once the old parameters are trained"
 
+what="the recipe of experiments/glyphs"
+sed 's/run\.steps=.*/run.steps=24/' "$(dirname "$0")/../../experiments/glyphs/third.yaml" >"$work/recipe.yaml"
+run 1 train "$work/recipe.yaml" --set data.path="$work/data" --set run.directory="$work/recipe" \
+  --set run.steps=24 --set run.threads=1 --set model.width=16 --set model.embedding=8 --set model.moe.hidden=24 \
+  --set optimizer.batch=8 --set optimizer.rate=0.02
+expect_status 0
+for stage in two continued added frozen neglected; do expect_steps "$work/recipe/$stage" 24; done
+before=$(old_rows "$work/recipe/two" 1)
+expect_equal "old directions, frozen" "$before" "$(old_rows "$work/recipe/frozen" 1)"
+for stage in continued added neglected; do
+  [ "$before" != "$(old_rows "$work/recipe/$stage" 1)" ] || fail "expected other retrieval after stage $stage"
+done
+
 what="a pattern that freezes nothing"
 rm -rf "$work/three"
 run 1 train "$work/three.yaml" --set 'optimizer.frozen=[adapter.smell.*]'
