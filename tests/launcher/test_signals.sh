@@ -57,17 +57,24 @@ for case in "TERM 0 1" "USR1 1" "INT 0" "USR1 mpirun"; do
 done
 
 # mpirun told to end by SIGTERM passes it on after a second, and SIGKILL a second later; meanwhile it reads nothing
-# of what the ranks print, so they must not print much. Its own exit status is then 1.
+# of what the ranks print, so they must not print much. Its own exit status is then 1. On a machine with much other
+# work a second may be too short: of three attempts one must be in time.
 what="SIGTERM to mpirun"
-rm -rf "$work/run"
-start 2 train "$work/config.yaml" --set run.steps=100000 --set run.log=1000 --set parallel.experts=2
-until_true 30 has_lines "$work/run/metrics.jsonl" 40 || fail "expected 40 steps"
-kill -TERM "$(pid mpirun)"
-wait_job
-[ "$status" != 0 ] && [ "$status" != hung ] || fail "expected mpirun to fail, got status $status"
-# the ranks may live a little longer than mpirun
-began=$(date +%s)
-until grep -q 'done: ' "$work/run/log.txt" || [ $(($(date +%s) - began)) -gt 20 ]; do sleep 0.1; done
+saved() {
+  grep -q "the state is saved" "$work/run/log.txt"
+}
+for attempt in 1 2 3; do
+  rm -rf "$work/run"
+  start 2 train "$work/config.yaml" --set run.steps=100000 --set run.log=1000 --set parallel.experts=2
+  until_true 30 has_lines "$work/run/metrics.jsonl" 40 || fail "expected 40 steps"
+  kill -TERM "$(pid mpirun)"
+  wait_job
+  [ "$status" != 0 ] && [ "$status" != hung ] || fail "expected mpirun to fail, got status $status"
+  # the ranks may live a little longer than mpirun
+  began=$(date +%s)
+  until grep -q 'done: ' "$work/run/log.txt" || [ $(($(date +%s) - began)) -gt 4 ]; do sleep 0.1; done
+  saved && break
+done
 expect_text "$work/run/log.txt" "stopped on request at step" "the state is saved"
 at=$(sed -n 's/.*stopped on request at step \([0-9]*\).*/\1/p' "$work/run/log.txt")
 run 2 train "$work/config.yaml" --set run.steps=$((at + 3)) --set parallel.experts=2
