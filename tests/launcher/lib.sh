@@ -83,16 +83,19 @@ start() {
   started=$!
 }
 
-# Kills the job when the limit of time has passed.
+# Kills the job when the limit of time has passed; ends soon after the job by itself.
 guard() {
   (
-    nap=
-    trap 'kill "$nap"; exit' TERM
-    sleep "$limit" &
-    nap=$!
-    wait "$nap"
-    : >"$work/hung"
-    kill_job
+    left=$limit
+    while kill -0 "$started" 2>/dev/null; do
+      if [ "$left" -le 0 ]; then
+        : >"$work/hung"
+        kill_job
+        break
+      fi
+      left=$((left - 1))
+      sleep 1
+    done
   ) >/dev/null 2>&1 &
 }
 
@@ -101,11 +104,9 @@ guard() {
 wait_job() {
   guard
   wait "$started"
-  kill "$!" 2>/dev/null
   seconds=$(($(date +%s) - began))
   status=$(cat "$work/status")
   [ ! -e "$work/hung" ] || status=hung
-  wait
 }
 
 run() {
@@ -213,7 +214,8 @@ expect_error() {
 
 # ---- runs ----
 
-# Writes the configuration of a tiny tower; what a test needs otherwise it gives by --set.
+# Writes the configuration of a tiny tower; what a test needs otherwise it gives by --set. A save is published before the
+# next one is due, so that what lies on the disk at a step is known.
 write_config() { # file directory-of-data run-directory
   cat >"$1" <<END
 run: {directory: $3, seed: 7, steps: 20, log: 5, deadline: 60, threads: 1}
@@ -226,7 +228,7 @@ data:
     - {name: text, length: 8}
 model: {width: 16, layers: 2, heads: 2, hidden: 24, embedding: 8, moe: {layers: all, experts: 4, group_samples: 2}}
 optimizer: {batch: 8, rate: 0.003, warmup: 2}
-checkpoint: {interval: 0, keep: 10, busy: wait}
+checkpoint: {interval: 0, keep: 10, busy: wait, buffers: 1}
 evaluate: {batch: 16, at_end: false}
 END
 }

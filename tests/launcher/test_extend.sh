@@ -15,7 +15,7 @@ model: {kind: decoder, vocabulary: 30, width: 16, layers: 5, heads: 2, hidden: 2
   moe: {layers: "0,1,3,4", layer_experts: [3, 4, 3, 5], choose: 2, hidden: 24, gate: renormalised, noise: 0}}
 objective: {importance: 0, load: 0, z: 0}
 optimizer: {batch: 8, rate: 0.003, warmup: 2}
-checkpoint: {interval: 4, keep: 10, busy: wait}
+checkpoint: {interval: 4, keep: 10, busy: wait, buffers: 1}
 evaluate: {batch: 16, at_end: false}
 stages:
   - {name: base, set: [data.train=old, data.validation=old_held_out, "data.use=[image]"]}

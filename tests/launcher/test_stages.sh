@@ -11,7 +11,7 @@ data: {path: $work/data, shuffle: 16, cache: 8,
 model: {kind: decoder, vocabulary: 30, width: 16, layers: 2, heads: 2, hidden: 24, moe: {layers: none}}
 objective: {importance: 0, load: 0, z: 0}
 optimizer: {batch: 8, rate: 0.003, warmup: 2}
-checkpoint: {interval: 30, keep: 10, busy: wait}
+checkpoint: {interval: 30, keep: 10, busy: wait, buffers: 1}
 evaluate: {batch: 16, at_end: false}
 stages:
   - name: align
