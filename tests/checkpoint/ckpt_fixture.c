@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "core/log.h"
@@ -265,4 +266,13 @@ int64_t load_newest(const fixture *f, const char *directory, const spec *specs, 
   ckpt_reader_close(reader);
   layout_free(&full);
   return step;
+}
+
+bool child_crashed(pid_t child) {
+  enum { CRASHED = 137 }; /* core_file_inject */
+  int status;
+  assert_int_equal(waitpid(child, &status, 0), child);
+  assert_true(WIFEXITED(status));
+  if (WEXITSTATUS(status) != 0) assert_int_equal(WEXITSTATUS(status), CRASHED);
+  return WEXITSTATUS(status) == CRASHED;
 }

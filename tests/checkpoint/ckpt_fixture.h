@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/types.h> /* pid_t */
 #include <cmocka.h>
 
 #include "checkpoint/checkpoint_impl.h"
@@ -71,6 +72,9 @@ core_status save_step(const fixture *f, ckpt_writer *writer, const layout *l, co
  * one of the two generations. */
 int64_t load_newest(const fixture *f, const char *directory, const spec *specs, int32_t count, uint64_t one,
                     uint64_t other);
+/* Waits for a child that ran with an exit injected into its file operations: whether it ended of that. Any
+ * other end but 0 fails the test. */
+bool child_crashed(pid_t child);
 /* Names in a directory, sorted, joined by blanks: "step-00000010 step-00000020". */
 void list_names(const char *directory, char *out, size_t capacity);
 

@@ -6,12 +6,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "core/file.h"
 
-enum { CRASHED = 137, MOST = 400 };
+enum { MOST = 400 };
 
 /* In a child: saves with an exit at the n-th operation. Returns true when the child died of it. */
 static bool crash_at(const fixture *f, const char *directory, const scene *s, int64_t at) {
@@ -25,11 +24,7 @@ static bool crash_at(const fixture *f, const char *directory, const scene *s, in
     EXPECT_OK(save_step(f, writer, &l, TINY, s->step, NEW));
     _exit(0);
   }
-  int status;
-  assert_int_equal(waitpid(child, &status, 0), child);
-  assert_true(WIFEXITED(status));
-  if (WEXITSTATUS(status) != 0) assert_int_equal(WEXITSTATUS(status), CRASHED);
-  return WEXITSTATUS(status) == CRASHED;
+  return child_crashed(child);
 }
 
 static void crash_at_every_operation(void **state) {
@@ -53,7 +48,6 @@ static void crash_at_every_operation(void **state) {
 static void removal_begins_with_the_manifest(void **state) {
   const fixture *f = *state;
   char path[CKPT_PATH], file[CKPT_PATH + 32];
-  int status;
   fixture_directory(f, "step-00000001", path);
   EXPECT_OK(core_file_make_directory(path));
   for (int i = 0; i < 21; i++) {
@@ -66,8 +60,7 @@ static void removal_begins_with_the_manifest(void **state) {
     core_file_inject(&(core_file_fault){.at = 2});
     _exit(ckpt_remove(path) == CORE_OK ? 0 : 1);
   }
-  assert_int_equal(waitpid(child, &status, 0), child);
-  assert_int_equal(WEXITSTATUS(status), CRASHED);
+  assert_true(child_crashed(child));
   snprintf(file, sizeof file, "%s/manifest.json", path);
   assert_false(core_file_exists(file));
   snprintf(file, sizeof file, "%s/rank-00000.ckpt", path);

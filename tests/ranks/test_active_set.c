@@ -127,23 +127,13 @@ static void run(const char *root, const char *layout) {
 }
 
 int main(void) {
-  char root[256] = "/tmp/antiphon-active-XXXXXX", path[300];
+  char root[256] = "/tmp/antiphon-active-XXXXXX";
   comm_options options = {.deadline = 60};
   test_device_must(comm_start(&options, &job));
   bool first = comm_rank(comm_world_group(job)) == 0;
-  if (first) {
-    if (!mkdtemp(root)) return 1;
-    snprintf(path, sizeof path, "%s/train", root);
-    test_set_options o = {.modalities = 3,
-                          .width = {9, 7, 11},
-                          .samples = 40,
-                          .shards = 1,
-                          .directory = path,
-                          .first_id = 1,
-                          .rows = rows_of};
-    test_device_must(test_set_write(&o));
-  }
-  test_device_must(comm_broadcast(comm_world_group(job), 0, root, sizeof root));
+  test_set_options o = {
+      .modalities = 3, .width = {9, 7, 11}, .samples = 40, .shards = 1, .first_id = 1, .rows = rows_of};
+  test_device_must(test_set_share(job, &o, root, sizeof root));
   run(root, NULL);
   run(root, "parallel.shard_optimizer=false");
   if (comm_size(comm_world_group(job)) > 1) run(root, "parallel.experts=2");

@@ -285,26 +285,20 @@ static void run_case(const char *root, size_t which, const char *layout) {
 }
 
 int main(void) {
-  char root[256] = "/tmp/antiphon-differences-XXXXXX", path[300];
+  char root[256] = "/tmp/antiphon-differences-XXXXXX";
   comm_options options = {.deadline = 60};
   test_device_must(comm_start(&options, &job));
   int32_t ranks = comm_size(comm_world_group(job));
   bool first = comm_rank(comm_world_group(job)) == 0;
-  if (first) {
-    if (!mkdtemp(root)) return 1;
-    snprintf(path, sizeof path, "%s/train", root);
-    test_set_options o = {.modalities = 3,
-                          .width = {9, 7, 11},
-                          .samples = SAMPLES,
-                          .shards = 1,
-                          .labels = true,
-                          .directory = path,
-                          .first_id = 1,
-                          .rows = rows_of,
-                          .vocabulary = 40};
-    test_device_must(test_set_write(&o));
-  }
-  test_device_must(comm_broadcast(comm_world_group(job), 0, root, sizeof root));
+  test_set_options o = {.modalities = 3,
+                        .width = {9, 7, 11},
+                        .samples = SAMPLES,
+                        .shards = 1,
+                        .labels = true,
+                        .first_id = 1,
+                        .rows = rows_of,
+                        .vocabulary = 40};
+  test_device_must(test_set_share(job, &o, root, sizeof root));
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     run_case(root, i, NULL);
     if (ranks > 1) run_case(root, i, "parallel.experts=2");

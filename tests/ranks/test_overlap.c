@@ -226,27 +226,21 @@ static int64_t rows_of(int64_t sample, int32_t m) {
 
 /* test_overlap [key=value] */
 int main(int argc, char **argv) {
-  char root[256] = "/tmp/antiphon-overlap-XXXXXX", path[300];
+  char root[256] = "/tmp/antiphon-overlap-XXXXXX";
   comm_options options = {.deadline = 60};
   test_device_must(comm_start(&options, &job));
   extra = argc > 1 ? argv[1] : NULL;
   int missing = test_device_missing(extra, comm_local_rank(job));
   if (missing) return missing;
   bool first = comm_rank(comm_world_group(job)) == 0;
-  if (first) {
-    if (!mkdtemp(root)) return 1;
-    snprintf(path, sizeof path, "%s/train", root);
-    test_set_options o = {.modalities = 3,
-                          .width = {9, 7, 11},
-                          .samples = 40,
-                          .shards = 1,
-                          .vocabulary = 30,
-                          .directory = path,
-                          .first_id = 1,
-                          .rows = rows_of};
-    test_device_must(test_set_write(&o));
-  }
-  test_device_must(comm_broadcast(comm_world_group(job), 0, root, sizeof root));
+  test_set_options o = {.modalities = 3,
+                        .width = {9, 7, 11},
+                        .samples = 40,
+                        .shards = 1,
+                        .vocabulary = 30,
+                        .first_id = 1,
+                        .rows = rows_of};
+  test_device_must(test_set_share(job, &o, root, sizeof root));
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
     if (comm_size(comm_world_group(job)) >= cases[i].ranks) run_case(root, &cases[i]);
   if (comm_size(comm_world_group(job)) > 1) check_equal_pieces(root);

@@ -1,6 +1,7 @@
 #include "tests/support/test_set.h"
 
 #include <ftw.h>
+#include <limits.h> /* PATH_MAX */
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -75,6 +76,23 @@ static core_status write_shard(const test_set_options *o, int32_t m, int32_t sha
 core_status test_set_write(const test_set_options *options) {
   for (int32_t m = 0; m < options->modalities; m++)
     for (int32_t shard = 0; shard < options->shards; shard++) TRY(write_shard(options, m, shard));
+  return CORE_OK;
+}
+
+static core_status write_train(const test_set_options *options, char *root) {
+  char path[PATH_MAX];
+  test_set_options own = *options;
+  CHECK(mkdtemp(root), CORE_ERR_IO, "no directory %s", root);
+  snprintf(path, sizeof path, "%s/train", root);
+  own.directory = path;
+  TRY(test_set_write(&own));
+  return CORE_OK;
+}
+
+core_status test_set_share(comm_world *job, const test_set_options *options, char *root, size_t capacity) {
+  comm_group *control = comm_control_group(job);
+  TRY(comm_agree(control, comm_rank(control) == 0 ? write_train(options, root) : CORE_OK));
+  TRY(comm_broadcast(control, 0, root, (int64_t)capacity));
   return CORE_OK;
 }
 

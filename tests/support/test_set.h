@@ -2,6 +2,7 @@
 #ifndef TEST_SET_H
 #define TEST_SET_H
 
+#include "comm/comm.h"
 #include "data/data.h"
 
 /* Rows that sample `sample` has of modality `m`; 0: it lacks it. */
@@ -28,6 +29,11 @@ int64_t test_set_target(int64_t s, int32_t vocabulary, int32_t token[TEST_MOST_T
 
 extern const char *const test_modality_names[3];
 CORE_NODISCARD core_status test_set_write(const test_set_options *options);
+/* A set for all ranks of a job, written by rank 0 as the split `train` of a new directory, whose name every
+ * rank gets. root: a template as of mkdtemp in a buffer of `capacity` bytes, equal on all ranks;
+ * options->directory is not read. Errors are agreed. Collective. */
+CORE_NODISCARD core_status test_set_share(comm_world *job, const test_set_options *options, char *root,
+                                          size_t capacity);
 /* Removes a directory and all in it. */
 void test_remove_tree(const char *path);
 

@@ -175,23 +175,14 @@ static core_status run_case(const char *root, const step_case *c) {
 static core_status run_all(char *root, size_t capacity) {
   comm_options options = {.deadline = 60};
   TRY(comm_start(&options, &job));
-  core_status status = CORE_OK;
-  if (comm_rank(comm_world_group(job)) == 0) {
-    char path[300];
-    if (!mkdtemp(root)) return CORE_ERR_IO;
-    snprintf(path, sizeof path, "%s/train", root);
-    test_set_options o = {.directory = path,
-                          .modalities = 3,
-                          .width = {20, 12, 28},
-                          .samples = 64,
-                          .shards = 3,
-                          .first_id = 1000,
-                          .labels = true,
-                          .rows = rows};
-    status = test_set_write(&o);
-  }
-  TRY(comm_agree(comm_control_group(job), status));
-  TRY(comm_broadcast(comm_control_group(job), 0, root, capacity));
+  test_set_options o = {.modalities = 3,
+                        .width = {20, 12, 28},
+                        .samples = 64,
+                        .shards = 3,
+                        .first_id = 1000,
+                        .labels = true,
+                        .rows = rows};
+  TRY(test_set_share(job, &o, root, capacity));
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
     if (comm_size(comm_world_group(job)) % cases[i].experts == 0) TRY(run_case(root, &cases[i]));
   TRY(comm_barrier(comm_control_group(job)));
